@@ -1,0 +1,67 @@
+"""What can go wrong, as one tree.
+
+    FedrayError
+    ├── ConfigError         a config, an override or a command line that cannot be run (exit status 2)
+    ├── DataError           a data set that is missing, unreadable or does not fit (exit status 2)
+    ├── WireError           bytes that are not a payload of ours, or not for the mask that the receiver holds
+    ├── MethodError         a method used something that it did not declare, or returned something malformed
+    ├── ClientError         a client's code raised; carries the client's id and the round
+    └── RunError            a run that cannot go on, or cannot be resumed
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FedrayError(Exception):
+    """Anything that fedray raises on purpose."""
+
+
+class ConfigError(FedrayError):
+    """A config, an override or a command line that cannot be run."""
+
+
+class DataError(FedrayError):
+    """A data set that is missing, unreadable or does not fit the rest of the config."""
+
+
+class WireError(FedrayError):
+    """Bytes that are not a payload of ours, or not for the mask that the receiver holds."""
+
+
+class MethodError(FedrayError):
+    """A method used something that it did not declare, or returned something malformed."""
+
+
+class ClientError(FedrayError):
+    """A client's code raised.
+
+    Args:
+        client: id of the client.
+        round: round in which it happened.
+        cause: what the client's code raised, as text.
+    """
+
+    def __init__(self, client: int, round: int, cause: str) -> None:
+        super().__init__(f"client {client} failed in round {round}: {cause}")
+        self.client, self.round, self.cause = client, round, cause
+
+    def __reduce__(self) -> tuple[type["ClientError"], tuple[int, int, str]]:
+        """Rebuild from the three parts: exceptions cross process borders by pickle."""
+        return type(self), (self.client, self.round, self.cause)
+
+
+class RunError(FedrayError):
+    """A run that cannot go on, or cannot be resumed."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the closest allowed name, or an empty string."""
+    match = get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    """Return the message for a name that is not in a table: what was given, the nearest, and all."""
+    names = sorted(allowed)
+    return f"unknown {what} {given!r}{nearest(given, names)} Known: {', '.join(names)}"

@@ -1,0 +1,379 @@
+"""The words of the house: what a model, a mask, a client, a cost and a round are.
+
+A model is ONE contiguous float32 vector with named views (`Params`), a mask is one bool vector of the same layout
+(`Mask`). Aggregation, masking, top-k and shipping are then single operations, and names stay readable in methods.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b, sha256
+from math import prod
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+Density = Annotated[float, Field(gt=0, le=1)]
+"""Share of the prunable weights that are kept, in (0, 1]."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+METRICS = (
+    "val/accuracy",
+    "val/loss",
+    "train/loss",
+    "test/accuracy",
+    "test/loss",
+    "density/global",
+    "density/client_mean",
+    "bytes/up",
+    "bytes/down",
+    "flops/clients",
+    "flops/executed",
+    "flops/server",
+    "time/simulated_s",
+    "time/wall_s",
+    "clients/selected",
+    "clients/dropped",
+)
+"""Every metric name that a round reports. Costs (bytes, flops, time) also exist as `total/…`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each named tensor lies in a model's flat vector, and what may be done to it.
+
+    Args:
+        names: dotted names, in the order of the vector.
+        shapes: shape of each tensor; convolutions are (out, in, kh, kw), linear layers (out, in).
+        prunable: whether the tensor's entries may be pruned (weights of convolutions and linear layers).
+        trainable: False for running statistics, which are averaged but get no gradient.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    prunable: tuple[bool, ...]
+    trainable: tuple[bool, ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each tensor."""
+        return tuple(prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(self.sizes)
+
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Name → its slice of the flat vector."""
+        ends = np.cumsum((0, *self.sizes)).tolist()
+        return {n: slice(a, b) for n, a, b in zip(self.names, ends, ends[1:], strict=False)}
+
+    @cached_property
+    def shape_of(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape."""
+        return dict(zip(self.names, self.shapes, strict=True))
+
+    @cached_property
+    def prunable_names(self) -> tuple[str, ...]:
+        """Names of the tensors whose entries may be pruned."""
+        return tuple(n for n, p in zip(self.names, self.prunable, strict=True) if p)
+
+    @cached_property
+    def prunable_flat(self) -> Tensor:
+        """Bool vector (size,), True where an entry may be pruned."""
+        return self._spread(self.prunable)
+
+    @cached_property
+    def trainable_flat(self) -> Tensor:
+        """Bool vector (size,), True where an entry gets a gradient."""
+        return self._spread(self.trainable)
+
+    @cached_property
+    def prunable_count(self) -> int:
+        """Number of prunable entries: the denominator of every density."""
+        return sum(s for s, p in zip(self.sizes, self.prunable, strict=True) if p)
+
+    def _spread(self, flags: tuple[bool, ...]) -> Tensor:
+        return torch.tensor(flags).repeat_interleave(torch.tensor(self.sizes))
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return name → view into `flat` (size,) in that tensor's shape; nothing is copied."""
+        return {n: flat[span].view(self.shape_of[n]) for n, span in self.spans.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the four fields, not what was derived from them."""
+        return {name: self.__dict__[name] for name in ("names", "shapes", "prunable", "trainable")}
+
+
+class _Flat(Mapping[str, Tensor]):
+    """A flat vector with named views; what Params and Mask share."""
+
+    dtype: torch.dtype
+
+    def __init__(self, flat: Tensor, layout: Layout) -> None:
+        """Wrap `flat` (size,), which is not copied.
+
+        Raises:
+            ValueError: if length or dtype do not fit.
+        """
+        if flat.shape != (layout.size,) or flat.dtype != self.dtype:
+            kind = type(self).__name__
+            raise ValueError(
+                f"{kind}: got {tuple(flat.shape)} of {flat.dtype}, "
+                f"the layout needs ({layout.size},) of {self.dtype}"
+            )
+        self.flat, self.layout = flat, layout
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.flat[self.layout.spans[name]].view(self.layout.shape_of[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout.names)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, _Flat)
+        return self.layout == other.layout and torch.equal(self.flat, other.flat)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} tensors, {self.layout.size:,} entries)"
+
+    def clone(self) -> Self:
+        """Return a copy that shares nothing."""
+        return type(self)(self.flat.clone(), self.layout)
+
+
+class Params(_Flat):
+    """A model's weights: one contiguous float32 vector `.flat` (size,) with named views."""
+
+    dtype = torch.float32
+
+    def masked(self, mask: "Mask") -> "Params":
+        """Return a copy with exact zeros wherever `mask` is False, whatever stood there (NaN too)."""
+        return Params(torch.where(mask.flat, self.flat, 0.0), self.layout)
+
+    def is_finite(self) -> bool:
+        """Tell whether there is neither NaN nor infinity in the vector."""
+        # 0·x is NaN for NaN and ±inf, and a sum needs no temporary of the vector's size
+        return bool(torch.isfinite(torch.dot(self.flat, torch.zeros(()).expand_as(self.flat))))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the little-endian bytes of the vector: what `result.json` records."""
+        return sha256(np.ascontiguousarray(self.flat.numpy(), dtype="<f4").tobytes()).hexdigest()
+
+
+class Mask(_Flat):
+    """Which entries a model holds: one bool vector `.flat` (size,). Treat it as immutable.
+
+    A server's mask is True on everything that is not prunable. An update's mask says what the client vouches for, and
+    may be False anywhere.
+    """
+
+    dtype = torch.bool
+
+    @classmethod
+    def full(cls, layout: Layout) -> "Mask":
+        """Return the mask that holds everything."""
+        return cls(torch.ones(layout.size, dtype=torch.bool), layout)
+
+    @cached_property
+    def packed(self) -> bytes:
+        """The mask at one bit per entry, first entry in the highest bit."""
+        return np.packbits(self.flat.numpy()).tobytes()
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Eight bytes that name this mask: what a payload of values only refers to."""
+        return blake2b(self.packed, digest_size=8).digest()
+
+    @cached_property
+    def count(self) -> int:
+        """Number of entries held, prunable or not."""
+        return int(self.flat.count_nonzero())
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether everything is held."""
+        return self.count == self.layout.size
+
+    @cached_property
+    def density(self) -> float:
+        """Share of the *prunable* entries that are held, in [0, 1]; 1 where nothing is prunable."""
+        prunable = self.layout.prunable_count
+        kept = int((self.flat & self.layout.prunable_flat).count_nonzero())
+        return kept / prunable if prunable else 1.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the vector and the layout, not what was derived from them."""
+        return {"flat": self.flat, "layout": self.layout}
+
+
+Exploits = Literal["nothing", "structured", "unstructured"]
+"""Which zeros a device can skip: none, whole rows and channels, or any."""
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a simulated device can do.
+
+    Args:
+        name: as in the table of devices.
+        flops_per_s: sustained float32 FLOP/s while training, > 0.
+        downlink_bytes_per_s: server → device, > 0.
+        uplink_bytes_per_s: device → server, > 0.
+        latency_s: added once to each exchange, ≥ 0.
+        memory_bytes: what training may use, > 0.
+        availability: probability that the device can be asked in a round, in (0, 1].
+        dropout: probability that an asked device never answers, in [0, 1).
+        exploits: which zeros of a mask make it faster.
+        sources: field → where its number comes from, with a date.
+    """
+
+    name: str
+    flops_per_s: float
+    downlink_bytes_per_s: float
+    uplink_bytes_per_s: float
+    latency_s: float
+    memory_bytes: float
+    availability: float = 1.0
+    dropout: float = 0.0
+    exploits: Exploits = "structured"
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """All that the server may know of a client."""
+
+    id: int
+    num_examples: int
+    profile: DeviceProfile
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was spent. Filled by the pool and the client's meter, never by a method.
+
+    Args:
+        bytes_down: bytes of the encoded payloads, server → client.
+        bytes_up: bytes of the encoded payloads, client → server.
+        flops: FLOPs of training and scoring, counting only unmasked weights (the theoretical count).
+        executed_flops: FLOPs that the device really runs, given which zeros it can skip.
+        seconds: simulated seconds on the device's clock.
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    flops: float = 0.0
+    executed_flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Add field by field (seconds too: one thing after the other)."""
+        return Cost(
+            self.bytes_down + other.bytes_down,
+            self.bytes_up + other.bytes_up,
+            self.flops + other.flops,
+            self.executed_flops + other.executed_flops,
+            self.seconds + other.seconds,
+        )
+
+
+Extra = bool | int | float | str | Tensor
+"""What may travel beside a model. It is encoded and its bytes are counted."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Server → client: a model, the mask it is held under, and named extras."""
+
+    params: Params
+    mask: Mask
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """Client → server: WEIGHTS, not deltas.
+
+    Args:
+        params: the trained weights; only entries under `mask` are sent.
+        mask: what the client vouches for.
+        sums: named vectors or numbers that the server needs added up over the cohort.
+        each: named tensors that the server needs client by client.
+        metrics: named numbers for the report, e.g. `loss`; averaged over the cohort by examples.
+    """
+
+    params: Params
+    mask: Mask
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    each: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+Fate = Literal["folded", "late", "dropped", "non-finite", "malformed"]
+"""What became of an update: only `folded` ones count in the mean."""
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One client in one round, as it stands in `clients.parquet`."""
+
+    client: int
+    device: str
+    num_examples: int
+    fate: Fate
+    cost: Cost
+    density: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything of the server that survives a round; what a checkpoint holds.
+
+    Args:
+        round: the same number in every hook of a round; advances after the report.
+        params: the weights. Values behind the mask may stay (shadow weights); what is sent, evaluated and saved is
+            `params ⊙ mask`.
+        mask: True on everything that is not prunable.
+        memory: what a method keeps; its own frozen dataclass, or None.
+    """
+
+    round: int
+    params: Params
+    mask: Mask
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round came to.
+
+    Args:
+        round: 1 for the first. Round 0 is the set-up (initial pruning, exploration, server pre-training).
+        metrics: names of METRICS (and their totals) → value. `val/…` only where the round was evaluated.
+        clients: a record for each client that was asked, in order of id.
+        notes: what a reader of the run should know, e.g. updates left out.
+    """
+
+    round: int
+    metrics: Mapping[str, float]
+    clients: tuple[ClientRecord, ...] = ()
+    notes: tuple[str, ...] = ()
