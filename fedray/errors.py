@@ -1,12 +1,12 @@
 """What can go wrong, as one tree.
 
-    FedrayError
-    ├── ConfigError         a config, an override or a command line that cannot be run (exit status 2)
-    ├── DataError           a data set that is missing, unreadable or does not fit (exit status 2)
-    ├── WireError           bytes that are not a payload of ours, or not for the mask that the receiver holds
-    ├── MethodError         a method used something that it did not declare, or returned something malformed
-    ├── ClientError         a client's code raised; carries the client's id and the round
-    └── RunError            a run that cannot go on, or cannot be resumed
+FedrayError
+├── ConfigError         a config, an override or a command line that cannot be run (exit status 2)
+├── DataError           a data set that is missing, unreadable or does not fit (exit status 2)
+├── WireError           bytes that are not a payload of ours, or not for the mask that the receiver holds
+├── MethodError         a method used something that it did not declare, or returned something malformed
+├── ClientError         a client's code raised; carries the client's id and the round
+└── RunError            a run that cannot go on, or cannot be resumed
 """
 
 from collections.abc import Iterable
@@ -56,9 +56,9 @@ class RunError(FedrayError):
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the closest allowed name, or an empty string."""
+    """Return `"; did you mean 'x'?"` for the closest allowed name, or a full stop if none is close."""
     match = get_close_matches(given, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {match[0]!r}?" if match else "."
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
 """The words of the house: what a model, a mask, a client, a cost and a round are.
 
-A model is ONE contiguous float32 vector with named views (`Params`), a mask is one bool vector of the same layout
-(`Mask`). Aggregation, masking, top-k and shipping are then single operations, and names stay readable in methods.
+A model is ONE contiguous float32 vector with named views (`Params`), a mask is one bool vector of the same
+layout (`Mask`). Aggregation, masking, top-k and shipping are then single operations, and names stay readable
+in methods.
 """
 
 from collections.abc import Iterator, Mapping
@@ -181,8 +182,8 @@ class Params(_Flat):
 class Mask(_Flat):
     """Which entries a model holds: one bool vector `.flat` (size,). Treat it as immutable.
 
-    A server's mask is True on everything that is not prunable. An update's mask says what the client vouches for, and
-    may be False anywhere.
+    A server's mask is True on everything that is not prunable. An update's mask says what the client vouches
+    for, and may be False anywhere.
     """
 
     dtype = torch.bool
@@ -191,6 +192,11 @@ class Mask(_Flat):
     def full(cls, layout: Layout) -> "Mask":
         """Return the mask that holds everything."""
         return cls(torch.ones(layout.size, dtype=torch.bool), layout)
+
+    @classmethod
+    def none(cls, layout: Layout) -> "Mask":
+        """Return the mask that holds nothing: what a client vouches for that sends no weights."""
+        return cls(torch.zeros(layout.size, dtype=torch.bool), layout)
 
     @cached_property
     def packed(self) -> bytes:
@@ -350,8 +356,8 @@ class ServerState:
 
     Args:
         round: the same number in every hook of a round; advances after the report.
-        params: the weights. Values behind the mask may stay (shadow weights); what is sent, evaluated and saved is
-            `params ⊙ mask`.
+        params: the weights. Values behind the mask may stay (shadow weights); what is sent, evaluated and
+            saved is `params ⊙ mask`.
         mask: True on everything that is not prunable.
         memory: what a method keeps; its own frozen dataclass, or None.
     """

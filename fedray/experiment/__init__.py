@@ -1,1 +1,1 @@
-"""x."""
+"""How runs are made, kept and seen."""

@@ -1,1 +1,1 @@
-"""x."""
+"""How a round goes. Read `server.py` first."""

@@ -1,1 +1,65 @@
-"""x."""
+"""Models: named architectures, and what ties one to a flat vector (`ModelSpec`).
+
+    spec = build_model("cnn", (1, 28, 28), 10)
+    params = spec.init(seed=0)                 # Params: one float32 vector
+    module = spec.bind(params.flat)            # an nn.Module that reads from, and writes to, that vector
+
+Your own network is an `Architecture` too; pass `{**MODELS, "mine": Architecture(…)}` as `models`.
+"""
+
+from collections.abc import Mapping
+
+from fedray.errors import ConfigError, unknown
+from fedray.models.cnn import CNN
+from fedray.models.lenet import LENET5
+from fedray.models.mlp import MLP
+from fedray.models.resnet import RESNET18
+from fedray.models.spec import Architecture, InputShape, ModelSpec, layout_of
+from fedray.models.vgg import VGG11, VGG19_BN
+
+__all__ = ["MODELS", "Architecture", "InputShape", "ModelSpec", "build_model", "layout_of"]
+
+MODELS: dict[str, Architecture] = {
+    "mlp": MLP,
+    "lenet5": LENET5,
+    "cnn": CNN,
+    "vgg11": VGG11,
+    "vgg19_bn": VGG19_BN,
+    "resnet18": RESNET18,
+}
+"""Name in a config → architecture."""
+
+
+def build_model(
+    name: str,
+    input_shape: InputShape,
+    num_classes: int,
+    models: Mapping[str, Architecture] = MODELS,
+    *,
+    prune_first: bool = True,
+    prune_last: bool = False,
+) -> ModelSpec:
+    """Build a model by name for a data set.
+
+    Args:
+        name: a key of `models`.
+        input_shape: channels, height and width of an example.
+        num_classes: number of logits.
+        models: name → architecture.
+        prune_first: whether the weights of the first convolution or linear layer may be pruned.
+        prune_last: whether those of the last one (the classifier) may be pruned.
+
+    Raises:
+        ConfigError: if there is no such model, or if it does not take such inputs.
+    """
+    if name not in models:
+        raise ConfigError(f"model: {unknown('model', name, models)}")
+    architecture = models[name]
+    if reason := architecture.accepts(input_shape):
+        able = ", ".join(n for n, other in models.items() if other.accepts(input_shape) is None)
+        raise ConfigError(
+            f"model: {reason}. Models that take {'×'.join(map(str, input_shape))}: {able or 'none'}"
+        )
+    return ModelSpec.of(
+        name, architecture, input_shape, num_classes, prune_first=prune_first, prune_last=prune_last
+    )

@@ -1,0 +1,449 @@
+"""How a model crosses the wire: (params, mask, extras) → bytes, and back. Their length is what a run pays.
+
+    header 32 B │ values of the held entries │ which entries are held │ extras
+
+Values are `fp32` (bit for bit), `fp16`, or `int8` (one byte each, and a scale and zero point per tensor). Of
+the ways to say which entries are held, the smallest is taken:
+
+    dense     nothing: every entry is held
+    known     8 bytes: the digest of a mask that the receiver holds already ("values only")
+    bitmap    one bit per entry of the model
+    gaps      one or two bytes per held entry: its distance to the one before; 0 means "advance by the
+              largest distance, nothing is held there"
+    runs      the same for the entries where held and not held change over: rows, channels, whole layers
+
+A mask that holds nothing (a client that stays silent) is thus a header. All numbers are little endian.
+Decoding reads numbers and JSON, never code; whatever is not a payload of ours is a WireError.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
+from struct import Struct
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+from torch import Tensor
+
+from fedray.errors import ConfigError, MethodError, WireError, unknown
+from fedray.types import Extra, Layout, Mask, Params
+
+ValueKind = Literal["fp32", "fp16", "int8"]
+"""How one weight is written: exactly, as an IEEE half, or as one byte of its tensor's range."""
+
+_Array = npt.NDArray[Any]
+
+_VALUES: tuple[ValueKind, ...] = get_args(ValueKind)
+_VALUE_BYTES: Mapping[ValueKind, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+_POSITIONS = ("dense", "known", "bitmap", "gaps u8", "gaps u16", "runs u8", "runs u16")
+_DENSE, _KNOWN, _BITMAP, *_ = range(len(_POSITIONS))
+_GAPS = {3: "u1", 4: "<u2"}
+_RUNS = {5: "u1", 6: "<u2"}
+
+_MAGIC, _VERSION = b"FRAY", 1
+_HEADER = Struct("<4sHBBQQQ")  # magic, version, value kind, position kind, entries, held, bytes of extras
+HEADER_BYTES = _HEADER.size
+DIGEST_BYTES = 8
+_AFFINE_BYTES = 5  # per tensor: scale (float32) and zero point (uint8)
+_HALF_MAX = 65504.0
+_FLOAT_MAX = np.finfo(np.float32).max
+
+_EXTRA_DTYPES = {
+    torch.float32: ("F32", "<f4"),
+    torch.float16: ("F16", "<f2"),
+    torch.int64: ("I64", "<i8"),
+    torch.int32: ("I32", "<i4"),
+    torch.uint8: ("U8", "u1"),
+    torch.bool: ("BOOL", "u1"),
+}
+_LAST_INDEX: dict[tuple[int, bytes], _Array] = {}  # (length, digest) of the mask used last → its indices
+_METADATA = "__metadata__"  # where safetensors keeps text; no tensor may have this name
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a payload holds.
+
+    Args:
+        params: the values where `mask` is True, exact zeros elsewhere.
+        mask: which entries travelled; the receiver's own object where the payload named it by its digest.
+        extras: what travelled beside the model, with equal Python types.
+    """
+
+    params: Params
+    mask: Mask
+    extras: Mapping[str, Extra]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Turns a model into the bytes that cross the wire, and back.
+
+    Args:
+        values: how a weight is written.
+            `fp32`: 4 bytes, bit for bit (also NaN payloads, −0 and denormals).
+            `fp16`: 2 bytes, rounded to nearest even; a finite weight beyond ±65504 becomes ±65504, not inf.
+            `int8`: 1 byte, affine over the held entries of each tensor as in FL-PQSU (IEEE Access 2021),
+            over a range that includes 0; |x − x̂| ≤ scale = range / 255. A tensor that holds NaN or infinity
+            arrives as NaN in all its held entries, so that the server sees it and leaves the update out.
+
+    Raises:
+        ConfigError: for an unknown kind of values.
+    """
+
+    values: ValueKind = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.values not in _VALUES:
+            raise ConfigError(unknown("values of a codec", self.values, _VALUES))
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the held weights arrive bit for bit."""
+        return self.values == "fp32"
+
+    def encode(
+        self, params: Params, mask: Mask, *, known: bytes | None = None, extras: Mapping[str, Extra] = {}
+    ) -> bytes:
+        """Write the entries of `params` under `mask`.
+
+        Args:
+            params: the weights, float32 (n,).
+            mask: which of them travel, bool (n,).
+            known: digest of the mask that the receiver holds; where it is this one, positions shrink to the
+                digest (unless they are smaller still: a full mask needs none).
+            extras: what travels beside the model; see `encode_extras`.
+
+        Returns:
+            A payload of exactly `size(mask, known=known, extras=extras)` bytes.
+
+        Raises:
+            ValueError: if params and mask differ in length.
+            MethodError: for an extra that cannot travel.
+        """
+        if params.layout.size != mask.layout.size:
+            raise ValueError(f"params have {params.layout.size} entries, the mask has {mask.layout.size}")
+        flat = params.flat.numpy()
+        index = None if mask.is_full else _index(mask, recurring=_is_known(mask, known))
+        values = _pack(self.values, flat if index is None else flat.take(index), index, mask.layout)
+        positions, where = _positions(mask, known, index)
+        beside = encode_extras(extras)
+        kind = _VALUES.index(self.values)
+        header = _HEADER.pack(_MAGIC, _VERSION, kind, positions, mask.layout.size, mask.count, len(beside))
+        return b"".join((header, *values, where, beside))  # the one copy of the values
+
+    def size(self, mask: Mask, *, known: bytes | None = None, extras: Mapping[str, Extra] = {}) -> int:
+        """Return the length in bytes of `encode(…)` for any weights under this mask without encoding them."""
+        _, where = _positions(mask, known)
+        values_bytes = _values_bytes(self.values, mask.count, mask.layout)
+        return HEADER_BYTES + values_bytes + len(where) + extras_size(extras)
+
+    def decode(self, payload: bytes, layout: Layout, *, known: Mapping[bytes, Mask] = {}) -> Decoded:
+        """Read a payload. Its header says how values are written: any codec reads what any other wrote.
+
+        Args:
+            payload: what `encode` returned.
+            layout: of the model that the receiver expects.
+            known: digest → mask, for the masks that the receiver holds.
+
+        Raises:
+            WireError: if this is not a whole payload for this layout, or names a mask that is not in `known`.
+        """
+        header = _read_header(payload, layout)
+        rest = memoryview(payload)[HEADER_BYTES:]
+        values_bytes = _values_bytes(header.values, header.held, layout)
+        _expect(
+            values_bytes + header.extras_bytes <= len(rest),
+            "bytes after the header",
+            len(rest),
+            f"{values_bytes} of values and {header.extras_bytes} of extras: it is truncated",
+        )
+        # every length is known to fit the buffer, or the layout, before anything is allocated from it
+        split = len(rest) - header.extras_bytes
+        mask, index = _read_positions(header, rest[values_bytes:split], layout, known)
+        values = _unpack(header.values, rest[:values_bytes], index, layout)
+        if index is not None:
+            flat = np.zeros(layout.size, "<f4")
+            flat[index] = values
+            values = flat
+        extras = decode_extras(bytes(rest[split:]))
+        return Decoded(Params(torch.from_numpy(values), layout), mask, extras)
+
+
+def encode_extras(extras: Mapping[str, Extra]) -> bytes:
+    """Write named tensors and scalars as safetensors, the scalars as JSON in its metadata.
+
+    Args:
+        extras: name → bool, int, float, str, or tensor of float32, float16, int64, int32, uint8 or bool.
+
+    Returns:
+        The same bytes for the same content, in whatever order it is given; none at all for no extras.
+
+    Raises:
+        MethodError: for any other type.
+    """
+    if not extras:
+        return b""
+    tensors: dict[str, _Array] = {}
+    scalars: dict[str, bool | int | float | str] = {}
+    for name, value in extras.items():
+        if isinstance(value, Tensor) and value.dtype in _EXTRA_DTYPES and name != _METADATA:
+            tensors[name] = value.detach().cpu().contiguous().numpy()
+        elif isinstance(value, bool | int | float | str):
+            scalars[name] = value
+        else:
+            given = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _EXTRA_DTYPES)
+            raise MethodError(
+                f"extra {name!r} is {given}; bool, int, float, str and tensors of {dtypes} can travel, not "
+                f"under the name {_METADATA!r}. Change what the method puts in `extras`, `sums` or `each`."
+            )
+    # one entry of metadata: safetensors writes several in any order
+    metadata = {"scalars": json.dumps(scalars, sort_keys=True, separators=(",", ":"))} if scalars else None
+    return bytes(save(tensors, metadata))
+
+
+def decode_extras(data: bytes) -> dict[str, Extra]:
+    """Read what `encode_extras` wrote.
+
+    Raises:
+        WireError: if it is something else.
+    """
+    if not data:
+        return {}
+    try:
+        tensors = {name: _read_tensor(**tensor) for name, tensor in deserialize(data)}  # type: ignore[no-untyped-call]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        scalars = json.loads((header.get(_METADATA) or {}).get("scalars", "{}"))
+        if not all(isinstance(value, bool | int | float | str) for value in scalars.values()):
+            raise ValueError(f"scalars {scalars}")
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WireError(f"extras: found {error!r}, expected safetensors of our own") from error
+    return {**scalars, **tensors}
+
+
+def extras_size(extras: Mapping[str, Extra]) -> int:
+    """Return the length in bytes of `encode_extras(extras)`."""
+    return len(encode_extras(extras))
+
+
+class _Header(NamedTuple):
+    values: ValueKind
+    positions: int
+    held: int
+    extras_bytes: int
+
+
+def _expect(ok: bool, what: str, found: object, expected: object) -> None:
+    if not ok:
+        raise WireError(f"payload, {what}: found {found}, expected {expected}")
+
+
+def _read_header(payload: bytes, layout: Layout) -> _Header:
+    _expect(len(payload) >= HEADER_BYTES, "bytes", len(payload), f"{HEADER_BYTES} of header: it is truncated")
+    magic, version, values, positions, entries, held, extras_bytes = _HEADER.unpack_from(payload)
+    _expect(magic == _MAGIC, "magic", magic, _MAGIC)
+    _expect(version == _VERSION, "version", version, _VERSION)
+    _expect(values < len(_VALUES), "kind of values", values, f"below {len(_VALUES)}")
+    _expect(positions < len(_POSITIONS), "kind of positions", positions, f"below {len(_POSITIONS)}")
+    _expect(entries == layout.size, "entries of the model", entries, f"{layout.size} as in the layout")
+    _expect(held <= entries, "held entries", held, f"at most {entries}")
+    return _Header(_VALUES[values], positions, held, extras_bytes)
+
+
+def _is_known(mask: Mask, known: bytes | None) -> bool:
+    return known is not None and known == mask.digest
+
+
+def _positions(mask: Mask, known: bytes | None, index: _Array | None = None) -> tuple[int, bytes]:
+    """Return kind and bytes of the smallest way to say what `mask` holds; `index` is where, if at hand."""
+    if mask.is_full:
+        return _DENSE, b""
+    best = _BITMAP, mask.packed
+    if _is_known(mask, known) and len(mask.packed) > DIGEST_BYTES:
+        best = _KNOWN, mask.digest
+    if mask.count < len(best[1]):  # each gap takes a byte or more
+        best = _smallest(best, _GAPS, _index(mask) if index is None else index)
+    turns = np.diff(mask.flat.numpy(), prepend=False)
+    if np.count_nonzero(turns) < len(best[1]):
+        best = _smallest(best, _RUNS, np.flatnonzero(turns))
+    return best
+
+
+def _smallest(best: tuple[int, bytes], kinds: Mapping[int, str], index: _Array) -> tuple[int, bytes]:
+    for kind, dtype in kinds.items():
+        gaps = _pack_gaps(index, dtype, below_bytes=len(best[1]))
+        if gaps is not None:
+            best = kind, gaps
+    return best
+
+
+def _read_positions(
+    header: _Header, data: memoryview, layout: Layout, known: Mapping[bytes, Mask]
+) -> tuple[Mask, _Array | None]:
+    """Return the mask and the indices it holds (None: all)."""
+    if header.positions == _DENSE:
+        _expect(len(data) == 0, "bytes of positions", len(data), "none, since it is dense")
+        _expect(header.held == layout.size, "held entries", header.held, f"{layout.size}, since it is dense")
+        return Mask.full(layout), None
+    if header.positions == _KNOWN:
+        _expect(len(data) == DIGEST_BYTES, "bytes of a mask's digest", len(data), DIGEST_BYTES)
+        mask = known.get(bytes(data))
+        names = ", ".join(digest.hex() for digest in known) or "none"
+        if mask is None or mask.layout.size != layout.size:
+            raise WireError(f"payload, values only: found mask {data.hex()}, the receiver holds: {names}")
+        index = _index(mask, recurring=True)
+    elif header.positions in _GAPS:
+        index = _unpack_gaps(data, _GAPS[header.positions], layout.size)
+        bits = np.zeros(layout.size, np.bool_)
+        bits[index] = True
+        mask = Mask(torch.from_numpy(bits), layout)
+    else:
+        read = _read_bitmap if header.positions == _BITMAP else _read_runs
+        mask = Mask(torch.from_numpy(read(header, data, layout)), layout)
+        index = _index(mask)
+    _expect(index.size == header.held, "positions", index.size, f"{header.held} as in the header")
+    return mask, index
+
+
+def _read_bitmap(header: _Header, data: memoryview, layout: Layout) -> _Array:
+    _expect(len(data) == -(-layout.size // 8), "bytes of the bitmap", len(data), -(-layout.size // 8))
+    return np.unpackbits(np.frombuffer(data, "u1"), count=layout.size).view(np.bool_)
+
+
+def _read_runs(header: _Header, data: memoryview, layout: Layout) -> _Array:
+    turns = _unpack_gaps(data, _RUNS[header.positions], layout.size)
+    lengths = np.diff(turns, prepend=0, append=layout.size)  # not held, held, not held, …
+    return np.repeat(np.arange(lengths.size) % 2 == 1, lengths)
+
+
+def _index(mask: Mask, recurring: bool = False) -> _Array:
+    """Return where `mask` is True, remembered for the `recurring` mask that was asked for last.
+
+    With a mask common to all clients that is most of the work of encoding and decoding values only.
+    """
+    if not recurring:
+        return np.flatnonzero(mask.flat.numpy())
+    key = mask.layout.size, mask.digest
+    index = _LAST_INDEX.get(key)
+    if index is None:
+        index = np.flatnonzero(mask.flat.numpy())
+        _LAST_INDEX.clear()
+        _LAST_INDEX[key] = index
+    return index
+
+
+def _pack_gaps(index: _Array, dtype: str, below_bytes: int) -> bytes | None:
+    """Code the distance of each index to the one before; None where that takes `below_bytes` or more."""
+    distances = np.diff(index, prepend=-1)  # ≥ 1, so that 0 is free for "advance by `reach`"
+    reach = int(np.iinfo(dtype).max)
+    advances = (distances - 1) // reach
+    codes = index.size + int(advances.sum())
+    if codes * np.dtype(dtype).itemsize >= below_bytes:
+        return None
+    if codes == index.size:
+        return distances.astype(dtype).tobytes()
+    gaps = np.zeros(codes, dtype)
+    gaps[np.arange(index.size) + np.cumsum(advances)] = distances - reach * advances
+    return gaps.tobytes()
+
+
+def _unpack_gaps(data: memoryview, dtype: str, entries: int) -> _Array:
+    width = np.dtype(dtype).itemsize
+    _expect(len(data) % width == 0, "bytes of gaps", len(data), f"a multiple of {width}")
+    gaps = np.frombuffer(data, dtype)
+    kept = gaps != 0
+    ends = np.cumsum(np.where(kept, gaps, np.iinfo(dtype).max), dtype=np.int64)
+    if gaps.size:
+        _expect(ends[-1] <= entries, "end of the gaps", ends[-1], f"at most {entries}")
+        _expect(kept[-1], "last gap", "an advance", "a distance")
+    index: _Array = ends[kept] - 1
+    return index
+
+
+def _values_bytes(kind: ValueKind, held: int, layout: Layout) -> int:
+    affine = _AFFINE_BYTES * len(layout.names) if kind == "int8" and held else 0
+    return _VALUE_BYTES[kind] * held + affine
+
+
+def _pack(kind: ValueKind, values: _Array, index: _Array | None, layout: Layout) -> tuple[memoryview, ...]:
+    """Return the buffers of the held `values` float32 (held,), which stand at `index` (None: everywhere)."""
+    if kind == "fp32":
+        return (np.ascontiguousarray(values, "<f4").data,)
+    if kind == "fp16":
+        # torch converts halves some 25 times as fast as numpy
+        half = torch.from_numpy(values).clamp(-_HALF_MAX, _HALF_MAX).half().numpy()
+        infinite = np.isinf(values)
+        half[infinite] = values[infinite]
+        return (half.astype("<f2", copy=False).data,)
+    if values.size == 0:
+        return ()
+    scales, zeros = np.zeros(len(layout.names), "<f4"), np.zeros(len(layout.names), "u1")
+    codes = np.zeros(values.size, "u1")
+    for tensor, span in _held_spans(index, layout):
+        scales[tensor], zeros[tensor] = _affine(values[span])
+        if scales[tensor] > 0:  # neither all zeros nor NaN
+            scaled = values[span] / scales[tensor] + zeros[tensor]
+            codes[span] = np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
+    return scales.data, zeros.data, codes.data
+
+
+def _unpack(kind: ValueKind, data: memoryview, index: _Array | None, layout: Layout) -> _Array:
+    """Return the held values as a float32 array of its own (held,)."""
+    if kind == "fp32":
+        return np.frombuffer(data, "<f4").copy()
+    if kind == "fp16":
+        return torch.from_numpy(np.frombuffer(data, "<f2").copy()).float().numpy()
+    if len(data) == 0:
+        return np.zeros(0, "<f4")
+    tensors = len(layout.names)
+    scales, zeros = np.frombuffer(data, "<f4", tensors), np.frombuffer(data, "u1", tensors, 4 * tensors)
+    values = np.frombuffer(data, "u1", offset=_AFFINE_BYTES * tensors).astype("<f4")
+    with np.errstate(over="ignore", invalid="ignore"):  # a scale of NaN is meant
+        for tensor, span in _held_spans(index, layout):
+            values[span] -= zeros[tensor]
+            values[span] *= scales[tensor]
+    # 255 · scale may round to just beyond the largest float
+    return np.clip(values, -_FLOAT_MAX, _FLOAT_MAX, out=values)
+
+
+def _held_spans(index: _Array | None, layout: Layout) -> Iterator[tuple[int, slice]]:
+    """Yield (number of the tensor, where its held entries are among all held), for tensors that hold any."""
+    bounds = np.cumsum((0, *layout.sizes))
+    held = bounds if index is None else np.searchsorted(index, bounds)
+    for tensor, (start, stop) in enumerate(pairwise(held.tolist())):
+        if start < stop:
+            yield tensor, slice(start, stop)
+
+
+def _affine(values: _Array) -> tuple[np.float32, int]:
+    """Return FL-PQSU's scale and zero point of `values` (k ≥ 1,); the scale is NaN if one is not finite.
+
+    The range includes 0 (theirs may not, which destroys the tensor), and the scale is rounded up, so that the
+    range fits into 255 steps also where float32 has few digits left. The zero point is cut to an integer, as
+    theirs.
+    """
+    with np.errstate(invalid="ignore"):
+        smallest, largest = float(values.min()), float(values.max())
+    if not (isfinite(smallest) and isfinite(largest)):
+        return np.float32("nan"), 0
+    low, high = min(smallest, 0.0), max(largest, 0.0)
+    exact = (high - low) / 255
+    scale = np.float32(exact)
+    if float(scale) < exact:
+        scale = np.nextafter(scale, _FLOAT_MAX)
+    return scale, int(-low * 255 / (high - low)) if scale > 0 else 0
+
+
+def _read_tensor(dtype: str, shape: list[int], data: bytearray) -> Tensor:
+    for ours, (name, numpy_dtype) in _EXTRA_DTYPES.items():
+        if name == dtype:
+            array = np.frombuffer(data, numpy_dtype).reshape(shape)
+            return torch.from_numpy(array != 0 if ours is torch.bool else array)
+    raise ValueError(f"tensor of {dtype}")

@@ -1,0 +1,155 @@
+"""FLOPs of a model under a mask, per example.
+
+Conventions:
+
+* Only the weights of convolutions and linear layers count. Biases, normalisation, activations and pooling do
+  not, as usual in the literature on pruning: they are little beside the products, and no mask removes them.
+* One multiply-add is 2 FLOPs. A weight takes part in one multiply-add for each position of its layer's
+  output: height × width for a convolution (also where the window lies on padding), one for a linear layer.
+* Training costs three forward passes: forward, gradient of the inputs, gradient of the weights. The first
+  layer needs no gradient of its inputs; that is not deducted.
+* A gradient taken outside the mask, as regrowth needs it, is charged as dense: one forward pass under the
+  mask and two dense ones. Evci et al. charge the gradient of the weights alone as dense.
+
+Sources: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix on FLOPs; for
+dense gradients the accounting in Huang et al., "FedRTS", NeurIPS 2025, arXiv 2501.19122.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import chain
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedray.types import Exploits, Layout, Mask
+
+CACHED_MASKS = 4096
+"""How many masks' counts a model remembers, at some 300 bytes each."""
+
+
+@dataclass(frozen=True)
+class FlopModel:
+    """What each weight of a model costs.
+
+    Args:
+        layout: the model's layout.
+        positions: name of a weight tensor → number of multiply-adds that each of its weights takes part in,
+            per example. Tensors that are not named cost nothing.
+    """
+
+    layout: Layout
+    positions: Mapping[str, int]
+    _counted: dict[bytes, tuple[float, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def trace(cls, module: nn.Module, input_shape: tuple[int, int, int], layout: Layout) -> "FlopModel":
+        """Count positions by sending one example through a copy of the module.
+
+        Args:
+            module: takes images (n, channels, height, width). On the CPU; tensors without values (on the meta
+                device) are taken as zeros.
+            input_shape: channels, height, width.
+            layout: the module's layout.
+
+        Raises:
+            ValueError: if a weight that takes part is not in the layout.
+        """
+        # not on the meta device, whose kernels import sympy and much else for three seconds; deepcopy takes
+        # what it finds in its memo as the copy
+        tensors = chain(module.parameters(), module.buffers())
+        probe = deepcopy(
+            module, {id(t): torch.zeros_like(t, device="cpu") for t in tensors if t.is_meta}
+        ).eval()
+        names = {id(parameter): name for name, parameter in probe.named_parameters()}
+        positions: dict[str, int] = {}
+
+        def count(layer: nn.Module, _: Any, output: Tensor) -> None:
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            name = names[id(layer.weight)]
+            if name not in layout.spans:
+                raise ValueError(f"{name} is in the module, not in the layout; give the module's own layout")
+            # a layer that is used twice, or shares its weight with another, counts twice
+            positions[name] = positions.get(name, 0) + output.numel() // layer.weight.shape[0]
+
+        for layer in probe.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(count)
+        with torch.no_grad():
+            probe(torch.zeros(1, *input_shape))
+        return cls(layout, positions)
+
+    def dense(self) -> float:
+        """Return the FLOPs of a forward pass with all weights."""
+        return 2.0 * sum(n * prod(self.layout.shape_of[name]) for name, n in self.positions.items())
+
+    def forward(self, mask: Mask) -> float:
+        """Return the FLOPs of a forward pass with the weights that are held: the theoretical count."""
+        return self._count(mask)[0]
+
+    def structured(self, mask: Mask) -> float:
+        """Return the FLOPs of a forward pass on a device that can skip whole rows and whole input channels.
+
+        Of each tensor (out, in, …) counts what is left without the rows (dim 0) and the input channels
+        (dim 1) that hold nothing: `forward(mask)` ≤ this ≤ `dense()`. Each tensor for itself: where a row
+        goes, the input channel that it fed goes only if the next tensor's mask says so.
+        """
+        return self._count(mask)[1]
+
+    def train(self, mask: Mask, *, dense_gradient: bool = False) -> float:
+        """Return the theoretical FLOPs of training on one example.
+
+        Args:
+            mask: the weights that are held.
+            dense_gradient: whether gradients are taken for the masked weights too.
+        """
+        return self._with_backward(self.forward(mask), dense_gradient)
+
+    def executed(self, mask: Mask, exploits: Exploits, *, dense_gradient: bool = False) -> float:
+        """Return the FLOPs that a device really runs to train on one example: what drives its clock.
+
+        Args:
+            mask: the weights that are held.
+            exploits: which zeros the device can skip.
+            dense_gradient: whether gradients are taken for the masked weights too.
+        """
+        return self._with_backward(self.executed_forward(mask, exploits), dense_gradient)
+
+    def executed_forward(self, mask: Mask, exploits: Exploits) -> float:
+        """Return the FLOPs that a device really runs in a forward pass, per example.
+
+        Args:
+            mask: the weights that are held.
+            exploits: which zeros the device can skip.
+        """
+        if exploits == "nothing":
+            return self.dense()
+        return self.structured(mask) if exploits == "structured" else self.forward(mask)
+
+    def _with_backward(self, forward: float, dense_gradient: bool) -> float:
+        return forward + 2 * (self.dense() if dense_gradient else forward)
+
+    def _count(self, mask: Mask) -> tuple[float, float]:
+        """Return the unstructured and the structured count of a forward pass."""
+        if mask.is_full:
+            return self.dense(), self.dense()
+        if mask.digest in self._counted:
+            return self._counted[mask.digest]
+        weights = structured = 0
+        for name, positions in self.positions.items():
+            _, channels, *kernel = self.layout.shape_of[name]
+            held = mask[name].flatten(1).numpy()  # (out, in · kernel)
+            rows_kept = int(held.any(axis=1).sum())
+            channels_kept = int(held.any(axis=0).reshape(channels, -1).any(axis=1).sum())
+            weights += positions * int(np.count_nonzero(held))
+            structured += positions * rows_kept * channels_kept * prod(kernel)
+        if len(self._counted) >= CACHED_MASKS:
+            del self._counted[next(iter(self._counted))]  # the oldest
+        self._counted[mask.digest] = (2.0 * weights, 2.0 * structured)
+        return self._counted[mask.digest]

@@ -1,0 +1,264 @@
+"""The mask-aware mean as a fold: add, merge, mean.
+
+    out[i] = Σ_k n_k m_k[i] w_k[i] / Σ_k n_k m_k[i],   and `otherwise[i]` where nobody holds i
+
+With one common mask this is FedAvg, with width masks HeteroFL, with masks of the clients' own FRLP's FedSA
+(eq. 7). Workers never return a hundred models: a worker adds each update to a `Partial` while it is hot in
+cache, and partials are merged along a fixed binary tree over chunks of the sorted cohort. The tree depends on
+the config alone, so the mean has the same bits on any number of workers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedray.errors import MethodError
+from fedray.types import ClientRecord, ClientUpdate, Cost, Layout, Mask, Params
+
+Vector = NDArray[np.float32]
+Masks = Mapping[bytes, Mask]
+"""Masks by digest: what a digest in a partial refers to."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How updates are added up; declared by the method, since a worker must know it.
+
+    Args:
+        weight: a client counts by its number of examples, or like every other.
+        by: who holds a coordinate: the update's mask, or (FRLP's literal text) whoever has `w ≠ 0` there.
+        keep_updates: keep each model beside the sum, for the rare method that needs them; costs a model per
+            client.
+    """
+
+    weight: Literal["examples", "uniform"] = "examples"
+    by: Literal["mask", "nonzero"] = "mask"
+    keep_updates: bool = False
+
+
+class Partial:
+    """The fold of some clients: Σ n·m·w, Σ n·m, and what is kept beside them.
+
+    Σ n·m is a number as long as all updates have one mask (named by its digest), and a vector from then on.
+
+    Args:
+        layout: the model's layout.
+        fold: how to add.
+        masks: masks that both sides of a process border know; others are spread into the vector.
+    """
+
+    def __init__(self, layout: Layout, fold: Fold, masks: Masks) -> None:
+        self.layout, self.fold, self.masks = layout, fold, masks
+        self.weighted: Vector | None = None
+        self.common: bytes | None = None
+        self.weight = 0.0
+        self.held: Vector | None = None
+        self.sums: dict[str, NDArray[Any]] = {}
+        self.each: dict[int, dict[str, torch.Tensor]] = {}
+        self.updates: dict[int, ClientUpdate] = {}
+        self.metrics: dict[str, tuple[float, float]] = {}
+
+    def add(self, client: int, num_examples: int, update: ClientUpdate) -> None:
+        """Add one client's update, which must be finite under its mask."""
+        weight = float(num_examples) if self.fold.weight == "examples" else 1.0
+        mask = update.mask
+        if self.fold.by == "nonzero":
+            mask = Mask(mask.flat & (update.params.flat != 0), self.layout)
+        if mask.count:  # a silent client adds nothing, and must not make a common mask a vector
+            self._add_params(update.params, mask, weight)
+        for name, value in update.sums.items():
+            array = value.detach().numpy()
+            self.sums[name] = array.copy() if name not in self.sums else self.sums[name] + array
+        if update.each:
+            self.each[client] = {name: value.detach().clone() for name, value in update.each.items()}
+        if self.fold.keep_updates:
+            self.updates[client] = ClientUpdate(update.params.masked(update.mask), update.mask)
+        for name, number in update.metrics.items():
+            total, count = self.metrics.get(name, (0.0, 0.0))
+            self.metrics[name] = (total + weight * float(number), count + weight)
+
+    def _add_params(self, params: Params, mask: Mask, weight: float) -> None:
+        if self.weighted is None:
+            self.weighted = np.zeros(self.layout.size, dtype=np.float32)
+        total = torch.from_numpy(self.weighted)
+        if mask.is_full:
+            total.add_(params.flat, alpha=weight)
+        else:
+            total.add_(params.masked(mask).flat, alpha=weight)
+        known = mask.digest in self.masks
+        if known and self.held is None and self.common in (None, mask.digest):
+            self.common, self.weight = mask.digest, self.weight + weight
+        else:
+            held = torch.from_numpy(self._spread())
+            held.add_(mask.flat, alpha=weight)
+            self.common, self.weight, self.held = None, 0.0, held.numpy()
+
+    def _spread(self) -> Vector:
+        """Return Σ n·m as a vector of its own (size,)."""
+        if self.held is not None:
+            return self.held if self.held.flags.writeable else self.held.copy()
+        if self.common is None:
+            return np.zeros(self.layout.size, dtype=np.float32)
+        return self.masks[self.common].flat.numpy().astype(np.float32) * np.float32(self.weight)
+
+    def merge(self, other: "Partial") -> "Partial":
+        """Return the fold of both, this one's clients first; neither is changed."""
+        out = Partial(self.layout, self.fold, self.masks)
+        out.weighted = _plus(self.weighted, other.weighted)
+        same = None in (self.common, other.common) or self.common == other.common
+        if self.held is None and other.held is None and same:
+            out.common = self.common or other.common
+            out.weight = self.weight + other.weight
+        else:
+            out.held = self._spread() + other._spread()
+        out.sums = {
+            name: self.sums[name] + other.sums[name]
+            if name in self.sums and name in other.sums
+            else self.sums.get(name, other.sums.get(name))
+            for name in sorted({*self.sums, *other.sums})
+        }
+        out.each, out.updates = self.each | other.each, self.updates | other.updates
+        for name in sorted({*self.metrics, *other.metrics}):
+            (a, n), (b, m) = self.metrics.get(name, (0.0, 0.0)), other.metrics.get(name, (0.0, 0.0))
+            out.metrics[name] = (a + b, n + m)
+        return out
+
+    def mean(self, otherwise: Params | None = None) -> Params:
+        """Return the mask-aware mean; `otherwise` (zeros if None) where nobody holds a coordinate."""
+        rest = np.float32(0) if otherwise is None else otherwise.flat.numpy()
+        if self.weighted is None:
+            flat = np.broadcast_to(rest, (self.layout.size,)).astype(np.float32)
+        elif self.common is not None:
+            mask = self.masks[self.common]
+            flat = self.weighted / np.float32(self.weight)
+            flat = flat if mask.is_full else np.where(mask.flat.numpy(), flat, rest)
+        else:
+            held = self._spread()
+            nobody = held <= 0
+            flat = np.where(nobody, rest, self.weighted / np.where(nobody, np.float32(1), held))
+        return Params(torch.from_numpy(np.ascontiguousarray(flat, dtype=np.float32)), self.layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the masks behind: the other side of the border has them, by digest."""
+        return self.__dict__ | {"masks": {}, "layout": None}
+
+    def arrived(self, layout: Layout, masks: Masks) -> "Partial":
+        """Return self after a process border, with layout and masks put back."""
+        self.layout, self.masks = layout, masks
+        return self
+
+
+def _plus(a: Vector | None, b: Vector | None) -> Vector | None:
+    return b if a is None else a if b is None else a + b
+
+
+Node = tuple[int, int]
+"""(level, index) in the fixed binary tree.
+
+level 0 are the chunks, node (l, i) covers chunks [i·2^l, (i+1)·2^l).
+"""
+
+
+def merge_within(partials: Mapping[Node, Partial]) -> dict[Node, Partial]:
+    """Merge neighbours of one subtree as far as they are present: what a worker may do before it returns."""
+    nodes = dict(partials)
+    level = 0
+    while any(n[0] >= level for n in nodes):
+        for index in sorted(i for lv, i in nodes if lv == level and i % 2 == 0):
+            left, right = (level, index), (level, index + 1)
+            if right in nodes:
+                nodes[level + 1, index // 2] = nodes.pop(left).merge(nodes.pop(right))
+        level += 1
+    return nodes
+
+
+def merge_all(partials: Mapping[Node, Partial], chunks: int) -> Partial:
+    """Merge everything along the tree over `chunks` chunks.
+
+    a node without a right neighbour moves up as it is.
+    """
+    nodes = dict(partials)
+    level, width = 0, chunks
+    while width > 1:
+        if width % 2 and (level, width - 1) in nodes:
+            nodes[level + 1, width // 2] = nodes.pop((level, width - 1))
+        nodes = merge_within(nodes)
+        level, width = level + 1, (width + 1) // 2
+    (root,) = nodes.values()
+    return root
+
+
+def cut(cohort: Sequence[int], chunk: int) -> list[tuple[int, ...]]:
+    """Cut a sorted cohort into chunks of `chunk` clients, the last one shorter."""
+    return [tuple(cohort[i : i + chunk]) for i in range(0, len(cohort), chunk)]
+
+
+def share(weights: Sequence[float], workers: int) -> list[range]:
+    """Deal chunks to workers as contiguous ranges of about equal weight, in order; some may be empty."""
+    ends = np.cumsum(weights)
+    total = float(ends[-1]) if len(weights) else 0.0
+    middles = ends - np.asarray(weights, dtype=float) / 2
+    bounds = [int(np.searchsorted(middles, total * w / workers)) for w in range(workers)] + [len(weights)]
+    return [range(a, b) for a, b in pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class CohortUpdate:
+    """What the folded cohort looks like to the server.
+
+    Args:
+        partial: the merged fold.
+        records: one for each client that was asked, in order of id, whatever became of its update.
+    """
+
+    partial: Partial
+    records: tuple[ClientRecord, ...] = field(default=())
+
+    def mean(self, otherwise: Params | None = None) -> Params:
+        """Return the mask-aware mean of what was folded; `otherwise` (zeros if None) where nobody holds."""
+        return self.partial.mean(otherwise)
+
+    def sum(self, name: str) -> torch.Tensor:
+        """Return a named sum over the cohort, or raise MethodError with the names there are."""
+        if name not in self.partial.sums:
+            raise MethodError(
+                f"no client sent a sum {name!r}; sent were: {sorted(self.partial.sums) or 'none'}"
+            )
+        return torch.from_numpy(np.array(self.partial.sums[name]))
+
+    @property
+    def each(self) -> Mapping[int, Mapping[str, torch.Tensor]]:
+        """Client → what it sent for itself alone."""
+        return self.partial.each
+
+    @property
+    def updates(self) -> Mapping[int, ClientUpdate]:
+        """Client → its model, where the fold keeps them."""
+        return self.partial.updates
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over the folded clients, weighted as the fold weights them."""
+        return {name: total / count for name, (total, count) in self.partial.metrics.items() if count}
+
+    @property
+    def folded(self) -> tuple[ClientRecord, ...]:
+        """Records of the clients whose update counts."""
+        return tuple(r for r in self.records if r.fate == "folded")
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the folded clients: Σ n_k."""
+        return sum(r.num_examples for r in self.folded)
+
+    @property
+    def cost(self) -> Cost:
+        """What all asked clients spent; seconds is the slowest one's."""
+        total = sum((r.cost for r in self.records), Cost())
+        slowest = max((r.cost.seconds for r in self.records), default=0.0)
+        return Cost(total.bytes_down, total.bytes_up, total.flops, total.executed_flops, slowest)

@@ -1,0 +1,193 @@
+"""A method: hyper-parameters and five hooks, in the order a round calls them. The defaults are FedAvg.
+
+    setup → configure → client_update → aggregate → prune
+
+A method is a frozen dataclass that subclasses `Method` directly. Its fields are its hyper-parameters; what it
+must remember between rounds lives in `ServerState.memory` and `client.memory`, never in itself. It counts no
+byte and no FLOP: those are metered where tensors cross the wire or enter a gradient. It never sees the
+  config, the clock, the tracker or the test set.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from fedray.costs.codec import Codec
+from fedray.costs.flops import FlopModel
+from fedray.errors import MethodError
+from fedray.federation.aggregate import CohortUpdate, Fold
+from fedray.federation.client import Client, ClientFunction
+from fedray.types import (
+    ClientInfo,
+    ClientUpdate,
+    Layout,
+    Mask,
+    NonNegativeFloat,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    ServerState,
+    Task,
+)
+
+Values = Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What a hook on the server may use beside the state.
+
+    Args:
+        round: the round of the call; 0 in `setup`.
+        rounds: how many are planned.
+        layout: the model's layout.
+        flops: FLOPs of (model, mask).
+        clients: all registered clients; looking one up is cheap, walking over all of them is not.
+        rng: a generator of this hook in this round.
+    """
+
+    round: int
+    rounds: int
+    layout: Layout
+    flops: FlopModel
+    clients: Sequence[ClientInfo]
+    rng: np.random.Generator
+    _sample: Callable[[int], tuple[int, ...]]
+    _ask: Callable[[ClientFunction, Mapping[int, Task], bool], CohortUpdate]
+    _server: Callable[[], Client]
+    _validate: Callable[[Params, Mask], tuple[float, float]]
+
+    def sample(self, count: int) -> tuple[int, ...]:
+        """Draw up to `count` different clients that are available now; their ids, sorted."""
+        return self._sample(count)
+
+    def ask(
+        self, function: ClientFunction, tasks: Mapping[int, Task], *, keep_updates: bool = False
+    ) -> CohortUpdate:
+        """Run `function(task, client)` on clients outside the round's training; metered like a round.
+
+        Nobody is late or drops out here. The seconds of the slowest client are added to the round's.
+
+        Args:
+            function: a method's bound method, or any function that can be pickled.
+            tasks: client id → task.
+            keep_updates: keep every client's model in `.updates`.
+        """
+        return self._ask(function, tasks, keep_updates)
+
+    @property
+    def server(self) -> Client:
+        """The server as one more client, with data and a device of its own; metered like any.
+
+        Raises:
+            MethodError: unless the method declares `uses_server_data` and the config gives it a share.
+        """
+        return self._server()
+
+    def validate(self, params: Params, mask: Mask) -> tuple[float, float]:
+        """Return (accuracy, mean loss) of `params ⊙ mask` on validation data."""
+        return self._validate(params, mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """FedAvg, and what every method has. Override a hook to be something else.
+
+    Args:
+        local_epochs: passes of a client over its examples in a round.
+        lr: learning rate of a client's SGD.
+        batch_size: examples in a step; the last batch of an epoch may be smaller.
+        momentum: of a client's SGD; starts from zero in every round.
+        weight_decay: L2 penalty of a client's SGD.
+        uplink_values: how a client's weights are written: exact, half precision, or 8 bits per tensor.
+        downlink_values: the same for the server's.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    uses_server_data: ClassVar[bool] = False
+    citation: ClassVar[str] = ""
+
+    local_epochs: PositiveInt = 1
+    lr: PositiveFloat = 0.05
+    batch_size: PositiveInt = 20
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    uplink_values: Values = "fp32"
+    downlink_values: Values = "fp32"
+
+    @property
+    def uplink(self) -> Codec:
+        """How updates are written."""
+        return Codec(values=self.uplink_values)
+
+    @property
+    def downlink(self) -> Codec:
+        """How tasks are written."""
+        return Codec(values=self.downlink_values)
+
+    @property
+    def fold(self) -> Fold:
+        """How updates are added up."""
+        return Fold()
+
+    def check(self, num_clients: int, rounds: int) -> str | None:
+        """Return why this cannot run with so many clients and rounds, or None.
+
+        Called before anything starts.
+        """
+        return None
+
+    def local_steps(self, num_examples: int) -> int:
+        """Return how many SGD steps a client with so many examples makes.
+
+        what over-selection predicts from.
+        """
+        return self.local_epochs * -(-num_examples // self.batch_size)
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Once, before round 1: initial pruning, exploration, pre-training."""
+        return state
+
+    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+        """Say what a client gets.
+
+        Return the state's own params and mask for all, and they are sent as one.
+        """
+        return Task(state.params, state.mask)
+
+    def client_update(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: masked local SGD."""
+        return ClientUpdate(client.sgd(task.params, task.mask), task.mask)
+
+    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+        """Merge what came back.
+
+        the mask-aware mean. Where nobody holds a weight, the server's value stays.
+        """
+        return replace(state, params=cohort.mean(otherwise=state.params))
+
+    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+        """Move the mask; only here does it move."""
+        return state
+
+    def eval_params(self, state: ServerState) -> Params:
+        """Say what is evaluated and saved as the model (under the state's mask)."""
+        return state.params
+
+
+def check_mask(mask: Mask, where: str) -> Mask:
+    """Return the mask if it holds all that is not prunable.
+
+    Raises:
+        MethodError: otherwise, with how many entries are missing.
+    """
+    missing = int((~mask.flat & ~mask.layout.prunable_flat).count_nonzero())
+    if missing:
+        raise MethodError(
+            f"the mask that {where} returned is False on {missing:,} entries that are not prunable "
+            "(biases, norms, the last layer); a server's mask must be True there"
+        )
+    return mask

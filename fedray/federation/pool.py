@@ -1,0 +1,347 @@
+"""Where clients train.
+
+In this process, or hosted by Ray actors. Either way the same worker code, and the same bits.
+
+Thousands of clients are rows of state, not processes. `RayPool` keeps a few `ClientActor`s, broadcasts by one
+`ray.put` an exchange, and makes one call per actor: chunks in, partial sums out. An actor that dies is
+created again and gets its chunks again; nothing that must survive lives in an actor.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from fedray.data.datasets import Examples
+from fedray.errors import FedrayError, RunError
+from fedray.federation.aggregate import share
+from fedray.federation.client import Outcome
+from fedray.federation.worker import (
+    EVALUATION_SHARD,
+    Answer,
+    Chunk,
+    Job,
+    Order,
+    Trained,
+    Worker,
+    Workplace,
+    fold_chunk,
+    masks_of,
+)
+from fedray.types import Extra, Layout, Mask, Params, Task
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
+
+
+class ClientPool(Protocol):
+    """Where clients train."""
+
+    def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
+        """Train and fold all chunks."""
+
+    def evaluate(self, task: Task, examples: Examples) -> Outcome:
+        """Classify examples with a model."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+@contextmanager
+def one_thread() -> Any:
+    """Let torch use one thread inside: with more, sums have other bits (and small models train slower)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class LocalPool:
+    """Everything in this process, one client after the other."""
+
+    def __init__(self, place: Workplace) -> None:
+        self.worker = Worker(place)
+
+    def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
+        """Train and fold all chunks."""
+        with one_thread():
+            return self.worker.run(job, chunks)
+
+    def evaluate(self, task: Task, examples: Examples) -> Outcome:
+        """Classify examples with a model."""
+        with one_thread():
+            return _joined(self.worker.evaluate(task, examples))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """What one hosting actor asks of Ray.
+
+    Args:
+        cpu: CPUs, may be a fraction. gpu: GPUs, may be a fraction.
+        custom: custom resources by name.
+        labels: Ray's label selector, e.g. `{"tier": "fast"}`.
+    """
+
+    cpu: float = 1.0
+    gpu: float = 0.0
+    custom: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The resources as a bundle of a placement group."""
+        return {k: v for k, v in {"CPU": self.cpu, "GPU": self.gpu, **self.custom}.items() if v}
+
+    def to_ray(self) -> dict[str, Any]:
+        """The resources as options of a Ray actor."""
+        options: dict[str, Any] = {"num_cpus": self.cpu, "num_gpus": self.gpu}
+        if self.custom:
+            options["resources"] = dict(self.custom)
+        if self.labels:
+            options["label_selector"] = dict(self.labels)
+        return options
+
+
+@dataclass(frozen=True)
+class Group:
+    """Actors that are alike: how many, and what each asks of Ray."""
+
+    actors: int
+    options: ActorOptions = ActorOptions()
+
+
+PackedTask = tuple[np.ndarray, bytes, dict[str, Extra]]
+
+
+@dataclass(frozen=True)
+class PackedJob:
+    """A job on its way through the object store: a flat numpy vector and one bit per weight for each task."""
+
+    job: Job
+    tasks: tuple[PackedTask, ...]
+
+    @classmethod
+    def pack(cls, job: Job) -> "PackedJob":
+        """Take the tensors out of a job."""
+        tasks = tuple((t.params.flat.numpy(), t.mask.packed, dict(t.extras)) for t in job.tasks)
+        return cls(replace(job, tasks=()), tasks)
+
+    def unpack(self, layout: Layout) -> Job:
+        """Rebuild the job in memory of this process.
+
+        Arrays from the store are shared, and must not be written.
+        """
+        tasks = []
+        for vector, packed, extras in self.tasks:
+            bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=layout.size)
+            mask = Mask(torch.from_numpy(bits.astype(np.bool_)), layout)
+            tasks.append(Task(Params(torch.from_numpy(np.array(vector)), layout), mask, extras))
+        return replace(self.job, tasks=tuple(tasks))
+
+
+class ClientActor:
+    """A Ray actor that hosts virtual clients. It holds nothing that must survive it."""
+
+    def __init__(self, place: Workplace, device: str) -> None:
+        torch.set_num_threads(1)
+        self.worker = Worker(place, device)
+
+    def ready(self) -> int:
+        """Answer with the process id, once the actor is placed and set up."""
+        return os.getpid()
+
+    def run(self, packed: PackedJob, chunks: Sequence[Chunk]) -> Answer:
+        """Train and fold chunks."""
+        return self.worker.run(packed.unpack(self.worker.engine.layout), chunks)
+
+    def train(self, packed: PackedJob, orders: Sequence[tuple[Order, dict[str, Any]]]) -> list[Trained]:
+        """Train clients without folding them: what `actors: per_client` asks."""
+        job = packed.unpack(self.worker.engine.layout)
+        return [self.worker.train(job, order, memory) for order, memory in orders]
+
+    def evaluate(self, packed: PackedJob, examples: Examples, start: int, stop: int) -> list[Outcome]:
+        """Classify a range of examples."""
+        (task,) = packed.unpack(self.worker.engine.layout).tasks
+        return self.worker.evaluate(task, Examples(examples.x[start:stop], examples.y[start:stop]))
+
+
+Call = tuple[str, tuple[Any, ...]]
+"""An actor's method and its arguments."""
+
+
+class RayPool:
+    """Clients hosted by Ray actors.
+
+    Args:
+        place: what every worker needs; put into the object store once.
+        groups: actors by group; a chunk goes to its group.
+        per_client: one actor for each client of the population, in one group; updates are folded here.
+        ready_timeout_s: how long placing and starting the actors may take.
+        max_deaths: how many deaths of actors one exchange survives.
+    """
+
+    def __init__(
+        self,
+        place: Workplace,
+        groups: Sequence[Group],
+        *,
+        per_client: bool = False,
+        ready_timeout_s: float = 300.0,
+        max_deaths: int = 20,
+    ) -> None:
+        import ray
+
+        self.place, self.groups, self.per_client = place, tuple(groups), per_client
+        self.ready_timeout_s, self.max_deaths = ready_timeout_s, max_deaths
+        self.deaths = 0
+        self._ray = ray
+        self._place_ref = ray.put(place)
+        self._examples: dict[int, tuple[Examples, ObjectRef]] = {}
+        self._members = [g for g, group in enumerate(self.groups) for _ in range(group.actors)]
+        self.actors: list[ActorHandle] = [self._create(group) for group in self._members]
+        self._await_ready(self.actors)
+
+    def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
+        """Train and fold all chunks: one broadcast, one call per actor."""
+        job_ref = self._ray.put(PackedJob.pack(job))
+        if self.per_client:
+            return self._run_per_client(job, job_ref, chunks)
+        calls: dict[int, Call] = {}
+        for group in range(len(self.groups)):
+            own = [chunk for chunk in chunks if chunk.group == group]
+            workers = [w for w, member in enumerate(self._members) if member == group]
+            dealt = share([chunk.num_examples for chunk in own], len(workers))
+            for worker, part in zip(workers, dealt, strict=True):
+                if part:
+                    calls[worker] = ("run", (job_ref, own[part.start : part.stop]))
+        answer, masks = Answer(), masks_of(job.tasks)
+        for _, part_of in sorted(self._call_all(calls).items()):
+            for partial in part_of.partials.values():
+                partial.arrived(self.place.model.layout, masks)
+            answer.join(part_of)
+        return answer
+
+    def _run_per_client(self, job: Job, job_ref: "ObjectRef", chunks: Sequence[Chunk]) -> Answer:
+        orders = [(order, chunk.memories.get(order.client, {})) for chunk in chunks for order in chunk.orders]
+        calls: dict[int, Call] = {o.client: ("train", (job_ref, [(o, memory)])) for o, memory in orders}
+        trained = self._call_all(calls)
+        answer = Answer()
+        for chunk in chunks:
+            results = (trained[order.client][0] for order in chunk.orders)
+            answer.join(fold_chunk(self.place, job, chunk.index, results))
+        return answer
+
+    def evaluate(self, task: Task, examples: Examples) -> Outcome:
+        """Classify examples with a model; shards are of one size on any number of actors."""
+        job = Job(round=0, function=_no_training, tasks=(task,), training=False)
+        job_ref, data_ref = self._ray.put(PackedJob.pack(job)), self._shipped(examples)
+        shards = -(-len(examples) // EVALUATION_SHARD)
+        calls: dict[int, Call] = {
+            worker: (
+                "evaluate",
+                (job_ref, data_ref, part.start * EVALUATION_SHARD, part.stop * EVALUATION_SHARD),
+            )
+            for worker, part in enumerate(share([1.0] * shards, len(self.actors)))
+            if part
+        }
+        answers = self._call_all(calls)
+        return _joined([outcome for worker in sorted(answers) for outcome in answers[worker]])
+
+    def close(self) -> None:
+        """End the actors and forget what was shipped."""
+        for actor in self.actors:
+            self._ray.kill(actor)
+        self.actors, self._examples = [], {}
+
+    def _shipped(self, examples: Examples) -> "ObjectRef":
+        if id(examples) not in self._examples:
+            self._examples[id(examples)] = (examples, self._ray.put(examples))
+        return self._examples[id(examples)][1]
+
+    def _call_all(self, calls: Mapping[int, Call]) -> dict[int, Any]:
+        """Make one call per actor and collect the answers.
+
+        An actor that dies is created again and called again.
+        """
+        pending = {self._submit(worker, call): worker for worker, call in calls.items()}
+        answers: dict[int, Any] = {}
+        deaths = 0
+        while pending:
+            (done,), _ = self._ray.wait(list(pending), num_returns=1)
+            worker = pending.pop(done)
+            try:
+                answers[worker] = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
+                deaths += 1
+                self.deaths += 1
+                if deaths > self.max_deaths:
+                    raise RunError(f"{deaths} actors died in one exchange, the last one: {error}") from error
+                logger.warning(
+                    "client actor %d died (%s); its chunks are trained again", worker, _first_line(error)
+                )
+                self.actors[worker] = self._create(self._members[worker])
+                self._await_ready([self.actors[worker]])
+                pending[self._submit(worker, calls[worker])] = worker
+            except self._ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, FedrayError):
+                    raise error.cause from None
+                raise
+        return answers
+
+    def _submit(self, worker: int, call: Call) -> "ObjectRef":
+        name, arguments = call
+        return getattr(self.actors[worker], name).remote(*arguments)
+
+    def _create(self, group: int) -> "ActorHandle":
+        options = self.groups[group].options.to_ray()
+        # Nothing is retried behind our back: a restarted actor would be empty, and its clients' memory is in
+        # the run.
+        hosted = self._ray.remote(max_restarts=0, max_task_retries=0, **options)(ClientActor)
+        return hosted.remote(self._place_ref, "cuda" if options["num_gpus"] else "cpu")
+
+    def _await_ready(self, actors: Iterable["ActorHandle"]) -> None:
+        waiting = [actor.ready.remote() for actor in actors]
+        try:
+            self._ray.get(waiting, timeout=self.ready_timeout_s)
+        except self._ray.exceptions.GetTimeoutError as error:
+            wanted = [f"{group.actors} × {group.options.bundle}" for group in self.groups]
+            raise RunError(
+                f"the client actors were not placed within {self.ready_timeout_s:.0f} s: wanted are "
+                f"{', '.join(wanted)}; the cluster has {self._ray.cluster_resources()}, free are "
+                f"{self._ray.available_resources()}. Lower clients.actors or clients.resources"
+            ) from error
+
+
+def _joined(outcomes: Sequence[Outcome]) -> Outcome:
+    if not outcomes:
+        return Outcome(np.zeros(0, dtype=np.bool_), np.zeros(0, dtype=np.float32))
+    return Outcome(
+        np.concatenate([outcome.right for outcome in outcomes]),
+        np.concatenate([outcome.losses for outcome in outcomes]),
+    )
+
+
+def _no_training(task: Task, client: Any) -> Any:
+    raise RunError("an evaluation trains nobody")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+PoolFactory = Callable[[Workplace], ClientPool]
+"""What makes the pool of a run once the workplace is known."""

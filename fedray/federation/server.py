@@ -1,0 +1,390 @@
+"""The server, and with it a round: READ THIS FIRST.
+
+`Server.step()` is one round, in six numbered steps:
+
+    1 SAMPLE     who takes part
+    2 CONFIGURE  what each of them gets
+    3 TRAIN      on the devices, through the wire
+    4 AGGREGATE  the mask-aware mean
+    5 PRUNE      only here the mask moves
+    6 REPORT     what it came to
+
+The server drives; a `ClientPool` trains. All that survives a round is in `ServerState`, the clients'
+memories, the mask that each client holds and the running totals: together they are a `Checkpoint`.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedray.costs.codec import Codec
+from fedray.costs.devices import seconds
+from fedray.data.datasets import Examples
+from fedray.errors import MethodError
+from fedray.federation.aggregate import CohortUpdate, cut, merge_all
+from fedray.federation.client import Client, ClientFunction, Outcome
+from fedray.federation.method import ServerContext, check_mask
+from fedray.federation.pool import ClientPool
+from fedray.federation.population import draw_cohort, sample
+from fedray.federation.worker import Chunk, Job, Memory, Order, Worker, Workplace, reject_unknown
+from fedray.randomness import generator
+from fedray.types import (
+    ClientInfo,
+    ClientRecord,
+    Cost,
+    DeviceProfile,
+    Mask,
+    Params,
+    RoundReport,
+    ServerState,
+    Task,
+)
+
+SERVER = -1
+"""The server's id where it acts as a client of its own."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is, and how its rounds are made.
+
+    Args:
+        rounds: planned rounds.
+        cohort: clients whose training is asked for in a round.
+        eval_every: rounds between evaluations on validation data; the last round always has one.
+        chunk: clients that are folded together; None makes at most 16 chunks of a cohort.
+        over_selection: share of the cohort that is drawn in excess; the fastest are kept.
+        groups: device names whose clients are trained by workers of their own; all others are group 0.
+    """
+
+    rounds: int
+    cohort: int
+    eval_every: int = 1
+    chunk: int | None = None
+    over_selection: float = 0.0
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServerSide:
+    """What the server itself has: its device, its own examples, and the validation data."""
+
+    profile: DeviceProfile
+    rows: np.ndarray
+    validation: Examples
+
+
+@dataclass
+class Checkpoint:
+    """All that must survive between two rounds."""
+
+    state: ServerState
+    memories: dict[int, Memory] = field(default_factory=dict)
+    holds: dict[int, bytes] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+
+
+class Server:
+    """A federation: the method's state on one side, the pool of clients on the other.
+
+    Args:
+        place: model, data, clients, method and seed, as the workers have them.
+        pool: where clients train.
+        schedule: how long, how many, how often.
+        side: what the server itself has.
+        checkpoint: where to go on; None starts from the model's seeded initialisation.
+    """
+
+    def __init__(
+        self,
+        place: Workplace,
+        pool: ClientPool,
+        schedule: Schedule,
+        side: ServerSide,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.place, self.pool, self.schedule, self.side = place, pool, schedule, side
+        self.method, self.population = place.method, place.population
+        if checkpoint is None:
+            layout = place.model.layout
+            checkpoint = Checkpoint(ServerState(0, place.model.init(place.seed), Mask.full(layout)))
+        self.checkpoint = checkpoint
+        self._own: Worker | None = None
+        self._phase = Phase()
+
+    @property
+    def state(self) -> ServerState:
+        """The state after the last round (or before the first)."""
+        return self.checkpoint.state
+
+    def setup(self) -> RoundReport:
+        """Let the method prepare.
+
+        Initial pruning, exploration, pre-training. Reported, and charged, as round 0.
+        """
+        started, self._phase = time.perf_counter(), Phase()
+        state = self.method.setup(self.state, self._context(purpose=0))
+        check_mask(state.mask, "setup")
+        self.checkpoint.state = replace(state, round=1)
+        return self._report(0, None, started, evaluate=True)
+
+    def step(self) -> RoundReport:
+        """Make one round and return what it came to."""
+        started, self._phase = time.perf_counter(), Phase()
+        state, method = self.state, self.method
+
+        # 1 SAMPLE: available clients, the fastest of those over-selected
+        cohort = draw_cohort(
+            self.population,
+            self.schedule.cohort,
+            self.schedule.over_selection,
+            self._predicted_seconds,
+            generator(self.place.seed, "sample", state.round),
+        )
+
+        # 2 CONFIGURE: what each client gets; equal tasks are sent as one
+        tasks = {client: method.configure(state, self.population[client]) for client in cohort}
+
+        # 3 TRAIN: on the devices; bytes, FLOPs and seconds are metered on the way
+        update = self._exchange(method.client_update, tasks, training=True)
+
+        # 4 AGGREGATE: the mask-aware mean of the updates that count
+        state = method.aggregate(state, update)
+
+        # 5 PRUNE: only here the mask moves
+        state = method.prune(state, update, self._context(purpose=1))
+        check_mask(state.mask, "prune")
+        self.checkpoint.state = replace(state, round=state.round + 1)
+
+        # 6 REPORT
+        last = state.round == self.schedule.rounds
+        return self._report(
+            state.round, update, started, evaluate=last or state.round % self.schedule.eval_every == 0
+        )
+
+    @property
+    def model(self) -> Params:
+        """The model as it is evaluated and saved: `eval_params ⊙ mask`."""
+        return self.method.eval_params(self.state).masked(self.state.mask)
+
+    def evaluate(self, examples: Examples) -> Outcome:
+        """Classify examples with the model."""
+        return self.pool.evaluate(Task(self.model, self.state.mask), examples)
+
+    # ── what the six steps stand on ──────────────────────────────────────────────────────────────────────
+
+    def _exchange(
+        self,
+        function: ClientFunction,
+        tasks: Mapping[int, Task],
+        *,
+        training: bool = False,
+        keep_updates: bool = False,
+    ) -> CohortUpdate:
+        """Send tasks, run `function` on the devices, fold what comes back, keep what clients remember."""
+        reject_unknown(tasks, len(self.population))
+        sent, orders = self._send(tasks)
+        job = Job(self.state.round, function, sent, training, keep_updates)
+        chunks = self._chunks(orders)
+        if not chunks:
+            raise MethodError("an exchange with no clients: ask at least one")
+        answer = self.pool.run(job, chunks)
+        self.checkpoint.memories |= {k: m for k, m in answer.memories.items() if m}
+        for client in [k for k, m in answer.memories.items() if not m]:
+            self.checkpoint.memories.pop(client, None)
+        records = tuple(sorted(answer.records, key=lambda record: record.client))
+        return CohortUpdate(merge_all(answer.partials, len(chunks)), records)
+
+    def _send(self, tasks: Mapping[int, Task]) -> tuple[tuple[Task, ...], dict[int, Order]]:
+        """Encode each different task once; say what reaching each client costs, given the mask it holds."""
+        codec, layout, holds = self.method.downlink, self.place.model.layout, self.checkpoint.holds
+        numbers: dict[tuple[object, ...], int] = {}
+        sent: list[Task] = []
+        orders: dict[int, Order] = {}
+        sizes: dict[tuple[int, bool], int] = {}
+        for client, task in sorted(tasks.items()):
+            key = (
+                id(task.params),
+                id(task.mask),
+                tuple((k, _identity(v)) for k, v in sorted(task.extras.items())),
+            )
+            if key not in numbers:
+                numbers[key] = len(sent)
+                sent.append(_as_received(codec, replace(task, params=task.params.masked(task.mask))))
+            number, digest = numbers[key], task.mask.digest
+            knows = holds.get(client) == digest
+            if (number, knows) not in sizes:
+                known = digest if knows else None
+                sizes[number, knows] = codec.size(task.mask, known=known, extras=task.extras)
+            orders[client] = Order(client, number, sizes[number, knows])
+            holds[client] = digest
+        assert all(task.params.layout == layout for task in sent)
+        return tuple(sent), orders
+
+    def _chunks(self, orders: Mapping[int, Order]) -> list[Chunk]:
+        """Cut the cohort by the config alone: by group of devices, then by id."""
+        names = {name: number for number, name in enumerate(self.schedule.groups, start=1)}
+        groups: dict[int, list[int]] = {}
+        for client in sorted(orders):
+            name = self.population[client].profile.name if names else ""
+            groups.setdefault(names.get(name, 0), []).append(client)
+        size = self.schedule.chunk or -(-len(orders) // 16)
+        cuts = [(group, part) for group in sorted(groups) for part in cut(groups[group], size)]
+        sizes, memories = self.population.partition.sizes, self.checkpoint.memories
+        return [
+            Chunk(
+                index,
+                group,
+                tuple(orders[k] for k in part),
+                {k: memories[k] for k in part if k in memories},
+                int(sum(sizes[k] for k in part)),
+            )
+            for index, (group, part) in enumerate(cuts)
+        ]
+
+    def _predicted_seconds(self, client: int) -> float:
+        """Predict a client's part from its profile, its number of examples and the mask it will get."""
+        info, method = self.population[client], self.method
+        mask = method.configure(self.state, info).mask
+        known = mask.digest if self.checkpoint.holds.get(client) == mask.digest else None
+        down = method.downlink.size(mask, known=known)
+        up = method.uplink.size(mask, known=mask.digest)
+        examples = min(
+            info.num_examples * method.local_epochs, method.local_steps(info.num_examples) * method.batch_size
+        )
+        flops = self.place.flops.executed(mask, info.profile.exploits) * examples
+        return seconds(Cost(bytes_down=down, bytes_up=up, executed_flops=flops), info.profile)
+
+    def _context(self, purpose: int) -> ServerContext:
+        """Return what a hook may use in this round; `purpose` tells apart the generators of two hooks."""
+        state, place = self.state, self.place
+        rng = generator(place.seed, "method", state.round, purpose)
+
+        def ask(function: ClientFunction, tasks: Mapping[int, Task], keep: bool) -> CohortUpdate:
+            answer = self._exchange(function, tasks, keep_updates=keep)
+            self._phase.asked += answer.cost
+            return answer
+
+        def validate(params: Params, mask: Mask) -> tuple[float, float]:
+            outcome = self.pool.evaluate(Task(params.masked(mask), mask), self.side.validation)
+            return outcome.accuracy, outcome.loss
+
+        return ServerContext(
+            round=state.round,
+            rounds=self.schedule.rounds,
+            layout=place.model.layout,
+            flops=place.flops,
+            clients=self.population,
+            rng=rng,
+            _sample=lambda count: sample(self.population, count, rng),
+            _ask=ask,
+            _server=self._as_client,
+            _validate=validate,
+        )
+
+    def _as_client(self) -> Client:
+        """Return the server as a client of its own, one for each phase of a round."""
+        if not self.method.uses_server_data:
+            raise MethodError(
+                f"{type(self.method).__name__} trains on server data without declaring it: set "
+                "`uses_server_data: ClassVar[bool] = True` on the class"
+            )
+        if not len(self.side.rows):
+            raise MethodError("the server has no examples: set data.server_fraction above 0")
+        if self._phase.server is None:
+            if self._own is None:
+                self._own = Worker(self.place)
+            info = ClientInfo(SERVER, len(self.side.rows), self.side.profile)
+            self._phase.server = self._own.client(info, self.side.rows, self.state.round, {})
+        return self._phase.server
+
+    def _report(
+        self, round: int, cohort: CohortUpdate | None, started: float, *, evaluate: bool
+    ) -> RoundReport:
+        """Add up what the round cost and evaluate it if it is due."""
+        records = cohort.records if cohort is not None else ()
+        trained = sum((r.cost for r in records), Cost())
+        clients = trained + self._phase.asked
+        server = self._phase.server_cost
+        simulated_s = _round_seconds(records, self.place.rules.deadline_s) + self._phase.asked.seconds
+        metrics = {
+            "density/global": self.state.mask.density,
+            "bytes/up": float(clients.bytes_up),
+            "bytes/down": float(clients.bytes_down),
+            "flops/clients": clients.flops,
+            "flops/executed": clients.executed_flops,
+            "flops/server": server.flops,
+            "time/simulated_s": simulated_s + server.seconds,
+            "clients/selected": float(len(records)),
+            "clients/dropped": float(sum(r.fate != "folded" for r in records)),
+        }
+        if cohort is not None and cohort.folded:
+            weight = np.array([r.num_examples for r in cohort.folded], dtype=float)
+            metrics["density/client_mean"] = float(np.mean([r.density for r in cohort.folded]))
+            metrics["train/loss"] = float(np.average([r.loss for r in cohort.folded], weights=weight))
+        metrics |= {f"train/{name}": value for name, value in (cohort.metrics if cohort else {}).items()}
+        if evaluate and len(self.side.validation):
+            outcome = self.evaluate(self.side.validation)
+            metrics |= {"val/accuracy": outcome.accuracy, "val/loss": outcome.loss}
+        metrics["time/wall_s"] = time.perf_counter() - started
+        totals = self.checkpoint.totals
+        for name in ("bytes/up", "bytes/down", "flops/clients", "flops/executed", "flops/server"):
+            totals[name] = totals.get(name, 0.0) + metrics[name]
+        for name in ("time/simulated_s", "time/wall_s", "clients/dropped"):
+            totals[name] = totals.get(name, 0.0) + metrics[name]
+        metrics |= {f"total/{name}": value for name, value in totals.items()}
+        return RoundReport(round, metrics, records, _notes(records))
+
+
+@dataclass
+class Phase:
+    """What happens beside the training of one round: what was asked of clients, and the server's own work."""
+
+    asked: Cost = field(default_factory=Cost)
+    server: Client | None = None
+
+    @property
+    def server_cost(self) -> Cost:
+        """FLOPs and seconds of the server's own training."""
+        if self.server is None:
+            return Cost()
+        meter, profile = self.server.meter, self.server.info.profile
+        return Cost(
+            flops=meter.flops,
+            executed_flops=meter.executed_flops,
+            seconds=meter.executed_flops / profile.flops_per_s,
+        )
+
+
+def _as_received(codec: Codec, task: Task) -> Task:
+    """Return a task as a device decodes it: the same bits, unless the codec rounds."""
+    if codec.lossless:
+        return task
+    decoded = codec.decode(codec.encode(task.params, task.mask), task.params.layout)
+    return replace(task, params=decoded.params)
+
+
+def _identity(value: object) -> object:
+    return value if isinstance(value, bool | int | float | str) else id(value)
+
+
+def _round_seconds(records: tuple[ClientRecord, ...], deadline_s: float | None) -> float:
+    """Return how long the server waits.
+
+    For the slowest that counts, or to the deadline if somebody is missing.
+    """
+    if deadline_s is not None and any(r.fate in ("late", "dropped") for r in records):
+        return deadline_s
+    return max((r.cost.seconds for r in records if r.fate != "dropped"), default=0.0)
+
+
+def _notes(records: tuple[ClientRecord, ...]) -> tuple[str, ...]:
+    """Name the clients whose updates were left out for a reason that a reader should know."""
+    notes = []
+    for fate in ("non-finite", "malformed"):
+        clients = [r.client for r in records if r.fate == fate]
+        if clients:
+            notes.append(f"{len(clients)} update(s) left out as {fate}: clients {clients[:10]}")
+    return tuple(notes)

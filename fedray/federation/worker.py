@@ -1,0 +1,292 @@
+"""What a worker does with a chunk of clients: train each, send its update through the codec, decide its fate,
+fold it.
+
+The same code runs in process and inside an actor, so where it runs cannot change a bit. Nothing here knows of
+Ray.
+"""
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedray.costs.devices import seconds
+from fedray.costs.flops import FlopModel
+from fedray.data.datasets import Dataset, Examples
+from fedray.errors import ClientError, FedrayError, MethodError
+from fedray.federation.aggregate import Node, Partial, merge_within
+from fedray.federation.client import Client, ClientFunction, Engine, Outcome
+from fedray.federation.method import Method
+from fedray.federation.population import Population
+from fedray.models.spec import ModelSpec
+from fedray.randomness import generator
+from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task
+
+Memory = dict[str, Any]
+
+EVALUATION_SHARD = 500
+"""Examples in one shard of an evaluation; fixed, so that sums have the same bits on any number of workers."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which updates count, beyond what the devices themselves do.
+
+    Args:
+        deadline_s: simulated seconds after which an update is late; None waits for everybody.
+        dropout: probability that an asked client never answers, in [0, 1), beside its device's own.
+    """
+
+    deadline_s: float | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Everything that a worker needs for the whole run; sent to it once. The test set is not in it."""
+
+    model: ModelSpec
+    flops: FlopModel
+    dataset: Dataset
+    population: Population
+    method: Method
+    rules: Rules
+    seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One exchange with clients: a round's training, or something that was asked.
+
+    Args:
+        round: the round it belongs to.
+        function: what runs on the device.
+        tasks: the different tasks of the exchange, as the devices decode them.
+        training: False for what is asked outside the round: nobody is late or drops out.
+        keep_updates: keep every model in the partial.
+    """
+
+    round: int
+    function: ClientFunction
+    tasks: tuple[Task, ...]
+    training: bool = True
+    keep_updates: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """One client's part in a job: which task it gets, and what reaching it cost."""
+
+    client: int
+    task: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Clients that are folded together, in order of id.
+
+    Args:
+        index: place among the chunks of the job.
+        group: which group of workers may train it (0 unless device classes have resources of their own).
+        orders: one for each client.
+        memories: client → what it remembers, where it remembers anything.
+        num_examples: of all its clients; what chunks are dealt by.
+    """
+
+    index: int
+    group: int
+    orders: tuple[Order, ...]
+    memories: Mapping[int, Memory]
+    num_examples: int
+
+
+@dataclass
+class Answer:
+    """What came of some chunks.
+
+    partial folds by node of the tree, a record for each client, changed memories.
+    """
+
+    partials: dict[Node, Partial] = field(default_factory=dict)
+    records: list[ClientRecord] = field(default_factory=list)
+    memories: dict[int, Memory] = field(default_factory=dict)
+
+    def join(self, other: "Answer") -> None:
+        """Take in another answer to the same job."""
+        self.partials |= other.partials
+        self.records += other.records
+        self.memories |= other.memories
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One client's answer: its record, and its update and memory if they count."""
+
+    record: ClientRecord
+    update: ClientUpdate | None
+    memory: Memory | None
+
+
+class Worker:
+    """Trains clients one after the other on one engine, on the CPU or on a GPU."""
+
+    def __init__(self, place: Workplace, device: str = "cpu") -> None:
+        self.place = place
+        self.engine = Engine(place.model, place.flops, device)
+
+    def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
+        """Train and fold chunks; neighbours of one subtree are merged before they are returned."""
+        answer = Answer()
+        for chunk in chunks:
+            results = (self.train(job, order, chunk.memories.get(order.client, {})) for order in chunk.orders)
+            answer.join(fold_chunk(self.place, job, chunk.index, results))
+        answer.partials = merge_within(answer.partials)
+        return answer
+
+    def train(self, job: Job, order: Order, memory: Memory) -> Trained:
+        """Let one client do its part.
+
+        Raises:
+            ClientError: if the method's code raised, with client and round.
+        """
+        task, info = job.tasks[order.task], self.place.population[order.client]
+        client = self.client(
+            info, self.place.population.partition.rows(order.client), job.round, deepcopy(memory)
+        )
+        versions = task.params.flat._version, task.mask.flat._version
+        try:
+            update = job.function(task, client)
+        except FedrayError as error:
+            raise ClientError(order.client, job.round, str(error)) from error
+        except Exception as error:
+            raise ClientError(order.client, job.round, traceback.format_exc(limit=-4)) from error
+        if (task.params.flat._version, task.mask.flat._version) != versions:
+            raise ClientError(
+                order.client,
+                job.round,
+                "it wrote into task.params or task.mask, which the next client would receive; work on a copy",
+            )
+        return self._judge(job, order, task, client, update)
+
+    def client(self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory) -> Client:
+        """Return a client with its examples loaded."""
+        examples = self.place.dataset.train
+        return Client(
+            info=info,
+            x=self.place.dataset.normalise(examples.x[rows]),
+            y=torch.from_numpy(examples.y[rows]),
+            memory=memory,
+            _engine=self.engine,
+            _training=self.place.method,
+            _generator=client_generator(self.place.seed, round, info.id),
+        )
+
+    def evaluate(self, task: Task, examples: Examples) -> list[Outcome]:
+        """Classify examples with a model, shard by shard."""
+        outcomes = []
+        for start in range(0, len(examples), EVALUATION_SHARD):
+            part = slice(start, start + EVALUATION_SHARD)
+            x = self.place.dataset.normalise(examples.x[part])
+            y = torch.from_numpy(np.array(examples.y[part]))
+            outcomes.append(self.engine.evaluate(task.params, task.mask, x, y))
+        return outcomes
+
+    def _judge(self, job: Job, order: Order, task: Task, client: Client, update: ClientUpdate) -> Trained:
+        """Send an update over the wire, read the clock, and decide whether it counts."""
+        place, info = self.place, client.info
+        problem = malformed(update, place.model.layout.size)
+        received, bytes_up = (update, 0) if problem else self._transmit(task, update)
+        cost = Cost(
+            bytes_down=order.bytes_down,
+            bytes_up=bytes_up,
+            flops=client.meter.flops,
+            executed_flops=client.meter.executed_flops,
+        )
+        cost = replace(cost, seconds=seconds(cost, info.profile))
+        fate: Fate = "malformed" if problem else self._fate(job, info, cost, received)
+        if fate == "dropped":
+            cost = replace(cost, bytes_up=0)
+        density = update.mask.density if not problem else float("nan")
+        record = ClientRecord(
+            info.id, info.profile.name, info.num_examples, fate, cost, density, client.meter.loss
+        )
+        counts = fate == "folded"
+        return Trained(record, received if counts else None, client.memory if counts else None)
+
+    def _transmit(self, task: Task, update: ClientUpdate) -> tuple[ClientUpdate, int]:
+        """Return the update as the server reads it, and the bytes it took."""
+        codec, known = self.place.method.uplink, task.mask.digest
+        extras = {f"sums.{name}": value for name, value in update.sums.items()}
+        extras |= {f"each.{name}": value for name, value in update.each.items()}
+        extras |= {f"metrics.{name}": value for name, value in update.metrics.items()}
+        if codec.lossless:  # decoding gives back the very bits: the size is enough
+            return update, codec.size(update.mask, known=known, extras=extras)
+        payload = codec.encode(update.params, update.mask, known=known, extras=extras)
+        decoded = codec.decode(payload, self.place.model.layout, known={known: task.mask})
+        return replace(update, params=decoded.params), len(payload)
+
+    def _fate(self, job: Job, info: ClientInfo, cost: Cost, update: ClientUpdate) -> Fate:
+        if job.training:
+            stays = (1 - info.profile.dropout) * (1 - self.place.rules.dropout)
+            if generator(self.place.seed, "fate", job.round, info.id).random() >= stays:
+                return "dropped"
+            deadline = self.place.rules.deadline_s
+            if deadline is not None and cost.seconds > deadline:
+                return "late"
+        finite = update.params.is_finite() or update.params.masked(update.mask).is_finite()
+        finite = finite and all(
+            bool(torch.isfinite(v).all()) for v in (*update.sums.values(), *update.each.values())
+        )
+        return "folded" if finite else "non-finite"
+
+
+def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:
+    """Fold clients' answers in order; `results` is any iterable of Trained."""
+    fold = replace(place.method.fold, keep_updates=job.keep_updates or place.method.fold.keep_updates)
+    partial = Partial(place.model.layout, fold, masks_of(job.tasks))
+    answer = Answer({(0, index): partial})
+    for trained in results:
+        record = trained.record
+        answer.records.append(record)
+        if trained.update is not None:
+            partial.add(record.client, record.num_examples, trained.update)
+        if trained.memory is not None:
+            answer.memories[record.client] = trained.memory
+    return answer
+
+
+def masks_of(tasks: Sequence[Task]) -> dict[bytes, Mask]:
+    """Return the tasks' masks by digest."""
+    return {task.mask.digest: task.mask for task in tasks}
+
+
+def client_generator(seed: int, round: int, client: int) -> Callable[..., np.random.Generator]:
+    """Return what makes a client's generators: of the round, or of a number that the method chose."""
+
+    def make(fixed: int | None = None) -> np.random.Generator:
+        # id −1 is the server; a fixed seed must not meet the stream of a round
+        return generator(seed, "client", client + 1, *((round,) if fixed is None else (fixed, 1)))
+
+    return make
+
+
+def malformed(update: ClientUpdate, size: int) -> str | None:
+    """Return what is wrong with the form of an update, or None."""
+    if not isinstance(update, ClientUpdate):
+        return f"client_update returned {type(update).__name__}, not ClientUpdate"
+    lengths = len(update.params.flat), len(update.mask.flat)
+    if lengths != (size, size):
+        return f"params and mask have lengths {lengths}, the model has {size}"
+    return None
+
+
+def reject_unknown(given: Mapping[int, Task], population: int) -> None:
+    """Raise MethodError if a task is for nobody."""
+    strangers = [k for k in given if not 0 <= k < population]
+    if strangers:
+        raise MethodError(f"asked clients {strangers[:5]}, but there are 0 … {population - 1}")

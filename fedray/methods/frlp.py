@@ -1,0 +1,157 @@
+"""FRLP: distributed model pruning by federated reinforcement learning.  Nie et al., CSA 33(5), 2024.
+
+The server pre-trains on data of its own. At pruning rounds it searches the rate whose fine-tuned model has
+moved a set distance from where it started (RGP: an agent walks the rate up or down in small steps), prunes by
+global magnitude, and broadcasts. The mask-aware mean of the clients' models is FedSA.
+
+Differs from the paper (readings of unclear points, with the flag that restores the other one):
+* distance is measured from the random initialisation: `winit`; the rate is an absolute global one;
+* every candidate restarts from the same weights, data order and mask; the pruned *and fine-tuned* model is
+  broadcast: `broadcast_finetuned`;
+* pruning "before training" in round t+1 is pruning at the end of round t;
+* clients keep zeros at zero (`zeros="enforce"`); literal regrowth is `regrow`, re-pruning before the upload
+  `reprune`;
+* FedSA reads who holds a weight from the mask; the literal `w ≠ 0` is `aggregation="nonzero"`;
+* the process is solved by line search, which its optimal policy is; a trained agent takes the solver's place.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from fedray.errors import MethodError
+from fedray.federation.aggregate import CohortUpdate, Fold
+from fedray.federation.client import Client
+from fedray.federation.method import Method, ServerContext
+from fedray.pruning.masks import support, top_k
+from fedray.pruning.policies import RateSearch, Solver, solve
+from fedray.pruning.scores import l2_distance, magnitude
+from fedray.types import (
+    ClientUpdate,
+    Density,
+    Fraction,
+    Mask,
+    NonNegativeInt,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    ServerState,
+    Task,
+)
+
+
+@dataclass(frozen=True)
+class FRLPMemory:
+    """What the learning distance is measured from, and the pruning rounds."""
+
+    initial: Params
+    events: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FRLP(Method):
+    """Prune by learning distance on the server, aggregate by FedSA.
+
+    Args:
+        solver: how the rate is searched.
+        prune_rounds: rounds after which the server prunes; None: every `interval` up to `until`.
+        interval: rounds between events; None: a fifth of the run, at most 20.
+        until: last event, as a share of the run's rounds.
+        single_shot: largest drop of density in one event.
+        min_density: the model is never pruned below this.
+        samples: rates that are tried to find where the search starts, both ends of the range included.
+        step: width of a state of the process, in rate.
+        stride: states that `scan` advances at a time.
+        ratio: growth of the distance at which the search ends.
+        tolerance: half the width of that window.
+        pretrain_epochs: of the server on its own data before round 1.
+        finetune_epochs: of the server for each candidate.
+        broadcast_finetuned: send the fine-tuned candidate, or the merely pruned model.
+        winit: what the distance is measured from: the random initialisation, the pre-trained model, or the
+            model before each event.
+        zeros: what clients do with pruned weights.
+        aggregation: who holds a weight: by the mask, or whoever has `w ≠ 0`.
+    """
+
+    citation: ClassVar[str] = "Nie et al., CSA 33(5), 2024"
+    uses_server_data: ClassVar[bool] = True
+
+    solver: Solver = "scan"
+    prune_rounds: tuple[PositiveInt, ...] | None = None
+    interval: PositiveInt | None = None
+    until: Fraction = 0.6
+    single_shot: Fraction = 0.5
+    min_density: Density = 0.2
+    samples: Annotated[int, Field(ge=2)] = 6
+    step: PositiveFloat = 0.0005
+    stride: PositiveInt = 10
+    ratio: PositiveFloat = 1.05
+    tolerance: PositiveFloat = 0.015
+    pretrain_epochs: NonNegativeInt = 5
+    finetune_epochs: NonNegativeInt = 1
+    broadcast_finetuned: bool = True
+    winit: Literal["random", "pretrained", "preprune"] = "random"
+    zeros: Literal["enforce", "regrow", "reprune"] = "enforce"
+    aggregation: Literal["mask", "nonzero"] = "mask"
+
+    @property
+    def fold(self) -> Fold:
+        """FedSA: the mask-aware mean, or its literal form."""
+        return Fold(by=self.aggregation)
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Pre-train on the server's data; remember what the distance is measured from."""
+        trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
+        every = self.interval or max(1, min(20, ctx.rounds // 5))
+        events = self.prune_rounds or tuple(range(every, int(self.until * ctx.rounds) + 1, every))
+        initial = trained if self.winit == "pretrained" else state.params
+        return replace(state, params=trained, memory=FRLPMemory(initial, events))
+
+    def client_update(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: local SGD under the policy for zeros."""
+        if self.zeros == "enforce":
+            return super().client_update(task, client)
+        everything = Mask.full(task.mask.layout)
+        params = client.sgd(task.params, everything)  # from the zeroed weights: the server sent params ⊙ mask
+        if self.zeros == "regrow":
+            return ClientUpdate(params, everything)
+        return ClientUpdate(params, top_k(magnitude(params), task.mask.density, task.mask.layout))
+
+    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+        """RGP: search the density at a pruning round, and prune to it."""
+        if self.zeros != "enforce":
+            state = replace(state, mask=support(state.params))  # what regrew is there again
+        now = state.mask.density
+        stop = max(self.min_density, now - self.single_shot)
+        if state.round not in state.memory.events or now <= stop:
+            return state
+        params = state.params.masked(state.mask)
+        initial = params if self.winit == "preprune" else state.memory.initial
+
+        def pruned(density: float) -> Mask:
+            return top_k(magnitude(params), density, ctx.layout, within=state.mask)
+
+        def candidate(
+            density: float,
+        ) -> Params:  # always from the same weights, in the same order of the data
+            mask = pruned(density)
+            return ctx.server.sgd(params, mask, epochs=self.finetune_epochs, seed=state.round)
+
+        def distance(density: float) -> float:
+            return l2_distance(initial, candidate(density))
+
+        search = RateSearch(
+            now,
+            stop,
+            distance,
+            samples=self.samples,
+            step=self.step,
+            ratio=self.ratio,
+            tolerance=self.tolerance,
+        )
+        density = solve(search, self.solver, self.stride)
+        if density > now:
+            raise MethodError(f"the search left its range: density {density} above {now}")
+        after = candidate(density) if self.broadcast_finetuned else params
+        return replace(state, params=after, mask=pruned(density))

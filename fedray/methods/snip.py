@@ -1,0 +1,51 @@
+"""SNIP.
+
+Single-shot network pruning based on connection sensitivity.  Lee et al., ICLR 2019; here in a federation.
+
+Before the first round some clients compute the gradient of the loss at the initial weights on their own
+examples. The server adds the gradients up, scores each weight by |g·w|, keeps the best once, and the mask
+stays for the run.
+
+Differs from the paper: the batch is the union of the scorers' examples, seen one client at a time (sums of
+  gradients are sums over that
+union); initialisation is the model's own, not variance scaling; the score is global over all prunable
+weights, as in the paper.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fedray.federation.aggregate import CohortUpdate
+from fedray.federation.client import Client
+from fedray.federation.method import Method, ServerContext
+from fedray.pruning.masks import top_k
+from fedray.pruning.scores import sensitivity
+from fedray.types import ClientUpdate, Density, Mask, PositiveInt, ServerState, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class SNIP(Method):
+    """One mask before training, from the clients' gradients.
+
+    Args:
+        density: share of the prunable weights that is kept.
+        scorers: how many clients are asked for a gradient; each uploads one dense vector, and is charged for
+            it.
+    """
+
+    citation: ClassVar[str] = "Lee et al., ICLR 2019"
+
+    density: Density = 0.1
+    scorers: PositiveInt = 10
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Ask for gradients, keep the weights that matter most."""
+        task = Task(state.params, state.mask)
+        scored: CohortUpdate = ctx.ask(self.score, {client: task for client in ctx.sample(self.scorers)})
+        gradient = scored.sum("gradient") / scored.num_examples
+        return replace(state, mask=top_k(sensitivity(state.params, gradient), self.density, ctx.layout))
+
+    def score(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: the gradient at the initial weights, summed over the client's examples."""
+        gradient = client.grad(task.params, task.mask) * client.num_examples
+        return ClientUpdate(task.params, Mask.none(task.mask.layout), sums={"gradient": gradient})

@@ -1,0 +1,167 @@
+"""A model as fedray sees it: an architecture, the layout of a flat vector, a module that reads from it.
+
+An `Architecture` says how to build a module for inputs of a given shape; a `ModelSpec` is one built for a
+data set. Parameters come first in the vector, then the running statistics of normalisation, under the dotted
+names of `state_dict`. Integer buffers (`num_batches_tracked`) stay with the module.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedray.errors import ConfigError
+from fedray.types import Layout, Params
+
+InputShape = tuple[int, int, int]
+"""Channels, height and width of one example."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build a network for inputs of a given shape, and which inputs it takes.
+
+    Args:
+        build: (input_shape, num_classes) → a module from images (n, channels, height, width), float32, to
+            logits (n, num_classes). All its randomness comes from torch's CPU generator.
+        accepts: input_shape → None, or the reason why such inputs are refused, without a full stop.
+        source: who published it.
+        summary: its layers in one line.
+    """
+
+    build: Callable[[InputShape, int], nn.Module]
+    accepts: Callable[[InputShape], str | None]
+    source: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An architecture built for a data set. Pickles to a few kilobytes, whatever the size of the model.
+
+    Args:
+        name: as in the table of models.
+        input_shape: channels, height, width.
+        num_classes: number of logits.
+        architecture: what it was built from.
+        layout: where each tensor lies in the flat vector.
+        module: the structure. What the layout names is on torch's meta device and has no values, so that the
+            module weighs nothing and cannot be mistaken for a trained one; `bind` gives it values.
+    """
+
+    name: str
+    input_shape: InputShape
+    num_classes: int
+    architecture: Architecture
+    layout: Layout
+    module: nn.Module = field(compare=False, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        architecture: Architecture,
+        input_shape: InputShape,
+        num_classes: int,
+        *,
+        prune_first: bool = True,
+        prune_last: bool = False,
+    ) -> "ModelSpec":
+        """Build an architecture that is known to accept `input_shape`.
+
+        Args:
+            name: what to call it in reports.
+            architecture: what to build.
+            input_shape: channels, height, width.
+            num_classes: number of logits.
+            prune_first: whether the weights of the first convolution or linear layer may be pruned.
+            prune_last: whether those of the last one (the classifier) may be pruned.
+
+        Raises:
+            ConfigError: if the module holds floating-point tensors that are not float32.
+        """
+        module = _build(architecture, input_shape, num_classes, seed=0)
+        layout = layout_of(module, prune_first=prune_first, prune_last=prune_last)
+        empty = {n: torch.empty(layout.shape_of[n], device="meta") for n in layout.names}
+        return cls(name, input_shape, num_classes, architecture, layout, _with_tensors(module, empty))
+
+    def init(self, seed: int) -> Params:
+        """Return a fresh initialisation, the architecture's own: the same seed gives the same bits.
+
+        The global generators are left as they were.
+
+        Args:
+            seed: in [0, 2⁶⁴).
+        """
+        tensors = dict(_tensors(_build(self.architecture, self.input_shape, self.num_classes, seed)))
+        return Params(torch.cat([tensors[n].detach().flatten() for n in self.layout.names]), self.layout)
+
+    def bind(self, flat: Tensor) -> nn.Module:
+        """Return a module of its own whose parameters and running statistics are views into `flat`.
+
+        Writing to `flat` changes the module, an optimiser's in-place step or BatchNorm's update changes
+        `flat`; nothing is ever copied.
+
+        Args:
+            flat: float32 (size,), contiguous, on the device where the module shall run.
+
+        Raises:
+            ValueError: if length or dtype do not fit the layout.
+        """
+        return _with_tensors(self.module, dict(Params(flat, self.layout))).to(flat.device)
+
+
+def layout_of(module: nn.Module, *, prune_first: bool = True, prune_last: bool = False) -> Layout:
+    """Return the layout of a module's flat vector: parameters, then float buffers that `state_dict` saves.
+
+    Prunable are the weights of `nn.Conv2d` and `nn.Linear`; never biases, normalisation, running statistics.
+    The flags are those of `ModelSpec.of`.
+
+    Raises:
+        ConfigError: if a floating-point tensor is not float32.
+    """
+    named = list(_tensors(module))
+    for name, tensor in named:
+        if tensor.dtype != torch.float32:
+            raise ConfigError(
+                f"model: {name} is {tensor.dtype}; a model is one float32 vector. Build it in torch.float32"
+            )
+    weights = [id(m.weight) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    fixed = set(weights[:1] if not prune_first else []) | set(weights[-1:] if not prune_last else [])
+    prunable = set(weights) - fixed
+    return Layout(
+        names=tuple(name for name, _ in named),
+        shapes=tuple(tuple(tensor.shape) for _, tensor in named),
+        prunable=tuple(id(tensor) in prunable for _, tensor in named),
+        trainable=tuple(tensor.requires_grad for _, tensor in named),
+    )
+
+
+def _build(architecture: Architecture, input_shape: InputShape, num_classes: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which seeds the generators of all accelerators too
+        torch.default_generator.manual_seed(seed)
+        return architecture.build(input_shape, num_classes)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what belongs to the flat vector, in its order; a tied tensor once, under its first name."""
+    yield from module.named_parameters()
+    saved = module.state_dict().keys()
+    yield from ((n, b) for n, b in module.named_buffers() if b.is_floating_point() and n in saved)
+
+
+def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Return a copy of `module` that holds `tensors` themselves in place of its own."""
+    replaced: dict[int, Tensor] = {}
+    for name, old in _tensors(module):
+        new = tensors[name]
+        # views of one vector share its version counter, so that autograd notices who writes to it between
+        # forward and backward; `.data` has one of its own, for statistics are rightly updated just then
+        replaced[id(old)] = (
+            nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new.data
+        )
+    # deepcopy takes what it finds in its memo as the copy: no weight is copied, and tied ones stay tied
+    return deepcopy(module, replaced)

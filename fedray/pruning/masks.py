@@ -1,0 +1,122 @@
+"""Masks from scores: what is kept at a density, above a threshold, or at random.
+
+Every function returns a `Mask` that is True on all that is not prunable. Scores are flat float32 vectors
+(size,) in the layout of the model; only their prunable entries are looked at. Ties go to the lower index, so
+that every way of computing a mask keeps the same set and masks of falling density are nested.
+"""
+
+from collections.abc import Mapping
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedray.errors import MethodError
+from fedray.types import Layout, Mask, Params
+
+
+def top_k(scores: Tensor, density: float, layout: Layout, *, within: Mask | None = None) -> Mask:
+    """Keep the highest-scored prunable entries of the whole model.
+
+    Args:
+        scores: (size,), higher is kept.
+        density: share of the prunable entries to keep, in [0, 1]; met to one entry.
+        layout: the model's layout.
+        within: entries that may be kept; if it holds fewer than asked for, all of them are.
+
+    Raises:
+        MethodError: if a score among the candidates is NaN.
+    """
+    candidates = layout.prunable_flat if within is None else layout.prunable_flat & within.flat
+    return _with_kept(_highest(scores, candidates, round(density * layout.prunable_count)), layout)
+
+
+def top_k_per_layer(
+    scores: Tensor, densities: Mapping[str, float], layout: Layout, *, within: Mask | None = None
+) -> Mask:
+    """Keep the highest-scored entries of each prunable tensor, at its own density in [0, 1]."""
+    kept = torch.zeros(layout.size, dtype=torch.bool)
+    for name in layout.prunable_names:
+        span = layout.spans[name]
+        length = span.stop - span.start
+        candidates = torch.ones(length, dtype=torch.bool) if within is None else within.flat[span]
+        kept[span] = _highest(scores[span], candidates, round(densities[name] * length))
+    return _with_kept(kept, layout)
+
+
+def at_least(
+    scores: Tensor, threshold: float, layout: Layout, *, within: Mask, min_density: float = 0.0
+) -> Mask:
+    """Keep the entries of `within` that score `threshold` or more, and at least the `min_density` best."""
+    kept = (scores >= threshold) & within.flat & layout.prunable_flat
+    mask = _with_kept(kept, layout)
+    return mask if mask.density >= min_density else top_k(scores, min_density, layout, within=within)
+
+
+def random(layout: Layout, densities: float | Mapping[str, float], rng: np.random.Generator) -> Mask:
+    """Keep entries drawn uniformly: over the whole model at one density, or per tensor at its own."""
+    scores = torch.from_numpy(rng.random(layout.size, dtype=np.float32))
+    if isinstance(densities, Mapping):
+        return top_k_per_layer(scores, densities, layout)
+    return top_k(scores, densities, layout)
+
+
+def erk(layout: Layout, density: float) -> dict[str, float]:
+    """Share a density among the prunable tensors as Erdős–Rényi-Kernel does.
+
+    A tensor's density is proportional to Σ dims / Π dims; tensors that would exceed 1 are kept dense and the
+    rest is solved again.
+
+    Returns:
+        Name → density in (0, 1]; the mean weighted by size is `density`.
+
+    Source: Evci et al., "Rigging the Lottery", ICML 2020; Mocanu et al., 2018.
+    """
+    sizes = {n: prod(layout.shape_of[n]) for n in layout.prunable_names}
+    raw = {n: sum(layout.shape_of[n]) / sizes[n] for n in sizes}
+    dense: set[str] = set()
+    while True:
+        budget = density * sum(sizes.values()) - sum(sizes[n] for n in dense)
+        divisor = sum(raw[n] * sizes[n] for n in sizes if n not in dense)
+        scale = budget / divisor if divisor else 0.0
+        too_dense = {n for n in sizes if n not in dense and scale * raw[n] > 1}
+        if not too_dense:
+            return {n: 1.0 if n in dense else scale * raw[n] for n in sizes}
+        dense |= too_dense
+
+
+def union(first: Mask, second: Mask) -> Mask:
+    """Hold what either holds."""
+    return Mask(first.flat | second.flat, first.layout)
+
+
+def support(params: Params) -> Mask:
+    """Hold the prunable entries that are not zero (and all that is not prunable): the literal `w ≠ 0`."""
+    return _with_kept((params.flat != 0) & params.layout.prunable_flat, params.layout)
+
+
+def _with_kept(kept: Tensor, layout: Layout) -> Mask:
+    """Return the mask of the kept prunable entries and all that is not prunable."""
+    return Mask(kept | ~layout.prunable_flat, layout)
+
+
+def _highest(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """Return a bool vector with the `count` highest-scored candidates; ties go to the lower index."""
+    where = candidates.nonzero().squeeze(1)
+    if count >= len(where):
+        return candidates.clone()
+    kept = torch.zeros_like(candidates)
+    if count <= 0:
+        return kept
+    values = scores[where]
+    if bool(values.isnan().any()):
+        raise MethodError(
+            f"{int(values.isnan().sum())} of {len(values):,} scores are NaN: nothing can be ranked"
+        )
+    threshold = values.kthvalue(len(values) - count + 1).values
+    above = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    above[ties[: count - int(above.count_nonzero())]] = True
+    kept[where] = above
+    return kept
