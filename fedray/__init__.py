@@ -1,1 +1,61 @@
-"""fedray."""
+"""Federated learning with model pruning on Ray.
+
+    import fedray
+    history = fedray.run(fedray.RunConfig.load("tune_configs/quickstart.yaml").override(seed=1))
+    history.to_pandas()
+
+Names are imported when they are first used: `fedray --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedray.costs.devices import DEVICES
+    from fedray.data import DATASETS
+    from fedray.errors import FedrayError
+    from fedray.experiment.config import RunConfig
+    from fedray.experiment.run import History, resume, run
+    from fedray.federation.method import Method
+    from fedray.methods import METHODS
+    from fedray.models import MODELS
+
+__all__ = [
+    "DATASETS",
+    "DEVICES",
+    "METHODS",
+    "MODELS",
+    "FedrayError",
+    "History",
+    "Method",
+    "RunConfig",
+    "resume",
+    "run",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DATASETS": "fedray.data",
+    "DEVICES": "fedray.costs.devices",
+    "FedrayError": "fedray.errors",
+    "History": "fedray.experiment.run",
+    "METHODS": "fedray.methods",
+    "MODELS": "fedray.models",
+    "Method": "fedray.federation.method",
+    "RunConfig": "fedray.experiment.config",
+    "resume": "fedray.experiment.run",
+    "run": "fedray.experiment.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it lives."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted([*__all__, "__version__"])

@@ -62,7 +62,7 @@ _EXTRA_DTYPES = {
     torch.uint8: ("U8", "u1"),
     torch.bool: ("BOOL", "u1"),
 }
-_LAST_INDEX: dict[tuple[int, bytes], _Array] = {}  # (length, digest) of the mask used last → its indices
+_LAST_INDEX: dict[bytes, _Array] = {}  # digest of the recurring mask used last → where it is True
 _METADATA = "__metadata__"  # where safetensors keeps text; no tensor may have this name
 
 
@@ -330,12 +330,11 @@ def _index(mask: Mask, recurring: bool = False) -> _Array:
     """
     if not recurring:
         return np.flatnonzero(mask.flat.numpy())
-    key = mask.layout.size, mask.digest
-    index = _LAST_INDEX.get(key)
+    index = _LAST_INDEX.get(mask.digest)
     if index is None:
         index = np.flatnonzero(mask.flat.numpy())
         _LAST_INDEX.clear()
-        _LAST_INDEX[key] = index
+        _LAST_INDEX[mask.digest] = index
     return index
 
 
@@ -409,7 +408,7 @@ def _unpack(kind: ValueKind, data: memoryview, index: _Array | None, layout: Lay
         for tensor, span in _held_spans(index, layout):
             values[span] -= zeros[tensor]
             values[span] *= scales[tensor]
-    # 255 · scale may round to just beyond the largest float
+    # half a step beyond the largest weight may be beyond the largest float
     return np.clip(values, -_FLOAT_MAX, _FLOAT_MAX, out=values)
 
 

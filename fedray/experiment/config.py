@@ -300,17 +300,22 @@ def override_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
 
     Changing `method.name` keeps the options that every method has and drops the rest of the method section,
     so that one file serves many methods; changing `data.partition.kind` drops the other keys of the
-    partition.
+    partition. The whole section may be given at once, as in `{"method": {"name": "snip", "density": 0.2}}`:
+    the same happens.
 
     Raises:
         ConfigError: if a dotted key goes through something that is not a section.
     """
     result: Tree = json.loads(json.dumps(tree, default=str))
+    flat: Tree = {}
+    for dotted, value in changes.items():
+        whole = dotted in CHOICES and isinstance(value, Mapping)
+        flat |= {f"{dotted}.{key}": v for key, v in value.items()} if whole else {dotted: value}
     for section, key in CHOICES.items():
         name = f"{section}.{key}"
-        if name in changes:
-            _change_choice(result, section, key, changes[name])
-    for dotted, value in changes.items():
+        if name in flat:
+            _change_choice(result, section, key, flat[name])
+    for dotted, value in flat.items():
         *parents, last = dotted.split(".")
         _descend(result, parents, dotted)[last] = value
     return result
@@ -339,12 +344,12 @@ def _descend(tree: Tree, parents: Sequence[str], dotted: str) -> Tree:
 # ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
-    """Turn pydantic's errors into one line each.
+def explain(error: ValidationError, root: type[BaseModel], where: str, prefix: tuple[str, ...] = ()) -> str:
+    """Turn pydantic's errors into a line each.
 
     Key (file): what was given, what is allowed, the nearest match.
     """
-    return "\n".join(line for line in _lines(error, (), root, where))
+    return "\n".join(_lines(error, prefix, root, where))
 
 
 def _lines(error: ValidationError, above: tuple[str, ...], root: Any, where: str) -> list[str]:

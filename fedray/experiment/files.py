@@ -1,4 +1,4 @@
-"""The files of a run, written so that a crash at any moment leaves a directory that can be read, and gone on from.
+"""The files of a run, written so that a crash at any moment leaves a directory to read, and to go on from.
 
     config.yaml              the whole config, defaults included
     rounds.jsonl             one line a round; only the last line can be torn

@@ -71,7 +71,7 @@ class Engine:
         self.flops, self.device = flops, torch.device(device)
         self.flat = torch.zeros(model.layout.size, device=self.device)
         self.module: nn.Module = model.bind(self.flat)
-        self.leaves: dict[str, Tensor] = dict(self.module.named_parameters())
+        self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def load(self, params: Params, mask: Mask) -> None:
         """Copy `params ⊙ mask` into the working vector; the source stays as it is."""

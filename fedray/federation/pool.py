@@ -9,7 +9,7 @@ created again and gets its chunks again; nothing that must survive lives in an a
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -56,7 +56,7 @@ class ClientPool(Protocol):
 
 
 @contextmanager
-def one_thread() -> Any:
+def one_thread() -> Iterator[None]:
     """Let torch use one thread inside: with more, sums have other bits (and small models train slower)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

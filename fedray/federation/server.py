@@ -16,6 +16,7 @@ memories, the mask that each client holds and the running totals: together they 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isnan
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate, cut, merge_all
 from fedray.federation.client import Client, ClientFunction, Outcome
 from fedray.federation.method import ServerContext, check_mask
-from fedray.federation.pool import ClientPool
+from fedray.federation.pool import ClientPool, one_thread
 from fedray.federation.population import draw_cohort, sample
 from fedray.federation.worker import Chunk, Job, Memory, Order, Worker, Workplace, reject_unknown
 from fedray.randomness import generator
@@ -119,6 +120,7 @@ class Server:
         """The state after the last round (or before the first)."""
         return self.checkpoint.state
 
+    @one_thread()
     def setup(self) -> RoundReport:
         """Let the method prepare.
 
@@ -130,6 +132,7 @@ class Server:
         self.checkpoint.state = replace(state, round=1)
         return self._report(0, None, started, evaluate=True)
 
+    @one_thread()
     def step(self) -> RoundReport:
         """Make one round and return what it came to."""
         started, self._phase = time.perf_counter(), Phase()
@@ -251,9 +254,10 @@ class Server:
         known = mask.digest if self.checkpoint.holds.get(client) == mask.digest else None
         down = method.downlink.size(mask, known=known)
         up = method.uplink.size(mask, known=mask.digest)
-        examples = min(
-            info.num_examples * method.local_epochs, method.local_steps(info.num_examples) * method.batch_size
-        )
+        steps_per_epoch = -(-info.num_examples // method.batch_size)
+        epochs, steps = divmod(method.local_steps(info.num_examples), steps_per_epoch)
+        # only the last batch of an epoch is short
+        examples = epochs * info.num_examples + steps * method.batch_size
         flops = self.place.flops.executed(mask, info.profile.exploits) * examples
         return seconds(Cost(bytes_down=down, bytes_up=up, executed_flops=flops), info.profile)
 
@@ -321,9 +325,10 @@ class Server:
             "clients/dropped": float(sum(r.fate != "folded" for r in records)),
         }
         if cohort is not None and cohort.folded:
-            weight = np.array([r.num_examples for r in cohort.folded], dtype=float)
             metrics["density/client_mean"] = float(np.mean([r.density for r in cohort.folded]))
-            metrics["train/loss"] = float(np.average([r.loss for r in cohort.folded], weights=weight))
+            losses = [(r.loss, r.num_examples) for r in cohort.folded if not isnan(r.loss)]
+            if losses:  # a client may sit out, or do something else than train
+                metrics["train/loss"] = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
         metrics |= {f"train/{name}": value for name, value in (cohort.metrics if cohort else {}).items()}
         if evaluate and len(self.side.validation):
             outcome = self.evaluate(self.side.validation)

@@ -152,26 +152,27 @@ class Worker:
         """Let one client do its part.
 
         Raises:
-            ClientError: if the method's code raised, with client and round.
+            ClientError: if the method's code raised, or returned what cannot be sent; with client and round.
         """
         task, info = job.tasks[order.task], self.place.population[order.client]
         client = self.client(
             info, self.place.population.partition.rows(order.client), job.round, deepcopy(memory)
         )
-        versions = task.params.flat._version, task.mask.flat._version
+        versions = _versions(task)
         try:
-            update = job.function(task, client)
+            trained = self._judge(job, order, task, client, job.function(task, client))
         except FedrayError as error:
             raise ClientError(order.client, job.round, str(error)) from error
         except Exception as error:
             raise ClientError(order.client, job.round, traceback.format_exc(limit=-4)) from error
-        if (task.params.flat._version, task.mask.flat._version) != versions:
+        if _versions(task) != versions:
             raise ClientError(
                 order.client,
                 job.round,
-                "it wrote into task.params or task.mask, which the next client would receive; work on a copy",
+                "it wrote into the params, mask or extras of its task, which the next client would receive; "
+                "work on a copy",
             )
-        return self._judge(job, order, task, client, update)
+        return trained
 
     def client(self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory) -> Client:
         """Return a client with its examples loaded."""
@@ -273,6 +274,12 @@ def client_generator(seed: int, round: int, client: int) -> Callable[..., np.ran
         return generator(seed, "client", client + 1, *((round,) if fixed is None else (fixed, 1)))
 
     return make
+
+
+def _versions(task: Task) -> list[int]:
+    """Return torch's counts of writes to each tensor of a task."""
+    tensors = (task.params.flat, task.mask.flat, *task.extras.values())
+    return [tensor._version for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
 def malformed(update: ClientUpdate, size: int) -> str | None:

@@ -54,8 +54,8 @@ class ModelSpec:
     name: str
     input_shape: InputShape
     num_classes: int
-    architecture: Architecture
-    layout: Layout
+    architecture: Architecture = field(repr=False)
+    layout: Layout = field(repr=False)
     module: nn.Module = field(compare=False, repr=False)
 
     @classmethod

@@ -26,7 +26,7 @@ def top_k(scores: Tensor, density: float, layout: Layout, *, within: Mask | None
         within: entries that may be kept; if it holds fewer than asked for, all of them are.
 
     Raises:
-        MethodError: if a score among the candidates is NaN.
+        MethodError: if a score is NaN among candidates that have to be ranked.
     """
     candidates = layout.prunable_flat if within is None else layout.prunable_flat & within.flat
     return _with_kept(_highest(scores, candidates, round(density * layout.prunable_count)), layout)
@@ -48,8 +48,14 @@ def top_k_per_layer(
 def at_least(
     scores: Tensor, threshold: float, layout: Layout, *, within: Mask, min_density: float = 0.0
 ) -> Mask:
-    """Keep the entries of `within` that score `threshold` or more, and at least the `min_density` best."""
-    kept = (scores >= threshold) & within.flat & layout.prunable_flat
+    """Keep the entries of `within` that score `threshold` or more, and at least the `min_density` best.
+
+    Raises:
+        MethodError: if a score among the prunable entries of `within` is NaN.
+    """
+    candidates = within.flat & layout.prunable_flat
+    _refuse_nan(scores[candidates])
+    kept = (scores >= threshold) & candidates
     mask = _with_kept(kept, layout)
     return mask if mask.density >= min_density else top_k(scores, min_density, layout, within=within)
 
@@ -110,13 +116,15 @@ def _highest(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
     if count <= 0:
         return kept
     values = scores[where]
-    if bool(values.isnan().any()):
-        raise MethodError(
-            f"{int(values.isnan().sum())} of {len(values):,} scores are NaN: nothing can be ranked"
-        )
+    _refuse_nan(values)
     threshold = values.kthvalue(len(values) - count + 1).values
     above = values > threshold
     ties = (values == threshold).nonzero().squeeze(1)
     above[ties[: count - int(above.count_nonzero())]] = True
     kept[where] = above
     return kept
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    if count := int(scores.isnan().sum()):
+        raise MethodError(f"{count:,} of {len(scores):,} scores are NaN: nothing can be ranked")

@@ -12,9 +12,10 @@ Source: Nie et al., "Distributed model pruning by federated reinforcement learni
 from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
+from math import inf, isinf, isnan
 from typing import Literal
 
-from fedray.errors import ConfigError, unknown
+from fedray.errors import ConfigError, MethodError, unknown
 
 Solver = Literal["scan", "bisect"]
 
@@ -30,11 +31,14 @@ class RateSearch:
         now: density before the event, in (0, 1].
         stop: lowest density that the event may reach, below `now`.
         distance: density → learning distance D of the model pruned to it and fine-tuned; called once per
-            density.
+            density, which lies in [stop, now]. NaN (the fine-tuning diverged) counts as infinitely far.
         samples: K, how many equally spaced rates are tried for p_0, both ends in; ≥ 2.
         step: width of a state in rate.
         ratio: y, the growth of the distance that is looked for.
         tolerance: ε.
+
+    Raises:
+        MethodError: if no sampled rate has a finite distance.
     """
 
     def __init__(
@@ -48,12 +52,18 @@ class RateSearch:
         ratio: float = 1.05,
         tolerance: float = 0.015,
     ) -> None:
+        self.now, self.stop = now, stop
         self.step, self.ratio, self.tolerance = step, ratio, tolerance
         self._distance, self._seen = distance, dict[float, float]()
         rates = [(1 - now) + i * (now - stop) / (samples - 1) for i in range(samples)]
         self.samples = {rate: self._at(rate) for rate in rates}
         self.start_rate = min(self.samples, key=lambda rate: self.samples[rate])
         self.end_rate = rates[-1]
+        if isinf(self.samples[self.start_rate]):
+            raise MethodError(
+                f"no candidate between density {stop:g} and {now:g} has a finite learning distance: "
+                f"fine-tuning diverged at all {samples} sampled rates; lower the learning rate"
+            )
 
     @cached_property
     def limit(self) -> int:
@@ -67,7 +77,7 @@ class RateSearch:
 
     def density(self, state: int) -> float:
         """Return the density that a state stands for."""
-        return 1 - self._rate(state)
+        return self._density(self._rate(state))
 
     def growth(self, state: int) -> float:
         """Return D(p)/D(p_0) at a state."""
@@ -78,6 +88,10 @@ class RateSearch:
         """Tell whether a state lies in the window around the ratio."""
         return abs(self.growth(state) - self.ratio) < self.tolerance
 
+    def is_below(self, state: int) -> bool:
+        """Tell whether a state lies below that window: the search has to go on upwards."""
+        return self.growth(state) - self.ratio <= -self.tolerance
+
     @property
     def looks_monotone(self) -> bool:
         """Whether the sampled distances never fall from the best rate on."""
@@ -87,11 +101,16 @@ class RateSearch:
     def _rate(self, state: int) -> float:
         return self.end_rate if state >= self.limit else self.start_rate + state * self.step
 
+    def _density(self, rate: float) -> float:
+        # rounded, so that one rate reached by two sums is one candidate; 1 − (1 − now) may lie beside `now`
+        return min(self.now, max(self.stop, 1 - round(rate, 9)))
+
     def _at(self, rate: float) -> float:
-        key = round(rate, 9)
-        if key not in self._seen:
-            self._seen[key] = self._distance(1 - key)
-        return self._seen[key]
+        density = self._density(rate)
+        if density not in self._seen:
+            distance = self._distance(density)
+            self._seen[density] = inf if isnan(distance) else distance
+        return self._seen[density]
 
 
 def scan(search: RateSearch, stride: int = 10) -> int:
@@ -100,10 +119,8 @@ def scan(search: RateSearch, stride: int = 10) -> int:
 
     Without noise this is the optimal policy of the paper's process: "always increase".
     """
-    for state in (*range(0, search.limit, stride), search.limit):
-        if search.is_end(state):
-            return state
-    return search.limit
+    walk = range(0, search.limit, stride)
+    return next((state for state in walk if search.is_end(state)), search.limit)
 
 
 def bisect(search: RateSearch, stride: int = 10) -> int:
@@ -112,15 +129,14 @@ def bisect(search: RateSearch, stride: int = 10) -> int:
 
     Falls back to `scan` where the samples are not monotone, or where the curve jumps over the window.
     """
-    low_edge = search.ratio - search.tolerance
     if not search.looks_monotone:
         return scan(search, stride)
-    if search.growth(search.limit) <= low_edge:
+    if search.is_below(search.limit):
         return search.limit
-    below, above = -1, search.limit  # growth(below) ≤ low edge < growth(above)
+    below, above = -1, search.limit  # state −1 stands for "below", and is never looked at
     while above - below > 1:
         middle = (below + above) // 2
-        if search.growth(middle) <= low_edge:
+        if search.is_below(middle):
             below = middle
         else:
             above = middle

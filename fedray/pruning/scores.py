@@ -1,5 +1,7 @@
 """How much each weight matters. Every score is a flat float32 vector (size,), higher is more important."""
 
+from math import sqrt
+
 from torch import Tensor
 
 from fedray.types import Mask, Params
@@ -49,4 +51,4 @@ def l2_distance(first: Params, second: Params) -> float:
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         if len(shape) >= 2:
             total += float((first[name] - second[name]).double().square().sum())
-    return total**0.5
+    return sqrt(total)

@@ -1,0 +1,1 @@
+"""Measurements, side by side in one call; never run as tests."""

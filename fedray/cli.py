@@ -1,0 +1,401 @@
+"""The command line: `fedray run | sweep | report | resume | ui | methods | models | datasets | devices`.
+
+Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted.
+"""
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedray.errors import ConfigError, DataError, FedrayError
+
+app = typer.Typer(
+    name="fedray",
+    help="Federated learning with model pruning on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(soft_wrap=False)
+err = Console(stderr=True)
+
+File = Annotated[
+    Path, typer.Argument(help="A YAML file: `base:` (and `space:`, `tune:`), or one run's config.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. method.lr=0.1 seed=1")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Directory of its own; default: the next under runs/.")
+]
+Import = Annotated[
+    list[Path] | None,
+    typer.Option("--import", help="Python file that adds methods, models or data sets to the tables."),
+]
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every round.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("fedray").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@app.command()
+def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
+    """Make one run of a file's `base:`."""
+    from fedray.experiment.config import RunConfig
+    from fedray.experiment.run import run as make
+
+    config = RunConfig.load(file, [*(overrides or []), *_imports_override(file, imports)])
+    with _RunProgress(config.rounds) as progress:
+        history = make(config, out=out_dir, on_round=progress.show)
+    _say_run(history.path)
+
+
+@app.command()
+def sweep(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
+    """Try all points of a file's `space:`, with Ray Tune."""
+    from fedray.experiment.space import Sweep
+    from fedray.experiment.sweep import sweep as make
+
+    plan = Sweep.load(file, [*(overrides or []), *_imports_override(file, imports)])
+    out.print(f"{len(plan.points)} trials of up to {plan.rounds} rounds; starting Ray …")
+    rounds = {point.name: point.config.rounds for point in plan.points}
+    with _SweepProgress(rounds) as progress:
+        result = make(plan, out=out_dir, on_round=progress.show)
+    _say_sweep(result)
+
+
+@app.command()
+def resume(directory: Annotated[Path, typer.Argument(help="Directory of a run or a sweep.")]) -> None:
+    """Go on with a run or a sweep that ended early."""
+    if (directory / "sweep.yaml").is_file():
+        from fedray.experiment.sweep import resume_sweep
+
+        with _SweepProgress({}) as progress:
+            result = resume_sweep(directory, on_round=progress.show)
+        _say_sweep(result)
+        return
+    from fedray.experiment.config import RunConfig
+    from fedray.experiment.files import RunFiles
+    from fedray.experiment.run import resume as go_on
+
+    files = RunFiles.open(directory)
+    config = RunConfig.from_tree(files.read_config(), str(directory / "config.yaml"))
+    with _RunProgress(config.rounds) as progress:
+        history = go_on(directory, on_round=progress.show)
+    _say_run(history.path)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Where pictures and tables go.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Also say when each reached this validation accuracy.")
+    ] = None,
+) -> None:
+    """Draw pictures and tables from the files of runs."""
+    from fedray.experiment.report import (
+        comparison,
+        find_runs,
+        label_runs,
+        load_run,
+        render_table,
+        write_report,
+    )
+
+    runs = label_runs([load_run(path) for path in find_runs(directories)])
+    out.print(render_table(comparison(runs, target=target)))
+    written = write_report(directories, out_dir, target=target)
+    for path in written.files:
+        out.print(f"  {_short(path)}")
+
+
+@app.command()
+def ui(
+    uri: Annotated[str | None, typer.Option(help="The store; default: the one that runs use.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow's UI on this machine's loopback."""
+    from fedray.experiment.config import TrackingConfig
+    from fedray.experiment.tracking import ui_command
+
+    command = ui_command(uri or TrackingConfig().uri, port)
+    out.print(f"MLflow's UI: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        status = 0
+    raise typer.Exit(status)
+
+
+@app.command()
+def methods(imports: Import = None) -> None:
+    """List the methods: what each is, and what it needs."""
+    _import(imports)
+    from dataclasses import fields
+
+    from fedray.federation.method import Method
+    from fedray.methods import METHODS
+
+    shared = {field.name for field in fields(Method)}
+    table = _table("method", "source", "what it is", "needs", "options of its own")
+    for name, method in METHODS.items():
+        title = (sys.modules[method.__module__].__doc__ or method.__doc__ or "").strip().splitlines()[0]
+        options = [f"{field.name}={field.default}" for field in fields(method) if field.name not in shared]
+        needs = "data.server_fraction" if method.uses_server_data else "—"
+        table.add_row(name, method.citation, title.split(".  ")[0], needs, "\n".join(options) or "—")
+    out.print(table)
+    common = ", ".join(f"{field.name}={field.default}" for field in fields(Method))
+    out.print(f"Every method has: {common}")
+
+
+@app.command()
+def models(imports: Import = None) -> None:
+    """List the models, with their sizes on each data set."""
+    _import(imports)
+    from fedray.data import DATASETS
+    from fedray.models import MODELS, build_model
+
+    table = _table("model", "layers", "source", *(f"weights on {name}" for name in DATASETS))
+    for name, architecture in MODELS.items():
+        sizes = [
+            "—"
+            if architecture.accepts(spec.input_shape)
+            else f"{build_model(name, spec.input_shape, spec.num_classes).layout.size:,}"
+            for spec in DATASETS.values()
+        ]
+        table.add_row(name, architecture.summary, architecture.source, *sizes)
+    out.print(table)
+
+
+@app.command()
+def datasets(imports: Import = None) -> None:
+    """List the data sets."""
+    _import(imports)
+    from fedray.data import DATASETS
+
+    table = _table("data set", "train", "test", "shape", "classes", "data.root holds", "source")
+    for name, spec in DATASETS.items():
+        shape = "×".join(map(str, spec.input_shape))
+        table.add_row(
+            name,
+            f"{spec.train_examples:,}",
+            f"{spec.test_examples:,}",
+            shape,
+            str(spec.num_classes),
+            spec.files or "embedded",
+            spec.source,
+        )
+    out.print(table)
+
+
+@app.command()
+def devices(
+    sources: Annotated[bool, typer.Option(help="Say where every number comes from.")] = True,
+) -> None:
+    """List the simulated devices and links, each number with its source."""
+    from fedray.costs.devices import DEVICES, LINKS
+
+    table = _table(
+        "device", "GFLOP/s", "down MB/s", "up MB/s", "latency s", "memory GiB", "available", "drops out"
+    )
+    for name, device in DEVICES.items():
+        table.add_row(
+            name,
+            f"{device.flops_per_s / 1e9:,.3g}",
+            f"{device.downlink_bytes_per_s / 1e6:,.3g}",
+            f"{device.uplink_bytes_per_s / 1e6:,.3g}",
+            f"{device.latency_s:.3g}",
+            f"{device.memory_bytes / 2**30:.3g}",
+            f"{device.availability:.0%}",
+            f"{device.dropout:.0%}",
+        )
+    out.print(table)
+    out.print(f"On another link: DEVICE@LINK, e.g. raspberry_pi_4@lte. Links: {', '.join(LINKS)}")
+    if sources:
+        for name, device in DEVICES.items():
+            out.print(f"\n[bold]{name}[/bold]")
+            for field, source in device.sources.items():
+                out.print(f"  {field}: {source}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; turn fedray's own errors into a message and an exit status."""
+    try:
+        app()
+    except (ConfigError, DataError) as error:
+        err.print(f"[bold red]cannot run:[/bold red] {_escape(str(error))}", highlight=False)
+        sys.exit(2)
+    except FedrayError as error:
+        err.print(f"[bold red]failed:[/bold red] {_escape(str(error))}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted; `fedray resume DIR` goes on from the last checkpoint")
+        sys.exit(130)
+
+
+# ── what is shown
+# ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[now]}"),
+        TimeRemainingColumn(compact=True),
+        console=err,
+        transient=True,
+    )
+
+
+class _RunProgress:
+    """A bar with round, accuracy, density, bytes and time left; lines where there is no terminal."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.bar = rounds, _bar()
+        self.task = self.bar.add_task("rounds", total=rounds, now="setting up")
+        self.accuracy = float("nan")
+
+    def __enter__(self) -> "_RunProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, report: Any) -> None:
+        """Show a round."""
+        self.accuracy = report.metrics.get("val/accuracy", self.accuracy)
+        now = _now(report.metrics | {"val/accuracy": self.accuracy})
+        self.bar.update(self.task, completed=report.round, now=now)
+
+
+class _SweepProgress:
+    """A bar over the rounds of all trials, and the newest figures."""
+
+    def __init__(self, rounds: Mapping[str, int]) -> None:
+        self.bar, self.done = _bar(), dict[str, int]()
+        total = sum(rounds.values()) or None
+        self.task = self.bar.add_task("rounds", total=total, now="starting trials")
+
+    def __enter__(self) -> "_SweepProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, trial: str, metrics: Mapping[str, Any]) -> None:
+        """Show a round of a trial."""
+        self.done[trial] = int(metrics["round"])
+        self.bar.update(self.task, completed=sum(self.done.values()), now=f"{trial}: {_now(metrics)}")
+
+
+def _now(metrics: Mapping[str, Any]) -> str:
+    sent = metrics.get("total/bytes/up", 0.0) + metrics.get("total/bytes/down", 0.0)
+    return (
+        f"accuracy {metrics.get('val/accuracy', float('nan')):.3f}  density {metrics['density/global']:.2f}  "
+        f"{sent / 1e6:,.1f} MB"
+    )
+
+
+def _say_run(path: Path) -> None:
+    from fedray.experiment.report import comparison, label_runs, load_run, render_table
+
+    loaded = load_run(path)
+    out.print(render_table(comparison(label_runs([loaded]))))
+    _say_warnings(path)
+    out.print(f"Files: {_short(path)}   Pictures: fedray report {_short(path)}   MLflow: fedray ui")
+
+
+def _say_sweep(result: Any) -> None:
+    from fedray.experiment.report import (
+        comparison,
+        find_runs,
+        label_runs,
+        load_run,
+        render_table,
+        write_report,
+    )
+
+    started = time.perf_counter()
+    runs = label_runs([load_run(path) for path in find_runs([result.path])])
+    out.print(render_table(comparison(runs)))
+    written = write_report([result.path])
+    logging.getLogger(__name__).info("report written in %.1f s", time.perf_counter() - started)
+    for trial in result.trials:
+        _say_warnings(trial.path)
+    out.print(f"Pictures and table: {_short(written.path)}")
+    out.print(f"Runs: {_short(result.path)}/trials   Compare them in MLflow: fedray ui")
+    for trial in result.failed:
+        err.print(
+            f"[bold red]{trial.point.name} {trial.status}:[/bold red] {_escape(trial.error or 'no reason')}"
+        )
+    if result.failed:
+        err.print(f"`fedray resume {_short(result.path)}` tries them again from their checkpoints")
+        raise typer.Exit(1)
+
+
+def _say_warnings(path: Path) -> None:
+    warnings = path / "warnings.txt"
+    if warnings.is_file():
+        for line in warnings.read_text(encoding="utf-8").splitlines()[:10]:
+            err.print(f"[yellow]{path.name}:[/yellow] {_escape(line)}", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(show_lines=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _import(paths: list[Path] | None) -> None:
+    from fedray.experiment.plugins import import_modules
+
+    import_modules(paths or [])
+
+
+def _imports_override(file: Path, imports: list[Path] | None) -> list[str]:
+    """Return `--import` files, and those that the file itself names, as an override."""
+    if not imports:
+        return []
+    from fedray.experiment import yaml
+    from fedray.experiment.config import base_of
+
+    named = base_of(yaml.load(file), file).get("imports") or []
+    every = [str(Path(path).resolve()) for path in [*named, *imports]]
+    return [f"imports={list(dict.fromkeys(every))!r}"]
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,454 @@
+"""From a config to a run: build the federation, make the rounds, keep what came of them.
+
+    config → data, partition, devices, model → pool of clients → server → rounds → result
+
+`run` makes a new one, `resume` goes on with one that ended early. Either leaves the same files, and the same
+weights.
+"""
+
+import atexit
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedray.costs import devices
+from fedray.costs.flops import FlopModel
+from fedray.data import DATASETS, Dataset, Examples, Splits, split
+from fedray.errors import FedrayError, RunError
+from fedray.experiment import plugins
+from fedray.experiment.config import ResourcesConfig, RunConfig
+from fedray.experiment.files import RunFiles, check_free, numbered
+from fedray.experiment.tracking import MLflowTracker, Store, prepare_store, run_tags
+from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
+from fedray.federation.population import Population
+from fedray.federation.server import Schedule, Server, ServerSide
+from fedray.federation.worker import Rules, Workplace
+from fedray.models import build_model
+from fedray.randomness import generator, seed_sequence
+from fedray.types import RoundReport
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+OnRound = Callable[[RoundReport], None]
+
+RUNS = Path("runs")
+"""Where runs go that are not told otherwise."""
+
+ACCURACY_CLIENTS = 200
+"""The final model is tried on the own examples of at most so many clients, drawn by seed."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run left.
+
+    Args:
+        path: its directory.
+        rounds: a mapping of metric → value for each round, `round` among them; round 0 is the set-up.
+        result: every final metric by name, `weights_sha256` and `status`.
+    """
+
+    path: Path
+    rounds: tuple[dict[str, Any], ...]
+    result: dict[str, Any]
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 (hex) of the final weights."""
+        return str(self.result["weights_sha256"])
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a table with a row per round, indexed by round, and a column per metric."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rounds)).set_index("round")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The parts of a run that need no process: data, clients, devices, model."""
+
+    config: RunConfig
+    dataset: Dataset
+    splits: Splits
+    place: Workplace
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Federation":
+        """Load the data and deal it out.
+
+        Raises:
+            DataError: if the data is missing, or cannot be dealt as asked.
+        """
+        seed, data, clients = config.seed, config.data, config.clients
+        dataset = DATASETS[data.name].load(data.root)
+        splits = split(dataset, data.validation_fraction, data.server_fraction, generator(seed, "split"))
+        partition = data.partition.options.split(
+            dataset.train.y,
+            dataset.writers,
+            splits.train,
+            clients.population,
+            seed_sequence(seed, "partition"),
+        )
+        fleet = devices.draw(
+            clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
+        )
+        model = build_model(config.model, dataset.input_shape, dataset.num_classes)
+        place = Workplace(
+            model=model,
+            flops=FlopModel.trace(model.bind(model.init(seed).flat), dataset.input_shape, model.layout),
+            dataset=replace(dataset, test=_rows(dataset.test, np.arange(0))),  # out of every method's reach
+            population=Population(partition, fleet),
+            method=config.method.options,
+            rules=Rules(clients.deadline_s, clients.dropout),
+            seed=seed,
+        )
+        return cls(config, dataset, splits, place)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How long, how many, how often."""
+        clients = self.config.clients
+        return Schedule(
+            rounds=self.config.rounds,
+            cohort=clients.cohort,
+            eval_every=self.config.eval_every,
+            chunk=clients.chunk,
+            over_selection=clients.over_selection,
+            groups=tuple(clients.resources.by_device),
+        )
+
+    @property
+    def side(self) -> ServerSide:
+        """What the server itself has."""
+        validation = _rows(self.dataset.train, self.splits.validation)
+        return ServerSide(devices.DEVICES["server"], self.splits.server, validation)
+
+    def sampled_clients(self) -> list[int]:
+        """Draw the clients whose own examples the final model is tried on."""
+        population = len(self.place.population)
+        rng = generator(self.config.seed, "evaluate")
+        return sorted(rng.choice(population, min(population, ACCURACY_CLIENTS), replace=False).tolist())
+
+
+@dataclass
+class Tracking:
+    """Where a run is tracked beside its own files.
+
+    Args:
+        store: a prepared MLflow store; None: prepare the one of the config.
+        parent: MLflow's run id of the sweep.
+        name: name of the run in MLflow.
+    """
+
+    store: Store | None = None
+    parent: str | None = None
+    name: str | None = None
+
+
+def run(
+    config: RunConfig,
+    *,
+    out: str | Path | None = None,
+    on_round: OnRound | None = None,
+    pool: PoolFactory | None = None,
+    tracking: Tracking | None = None,
+) -> History:
+    """Make a run.
+
+    Args:
+        config: what to run; already validated.
+        out: its directory, which must be empty or absent; None: the next free one under `runs/`.
+        on_round: called after each round, for progress and Tune.
+        pool: what makes the pool of clients; None: as `clients.actors` says.
+        tracking: where it is tracked; None: as the config's `tracking` says.
+
+    Raises:
+        ConfigError, DataError: if it cannot run; nothing was started then, and nothing is left on disk.
+        RunError, ClientError, MethodError: if it broke; `resume` may go on.
+    """
+    path = Path(out) if out is not None else numbered(RUNS, _stem(config))
+    check_free(path)
+    federation = Federation.of(config)
+    files = RunFiles.create(path)
+    files.write_config(config.to_tree())
+    files.warn(federation.dataset.warnings)
+    return _go(federation, files, on_round, pool, tracking or Tracking())
+
+
+def resume(
+    path: str | Path,
+    *,
+    on_round: OnRound | None = None,
+    pool: PoolFactory | None = None,
+    tracking: Tracking | None = None,
+) -> History:
+    """Go on with a run from its last checkpoint; the weights end up as if it had never stopped.
+
+    A finished run is only read. Arguments and errors as for `run`.
+    """
+    files = RunFiles.open(Path(path))
+    result = files.read_json("result.json")
+    if result is not None and result.get("status") == "finished":
+        return History(files.path, _history(files), result)
+    federation = Federation.of(RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml")))
+    return _go(federation, files, on_round, pool, tracking or Tracking())
+
+
+def _go(
+    federation: Federation,
+    files: RunFiles,
+    on_round: OnRound | None,
+    pool_factory: PoolFactory | None,
+    tracking: Tracking,
+) -> History:
+    config, checkpoint = federation.config, files.load()
+    done = checkpoint.state.round - 1 if checkpoint else -1
+    files.rewind(done)
+    tracker = _tracker(config, files, tracking)
+    status = "FAILED"
+    try:
+        with _opened((pool_factory or pool_for(config))(federation.place)) as pool:
+            server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
+            for report in _rounds(server, config.rounds):
+                files.append(report)
+                if report.round % config.checkpoint_every == 0 or report.round == config.rounds:
+                    files.save(server.checkpoint)
+                files.warn(f"round {report.round}: {note}" for note in report.notes)
+                tracker.log_round(report)
+                logger.info("round %d of %d: %s", report.round, config.rounds, _headline(report))
+                if on_round is not None:
+                    on_round(report)
+            result = _finish(federation, server, files)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except FedrayError as error:
+        files.warn([f"failed: {error}"])
+        raise
+    finally:
+        _close(tracker, files, federation, status)
+    return History(files.path, _history(files), result)
+
+
+def _rounds(server: Server, rounds: int) -> Iterator[RoundReport]:
+    """Make the rounds that are left, the set-up first if it was not made yet."""
+    if server.state.round == 0:
+        yield server.setup()
+    while server.state.round <= rounds:
+        yield server.step()
+
+
+@contextmanager
+def _opened(pool: ClientPool) -> Iterator[ClientPool]:
+    try:
+        yield pool
+    finally:
+        with suppress(Exception):  # what went wrong before matters more
+            pool.close()
+
+
+def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str, Any]:
+    """Read the test set, once; try the model on clients' own examples; write what the run came to."""
+    test = server.evaluate(federation.dataset.test)
+    clients = federation.sampled_clients()
+    partition = federation.place.population.partition
+    rows = [partition.rows(client) for client in clients]
+    own = server.evaluate(_rows(federation.dataset.train, np.concatenate(rows)))
+    ends = np.cumsum([len(r) for r in rows])
+    accuracy = [float(part.mean()) for part in np.split(own.right, ends[:-1])]
+    population = federation.place.population
+    files.write_client_accuracy(
+        {
+            "client": clients,
+            "device": [population[client].profile.name for client in clients],
+            "num_examples": [len(r) for r in rows],
+            "accuracy": accuracy,
+        }
+    )
+    files.write_model(server.model)
+    last = files.rounds()[-1]
+    result = {
+        **last["metrics"],
+        "test/accuracy": test.accuracy,
+        "test/loss": test.loss,
+        "clients/accuracy_mean": float(np.mean(accuracy)),
+        "clients/accuracy_std": float(np.std(accuracy)),
+        "clients/accuracy_worst_decile": float(np.mean(np.sort(accuracy)[: -(-len(accuracy) // 10)])),
+        "rounds": last["round"],
+        "weights_sha256": server.model.sha256,
+        "config_digest": federation.config.digest,
+        "status": "finished",
+    }
+    files.write_json("result.json", result)
+    return result
+
+
+def _tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTracker:
+    """Return what tells MLflow; going on with the MLflow run of the same directory if there is one."""
+    store = tracking.store or prepare_store(config.tracking.uri, config.tracking.experiment)
+    known = files.read_json("mlflow.json") or {}
+    tracker = MLflowTracker(
+        store,
+        run_name=tracking.name or files.path.name,
+        params=config.to_tree(),
+        tags=run_tags(
+            config.to_tree(), method=config.method.name, dataset=config.data.name, model=config.model
+        ),
+        parent_run_id=tracking.parent,
+        resume=known.get("run_id"),
+    )
+    if tracker.run_id:
+        files.write_json("mlflow.json", {"uri": config.tracking.uri, "run_id": tracker.run_id})
+    return tracker
+
+
+def _close(tracker: MLflowTracker, files: RunFiles, federation: Federation, status: str) -> None:
+    artifacts: Sequence[Path] = []
+    model = None
+    if status == "FINISHED":
+        skipped = {"checkpoints", "mlflow.json"}
+        artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
+        model = lambda: _module(federation, files)  # noqa: E731
+    tracker.finish(status, artifacts, model)
+    files.warn(tracker.warnings)
+
+
+def _module(federation: Federation, files: RunFiles) -> Any:
+    """Return the final model as a plain torch module."""
+    import torch
+    from safetensors.torch import load_file
+
+    model = federation.place.model
+    tensors = load_file(files.path / "model.safetensors")
+    return model.bind(torch.cat([tensors[name].flatten() for name in model.layout.names]))
+
+
+# ── where clients train
+# ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
+    """Return what makes the pool that a config asks for.
+
+    Args:
+        config: its `clients.actors` and `clients.resources` are read.
+        cpus: CPUs that may be used; None: all of the cluster's. Starts a local Ray if there is none.
+    """
+    if config.clients.actors == 0:
+        return LocalPool
+
+    def make(place: Workplace) -> ClientPool:
+        start_ray()
+        groups = groups_for(config, cpus if cpus is not None else _cluster("CPU"))
+        return RayPool(place, groups, per_client=config.clients.actors == "per_client")
+
+    return make
+
+
+def groups_for(config: RunConfig, cpus: float) -> list[Group]:
+    """Return how many actors there are, and what each asks of Ray.
+
+    One group, and one for each device with its own.
+    """
+    clients, resources = config.clients, config.clients.resources
+    total = _number_of_actors(config, cpus)
+    weights = sum(clients.devices.values())
+    shares = {name: clients.devices[name] / weights for name in resources.by_device}
+    own = {name: max(1, round(total * share)) for name, share in shares.items()}
+    rest = max(1, total - sum(own.values()))
+    everyone = sum(own.values()) + rest
+    groups = [Group(rest, _options(resources, cpus, everyone))]
+    for name, count in own.items():
+        groups.append(Group(count, _options(resources.by_device[name], cpus, everyone)))
+    return groups
+
+
+def _number_of_actors(config: RunConfig, cpus: float) -> int:
+    actors, resources = config.clients.actors, config.clients.resources
+    if actors == "per_client":
+        return config.clients.population
+    if actors != "auto":
+        return actors
+    return max(1, int(cpus // (resources.cpu or 1)))
+
+
+def _options(resources: ResourcesConfig, cpus: float, actors: int) -> ActorOptions:
+    # Ray counts CPUs in ten-thousandths; round down, or the last actor would not fit
+    shared = min(1.0, int(cpus / actors * 1e4) / 1e4)
+    cpu = shared if resources.cpu is None else resources.cpu
+    return ActorOptions(cpu, resources.gpu, dict(resources.custom), dict(resources.labels))
+
+
+def start_ray() -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start a local Ray that ends with this process; once.
+
+    Raises:
+        RunError: if there is no such cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local" and "ray" not in sys.modules:  # Ray reads this when it is imported
+        _private_token()
+    import ray
+
+    for module in plugins.imported_modules():  # workers cannot import a user's file by name
+        ray.cloudpickle.register_pickle_by_value(module)
+    if ray.is_initialized():
+        return
+    local = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"no Ray at {address!r}: {error}") from error
+
+
+def _private_token() -> None:
+    """Give a local Ray a token of its own, unless that is settled: by default it writes one into the home."""
+    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    handle, path = tempfile.mkstemp(prefix="fedray-token-")  # readable by this user alone
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32))
+    atexit.register(Path(path).unlink, missing_ok=True)  # runs after Ray's own, which is registered later
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}
+
+
+def _cluster(resource: str) -> float:
+    import ray
+
+    return float(ray.cluster_resources().get(resource, 0.0))
+
+
+# ── small things
+# ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _rows(examples: Examples, rows: np.ndarray) -> Examples:
+    return Examples(examples.x[rows], examples.y[rows])
+
+
+def _history(files: RunFiles) -> tuple[dict[str, Any], ...]:
+    return tuple({"round": line["round"], **line["metrics"]} for line in files.rounds())
+
+
+def _stem(config: RunConfig) -> str:
+    return f"{config.method.name}-{config.data.name}-{config.model}-s{config.seed}"
+
+
+def _headline(report: RoundReport) -> str:
+    shown = ("val/accuracy", "train/loss", "density/global", "bytes/up", "time/simulated_s")
+    return "  ".join(f"{name}={report.metrics[name]:.4g}" for name in shown if name in report.metrics)

@@ -1,0 +1,277 @@
+"""Sweeps: the points of a `Sweep` as trials of Ray Tune, each of which is `run()`.
+
+A trial is a server; its client actors live in its placement group, so that two trials on two cores cannot
+wait for each other's actors. What matters is in the trials' own directories: a sweep that was interrupted
+goes on with the very points that are missing.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fedray.errors import FedrayError, RunError
+from fedray.experiment import yaml
+from fedray.experiment.config import RunConfig, Tree
+from fedray.experiment.files import RunFiles, check_free, numbered
+from fedray.experiment.run import RUNS, Federation, Tracking, groups_for, pool_for, resume, run, start_ray
+from fedray.experiment.space import Point, Sweep, tune_config
+from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
+from fedray.types import RoundReport
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["finished", "stopped", "failed", "missing"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a point."""
+
+    point: Point
+    path: Path
+    status: Status
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep left: its directory, and what became of each point."""
+
+    path: Path
+    trials: tuple[Trial, ...]
+
+    @property
+    def failed(self) -> tuple[Trial, ...]:
+        """Trials that broke."""
+        return tuple(trial for trial in self.trials if trial.status in ("failed", "missing"))
+
+
+OnTrialRound = Callable[[str, Mapping[str, Any]], None]
+"""Called in the driver with a trial's name and the metrics of a round."""
+
+
+def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound | None = None) -> SweepResult:
+    """Try all points of a sweep.
+
+    Args:
+        plan: a validated sweep.
+        out: its directory, empty or absent; None: the next free one under `runs/`.
+        on_round: called as the trials report evaluated rounds.
+
+    Raises:
+        ConfigError, DataError: if a point cannot run; nothing was started then, and nothing is left on disk.
+    """
+    path = Path(out) if out is not None else numbered(RUNS, plan.name)
+    check_free(path)
+    for config in _different_data(plan.points):
+        Federation.of(config)  # data that cannot be dealt as asked shows here, before anything is started
+    path.mkdir(parents=True, exist_ok=True)
+    kept = plan.tree | {"name": plan.name, "points": [dict(point.changes) for point in plan.points]}
+    (path / "sweep.yaml").write_text(yaml.dump(kept), encoding="utf-8")
+    return _try_all(plan, path, on_round)
+
+
+def resume_sweep(path: str | Path, *, on_round: OnTrialRound | None = None) -> SweepResult:
+    """Go on with a sweep: finished and stopped trials stay, the others go on from their checkpoints."""
+    path = Path(path)
+    tree = yaml.load(path / "sweep.yaml")
+    changes, name = tree.pop("points"), tree.pop("name")
+    tune = tune_config(dict(tree.get("tune") or {}), str(path / "sweep.yaml"))
+    return _try_all(Sweep.of(name, tree, tune, changes, str(path / "sweep.yaml")), path, on_round)
+
+
+def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
+    waiting = [point for point in plan.points if _status(_place(path, point)) not in ("finished", "stopped")]
+    if waiting:
+        start_ray()
+        tracking = plan.points[0].config.tracking
+        store = prepare_store(tracking.uri, tracking.experiment)
+        known = _parent_of(path)
+        parent = known or parent_run(store, path.name, {"sweep": plan.name}, plan.tree)
+        if parent:
+            (path / "mlflow.json").write_text(f'{{"run_id": "{parent}"}}\n', encoding="utf-8")
+        errors = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
+        for point in waiting:
+            _settle(_place(path, point), errors.get(point.name), Tracking(store=store, parent=parent))
+        finish_parent(store, parent, "FINISHED", [path / "sweep.yaml"])
+    else:
+        errors = {}
+    trials = [Trial(p, _place(path, p), _status(_place(path, p)), errors.get(p.name)) for p in plan.points]
+    return SweepResult(path, tuple(trials))
+
+
+def _fit(
+    plan: Sweep, points: Sequence[Point], path: Path, tracking: Tracking, on_round: OnTrialRound | None
+) -> dict[str, str]:
+    """Run the points as Tune trials; return the errors by name."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    from ray import tune
+
+    by_name = {point.name: point for point in points}
+    cpus, concurrent = _shares(plan, len(points))
+    bundles = _bundles([point.config for point in points], cpus)
+
+    def trial(sample: Tree) -> None:
+        _trial(by_name[sample["name"]], path, cpus, tracking)
+
+    tuner = tune.Tuner(
+        tune.with_resources(trial, tune.PlacementGroupFactory([{"CPU": 0}, *bundles])),
+        param_space={"name": tune.grid_search(list(by_name))},
+        tune_config=tune.TuneConfig(
+            metric=plan.tune.metric,
+            mode=plan.tune.mode,
+            scheduler=_scheduler(plan),
+            max_concurrent_trials=concurrent,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str((path / ".tune").resolve()),
+            failure_config=tune.FailureConfig(max_failures=plan.tune.max_failures),
+            callbacks=[_callback(on_round)],
+            verbose=0,
+        ),
+    )
+    grid = tuner.fit()
+    shutil.rmtree(path / ".tune", ignore_errors=True)  # all that matters is in the trials' own directories
+    return {
+        result.config["name"]: _reason(result.error)
+        for result in grid
+        if result.error is not None and result.config is not None
+    }
+
+
+def _trial(point: Point, path: Path, cpus: float, tracking: Tracking) -> None:
+    """Be the server of one trial: start or go on, and tell Tune about each evaluated round."""
+    from ray import tune
+
+    def report(round: RoundReport) -> None:
+        if "val/accuracy" in round.metrics:
+            tune.report({"round": round.round, **round.metrics})
+
+    place = _place(path, point)
+    tracking, pool = replace(tracking, name=point.name), pool_for(point.config, cpus)
+    if (place / "config.yaml").exists():
+        resume(place, on_round=report, pool=pool, tracking=tracking)
+    else:
+        shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
+        run(point.config, out=place, on_round=report, pool=pool, tracking=tracking)
+
+
+def _shares(plan: Sweep, trials: int) -> tuple[float, int]:
+    """Return the CPUs of each trial, and how many run at once."""
+    import ray
+
+    cpus = float(ray.cluster_resources().get("CPU", 1.0))
+    concurrent = min(trials, plan.tune.concurrent or max(1, int(cpus)))
+    return cpus / concurrent, concurrent
+
+
+def _bundles(configs: Sequence[RunConfig], cpus: float) -> list[dict[str, float]]:
+    """Return the bundles of a trial's placement group: one for each actor of the most demanding point."""
+    groups = [
+        [group.options.bundle for group in groups_for(config, cpus) for _ in range(group.actors)]
+        if config.clients.actors != 0
+        else [{"CPU": min(1.0, cpus)}]
+        for config in configs
+    ]
+    bundles = max(groups, key=lambda bundles: (sum(b.get("CPU", 0) for b in bundles), len(bundles)))
+    _check_room(bundles)
+    return bundles
+
+
+def _check_room(bundles: Sequence[Mapping[str, float]]) -> None:
+    import ray
+
+    have = ray.cluster_resources()
+    for name in sorted({name for bundle in bundles for name in bundle}):
+        need = sum(bundle.get(name, 0.0) for bundle in bundles)
+        if need > have.get(name, 0.0) + 1e-6:
+            raise RunError(
+                f"a trial needs {need:g} × {name} for its client actors, but the cluster has "
+                f"{have.get(name, 0):g}; lower clients.actors or clients.resources"
+            )
+
+
+def _scheduler(plan: Sweep) -> Any:
+    if plan.tune.scheduler == "fifo":
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    return ASHAScheduler(
+        time_attr="round",
+        max_t=plan.rounds,
+        grace_period=min(plan.rounds, plan.tune.grace_rounds or max(1, plan.rounds // 4)),
+        reduction_factor=plan.tune.reduction,
+    )
+
+
+def _callback(on_round: OnTrialRound | None) -> Any:
+    from ray import tune
+
+    class Progress(tune.Callback):
+        """Hands each reported round to whoever shows it."""
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            if on_round is not None:
+                on_round(trial.config["name"], result)
+
+    return Progress()
+
+
+# ── what is on disk
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _place(path: Path, point: Point) -> Path:
+    return (path / "trials" / point.name).resolve()
+
+
+def _status(place: Path) -> Status:
+    if not (place / "config.yaml").exists():
+        return "missing"
+    result = RunFiles(place).read_json("result.json")
+    status: Status = result["status"] if result else "failed"
+    return status
+
+
+def _settle(place: Path, error: str | None, tracking: Tracking) -> None:
+    """Write down that the scheduler stopped a trial.
+
+    It was ended from outside, and could not do so itself.
+    """
+    if error is not None or _status(place) != "failed":
+        return
+    files = RunFiles(place)
+    rounds = files.rounds()
+    if rounds:
+        last = rounds[-1]
+        files.write_json("result.json", {**last["metrics"], "rounds": last["round"], "status": "stopped"})
+    known = files.read_json("mlflow.json")
+    if known and tracking.store is not None:
+        finish_parent(tracking.store, known["run_id"], "KILLED")
+
+
+def _parent_of(path: Path) -> str | None:
+    known = RunFiles(path).read_json("mlflow.json")
+    return known["run_id"] if known else None
+
+
+def _different_data(points: Sequence[Point]) -> list[RunConfig]:
+    found: dict[str, RunConfig] = {}
+    for point in points:
+        found.setdefault(f"{point.config.data!r} {point.config.clients.population}", point.config)
+    return list(found.values())
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost message of a trial's error."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    if isinstance(cause, FedrayError):
+        return str(cause)
+    return lines[-1] if lines else type(cause).__name__

@@ -1,0 +1,557 @@
+"""A run as MLflow sees it: one parent for a sweep, one child for each trial, one batch of metrics a round.
+
+`prepare_store` is called once, in the driver; the `Store` that it returns goes to the trials, and each of
+them opens an `MLflowTracker`. A run's own files are written elsewhere and are always complete: tracking never
+stops a run. All calls to MLflow are made by a thread of their own, so that a server which fails or does not
+answer costs a few seconds at the start and at the end, and nothing in between.
+
+Nothing here touches MLflow's global state (tracking URI, active run): client and run id are explicit.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module, metadata
+from pathlib import Path
+from queue import SimpleQueue
+from shutil import rmtree
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from torch import nn
+
+from fedray.errors import ConfigError, nearest
+from fedray.types import RoundReport
+
+logger = logging.getLogger(__name__)
+
+OPEN_S = 20.0
+"""How long a store may take to open, in seconds: once in the driver, once in each run. Usual is about 1."""
+END_S = 10.0
+"""How long the end of a run waits for what MLflow has still to take, in seconds."""
+PROBE_S = 3.0
+"""How long a server may take to say that it is there, in seconds."""
+SHIPPED_BYTES_PER_S = 1e6
+"""Artifacts lengthen that wait by their size over this rate."""
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+_NAME_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH = 250, 6000, 5000, 100  # MLflow's limits
+_SQLITE = "sqlite:///"
+_THREAD = "fedray-mlflow"
+_ALLOWED = (
+    "none · sqlite:///<file> (four slashes for an absolute path) · http://<host>:<port> · https://<host>"
+)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where runs are tracked. Pickles, so that the driver can hand it to trials.
+
+    Args:
+        uri: as MLflow takes it, with an absolute path; `none` tracks nothing.
+        experiment_id: None where nothing is tracked.
+        problem: why nothing is tracked although it was asked for.
+    """
+
+    uri: str
+    experiment_id: str | None = None
+    problem: str | None = None
+
+
+def check_uri(uri: str) -> str:
+    """Return `uri` if it names a store that can be used. Touches neither disk nor network.
+
+    Raises:
+        ConfigError: if it does not; the message says what is allowed.
+    """
+    scheme, colon, _ = uri.partition(":")
+    if uri == "none" or (uri.startswith(_SQLITE) and _is_file(uri.removeprefix(_SQLITE))):
+        return uri
+    if scheme in ("http", "https") and _has_host(uri):
+        return uri
+    if scheme == "sqlite":
+        reason = "sqlite needs three slashes and the name of a file, without ? or %"
+    elif scheme in ("http", "https"):
+        reason = "this address has no host, or its port is not a number up to 65535"
+    elif scheme == "file" or not colon:
+        reason = "MLflow no longer keeps runs in plain folders; name an SQLite file in that folder"
+        reason += nearest(uri, ("none",))
+    else:
+        reason = f"unknown scheme {scheme!r}{nearest(scheme, ('none', 'sqlite', 'http', 'https'))}"
+        reason += ". Of any other database, give the address of an MLflow server in front of it"
+    raise ConfigError(f"tracking.uri: {_without_password(uri, uri)!r}: {reason}. Allowed: {_ALLOWED}")
+
+
+def prepare_store(uri: str, experiment: str) -> Store:
+    """Make the store ready: its folder, database and experiment. Once, in the driver, before any trial.
+
+    Calling it again changes nothing. Artifacts of an SQLite store are kept beside the database, in
+    `mlartifacts`; those of a server go where the server wants them.
+
+    Args:
+        uri: as in `check_uri`; a relative path counts from the working directory.
+        experiment: name of the experiment that holds the runs.
+
+    Returns:
+        The store, or one that tracks nothing and names its `problem` where it could not be made ready.
+
+    Raises:
+        ConfigError: as `check_uri`.
+    """
+    if check_uri(uri) == "none":
+        return Store(uri)
+    artifacts = None
+    if uri.startswith(_SQLITE):
+        database = Path(uri.removeprefix(_SQLITE)).expanduser().resolve()
+        uri, artifacts = _sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
+    _import_mlflow(uri)
+    lane = _Lane()
+    try:
+        experiment_id = lane.submit(lambda: _open_experiment(uri, experiment, artifacts)).result(OPEN_S)
+    except Exception as error:
+        reason = f"did not answer within {OPEN_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
+        problem = f"MLflow {_told(uri, reason)}; runs are kept in their own files only"
+        logger.warning(problem)
+        return Store(uri, problem=problem)
+    finally:
+        lane.close()
+    return Store(uri, experiment_id)
+
+
+class MLflowTracker:
+    """One run in MLflow. Where the store tracks nothing, or stops answering, every method does nothing.
+
+    The first call that fails leaves one warning and ends the tracking of this run.
+
+    Args:
+        store: from `prepare_store`.
+        run_name: what the run is called in the UI.
+        params: nested config; logged once, under dotted names such as `method.density`.
+        tags: see `run_tags`.
+        parent_run_id: the sweep that the run belongs to.
+        resume: id of a run to go on with, instead of starting one; its params stay as they are, and
+            metrics of rounds that it has already are not logged again.
+
+    Attributes:
+        run_id: None until MLflow has given one.
+        warnings: what a reader of the run should know.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        run_name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        parent_run_id: str | None = None,
+        resume: str | None = None,
+    ) -> None:
+        self.run_id: str | None = None
+        self.warnings: list[str] = [] if store.problem is None else [store.problem]
+        self._uri, self._is_on = store.uri, store.experiment_id is not None
+        self._last_round: dict[str, int] = {}
+        if not self._is_on:
+            return
+        _import_mlflow(self._uri)
+        self._lane = _Lane()
+        if parent_run_id is not None:
+            tags = {**tags, "mlflow.parentRunId": parent_run_id}
+        if resume is None:
+            opened = self._submit(lambda: self._create(store.experiment_id, run_name, params, tags))
+        else:
+            opened = self._submit(lambda: self._reopen(resume))
+        self._await(opened, OPEN_S)
+
+    def log_round(self, report: RoundReport) -> None:
+        """Hand over the finite metrics of a round as one batch, with the round as step. Does not wait."""
+        if not self._is_on:
+            return
+        from mlflow.entities import Metric
+
+        now_ms, step = time.time_ns() // 1_000_000, report.round
+        finite = {_name(key): value for key, value in report.metrics.items() if math.isfinite(value)}
+        # MLflow keys its metrics by time too: what is logged twice is there twice
+        new = {key: value for key, value in finite.items() if step > self._last_round.get(key, -1)}
+        batch = [Metric(key, float(value), now_ms, step) for key, value in new.items()]
+        if batch:
+            self._submit(lambda: self._client.log_batch(self.run_id, metrics=batch, synchronous=True))
+
+    def finish(
+        self,
+        status: RunStatus,
+        artifacts: Sequence[Path] = (),
+        model: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """Ship the artifacts and the model, and end the run.
+
+        Args:
+            status: how it ended.
+            artifacts: files, and folders with all that is in them; those that do not exist are passed over.
+            model: called only if the run is tracked; `mlflow.pytorch.load_model` loads the module from
+                `runs:/<run_id>/model`.
+        """
+        if not self._is_on:
+            return
+        with TemporaryDirectory() as folder:
+            saved = Path(folder, "model")
+            if model is not None:
+                self._await(self._submit(partial(self._save_model, model(), saved)), END_S)
+            shipped_bytes = 0
+            for file, to in _files([*artifacts, saved]):
+                shipped_bytes += file.stat().st_size
+                self._submit(partial(self._ship, file, to))
+            ended = self._submit(lambda: self._client.set_terminated(self.run_id, status))
+            self._await(ended, END_S + shipped_bytes / SHIPPED_BYTES_PER_S)
+        self._close()
+
+    @property
+    def _client(self) -> Any:
+        return _client(self._uri)
+
+    # ── calls of the thread ──────────────────────────────────────────────────────────────────────────────
+
+    def _create(
+        self, experiment_id: str | None, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]
+    ) -> None:
+        from mlflow.entities import Param
+
+        tags = {_name(key): value[:_TAG_LENGTH] for key, value in tags.items()}
+        run_id = self._client.create_run(experiment_id, tags=tags, run_name=run_name).info.run_id
+        rows = [Param(_name(key), value[:_PARAM_LENGTH]) for key, value in flatten(params).items()]
+        for start in range(0, len(rows), _PARAMS_PER_BATCH):
+            batch = rows[start : start + _PARAMS_PER_BATCH]
+            self._client.log_batch(run_id, params=batch, synchronous=True)
+        self.run_id = run_id
+
+    def _reopen(self, run_id: str) -> None:
+        latest = self._client.get_run(run_id).data.to_proto().metrics
+        self._last_round = {metric.key: metric.step for metric in latest}
+        self._client.update_run(run_id, status="RUNNING")
+        self.run_id = run_id
+
+    def _save_model(self, module: nn.Module, folder: Path) -> None:
+        """Save a module as MLflow keeps it; leave no folder if that fails."""
+        import mlflow.pytorch
+        from mlflow.models import Model
+
+        # requirements are given, for MLflow would start a process to infer them; pickle, since its other
+        # format traces the network and needs an example for that
+        needs = [f"{name}=={metadata.version(name)}" for name in ("torch", "fedray")]
+        about = Model(artifact_path="model", run_id=self.run_id)
+        pickled = {"mlflow_model": about, "pip_requirements": needs, "serialization_format": "pickle"}
+        try:
+            mlflow.pytorch.save_model(module, folder, **pickled)
+        except Exception as error:
+            self._warn(f"MLflow gets no model, for it cannot be saved: {_line(str(error))}")
+            rmtree(folder, ignore_errors=True)
+
+    def _ship(self, file: Path, to: str | None) -> None:
+        self._client.log_artifact(self.run_id, str(file), to)
+
+    # ── what becomes of them ─────────────────────────────────────────────────────────────────────────────
+
+    def _submit(self, call: Callable[[], object]) -> Future[None]:
+        """Queue a call for the thread; it is made if the ones before it have all gone well."""
+
+        def guarded() -> None:
+            if self._is_on:
+                try:
+                    _reach(self._uri)
+                    call()
+                except Exception as error:
+                    self._give_up(str(error))
+
+        return self._lane.submit(guarded)
+
+    def _await(self, future: Future[None], seconds: float) -> None:
+        if not wait([future], seconds).done:
+            self._give_up(f"did not answer within {seconds:.0f} s")
+
+    def _give_up(self, reason: str) -> None:
+        if self._is_on:
+            self._close()
+            self._warn(f"MLflow {_told(self._uri, reason)}; tracking is off for the rest of this run")
+
+    def _close(self) -> None:
+        if self._is_on:
+            self._is_on = False
+            self._lane.close()
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        logger.warning(text)
+
+
+def parent_run(store: Store, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> str | None:
+    """Start the run that a sweep's trials belong to; return its id, or None where nothing is tracked."""
+    tracker = MLflowTracker(store, run_name=name, params=params, tags=tags)
+    tracker._close()
+    return tracker.run_id
+
+
+def finish_parent(
+    store: Store, run_id: str | None, status: RunStatus, artifacts: Sequence[Path] = ()
+) -> None:
+    """End a sweep's run, with its tables and figures as artifacts."""
+    if run_id is not None:
+        MLflowTracker(store, run_name="", params={}, tags={}, resume=run_id).finish(status, artifacts)
+
+
+def ui_command(uri: str, port: int) -> list[str]:
+    """Return the command that shows a store in the browser, at http://127.0.0.1:<port>.
+
+    Args:
+        uri: an SQLite store; a server has an UI of its own.
+        port: in [1, 65535].
+
+    Raises:
+        ConfigError: if the store is a server, `none` or does not exist yet.
+    """
+    if not check_uri(uri).startswith(_SQLITE):
+        hint = "nothing is tracked" if uri == "none" else "that server shows its runs itself, at its address"
+        raise ConfigError(
+            f"tracking.uri: {_without_password(uri, uri)!r}: {hint}; the UI needs an SQLite store"
+        )
+    database = Path(uri.removeprefix(_SQLITE)).expanduser().resolve()
+    if not database.is_file():
+        raise ConfigError(f"tracking.uri: {uri!r}: there is no {database}; run something first")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", _sqlite_uri(database)]
+    command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+
+
+# ── what is recorded ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_tags(config: Mapping[str, object], *, method: str, dataset: str, model: str) -> dict[str, str]:
+    """Return the tags by which runs are found and told apart; `git_revision` only where there is one."""
+    tags = {"method": method, "dataset": dataset, "model": model}
+    tags |= {"config_hash": config_hash(config), "fedray_version": metadata.version("fedray")}
+    revision = git_revision()
+    return tags if revision is None else tags | {"git_revision": revision}
+
+
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """Return dotted name → value as text: strings as they are, everything else as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            flat[f"{prefix}{key}"] = text
+    return flat
+
+
+def config_hash(config: Mapping[str, object]) -> str:
+    """Return 16 hex digits of the SHA-256 of a nested config; the order of its keys does not count."""
+    text = json.dumps(flatten(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def git_revision() -> str | None:
+    """Return the commit of the package's checkout, or else of the working directory's; None without any.
+
+    Ends in `-dirty` if tracked files have changed since.
+    """
+    # of the commit, never of a tag; and without git's lock, for another git may be at work here
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    for folder in (Path(__file__).parent, Path.cwd()):
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None
+
+
+# ── what all this stands on ──────────────────────────────────────────────────────────────────────────────
+
+
+class _Lane:
+    """One thread that makes calls in their order: whoever waits for one may stop waiting.
+
+    An executor of the standard library would do, but would also keep the interpreter from ending as long
+    as a server does not answer.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name=_THREAD, daemon=True).start()
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        future = Future[Any]()
+        self._calls.put((call, future))
+        return future
+
+    def close(self) -> None:
+        """Let the thread end after the calls that it has."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            call, future = item
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+
+
+def _import_mlflow(uri: str) -> None:
+    """Import MLflow (seconds) where the caller expects to wait, and keep it quiet in our threads."""
+    import_module("mlflow")
+    if uri.startswith(_SQLITE):
+        with warnings.catch_warnings():
+            # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates
+            warnings.filterwarnings("ignore", ".*noload.* is deprecated", DeprecationWarning)
+            import_module("mlflow.store.tracking.sqlalchemy_store")
+    for name in ("mlflow.store.db.utils", "mlflow.pytorch", "urllib3.connectionpool"):
+        logging.getLogger(name).addFilter(_is_not_ours)
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Drop what MLflow says while it works for us: a failure is told once, by us."""
+    return record.threadName != _THREAD
+
+
+def _client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _reach(uri: str) -> None:
+    """Make sure that the store is there, for MLflow would try a dead server for four minutes.
+
+    Raises:
+        ConnectionError: if it is not.
+    """
+    if uri.startswith(_SQLITE):
+        if not _database(uri).is_file():
+            # a trial on another machine would otherwise quietly make a database of its own there
+            raise ConnectionError("is not on this machine; trials on several machines need a server")
+        return
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    probe = {"max_retries": 0, "raise_on_status": False, "timeout": PROBE_S}
+    status = http_request(get_default_host_creds(uri), "/health", "GET", **probe).status_code
+    if status >= 500:
+        raise ConnectionError(f"answers with status {status}")
+
+
+def _open_experiment(uri: str, name: str, artifacts: str | None) -> str:
+    """Return the id of the experiment, made if it is not there."""
+    if artifacts is not None:
+        _create_database(_database(uri), artifacts)
+    _reach(uri)
+    client = _client(uri)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except Exception:
+            # somebody else may have made it in between
+            if (found := client.get_experiment_by_name(name)) is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise ConnectionError(f"has deleted the experiment {name!r}; restore it, or set tracking.experiment")
+    return str(found.experiment_id)
+
+
+def _create_database(path: Path, artifacts: str) -> None:
+    """Make an empty MLflow database, unless there is one.
+
+    It is made under another name and then linked into place, whole: two processes in MLflow's migration of
+    the same fresh file leave it broken for good.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{uuid4().hex}.{path.name}")
+    try:
+        SqlAlchemyStore(_sqlite_uri(fresh), artifacts).engine.dispose()
+        os.link(fresh, path)
+    except FileExistsError:
+        pass  # another process was faster; its database is as good
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
+    """Yield each file with the folder where it goes among the artifacts, None for the top."""
+    for path in paths:
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    yield file, file.parent.relative_to(path.parent).as_posix()
+        elif path.is_file():
+            yield path, None
+
+
+def _name(key: str) -> str:
+    """Return `key` if MLflow takes it as a name, or else one that it takes and that no other key gets."""
+    clean = re.sub(r"[^\w.\- :/]", "_", key)
+    norm = posixpath.normpath(clean)
+    if clean == key and norm == key != "." and not key.startswith(("/", "..")) and len(key) <= _NAME_LENGTH:
+        return key
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    return f"{re.sub(r'^[.]+|/', '_', clean)[: _NAME_LENGTH - 9]}-{digest}"
+
+
+def _sqlite_uri(database: Path) -> str:
+    # SQLAlchemy decodes % and cuts at ?
+    return _SQLITE + str(database).replace("%", "%25").replace("?", "%3F")
+
+
+def _database(uri: str) -> Path:
+    """The file of a URI that `_sqlite_uri` made."""
+    return Path(uri.removeprefix(_SQLITE).replace("%3F", "?").replace("%25", "%"))
+
+
+def _is_file(name: str) -> bool:
+    return bool(name) and not name.endswith("/") and name != ":memory:" and not set(name) & set("?%")
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
+def _told(uri: str, reason: str) -> str:
+    """Name a store and what is wrong with it, in a line and without the password that a URI may hold."""
+    return f"({_without_password(uri, uri)}) {_line(_without_password(reason, uri))}"
+
+
+def _line(text: str) -> str:
+    """Return a text of any length as one line of at most 300 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else line[:299] + "…"
+
+
+def _without_password(text: str, uri: str) -> str:
+    user, at, _ = uri.partition("://")[2].partition("/")[0].rpartition("@")
+    return text.replace(user + at, "") if at else text

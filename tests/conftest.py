@@ -1,0 +1,28 @@
+"""What all tests share: one torch thread, no usage statistics, and where the real data sets are."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+torch.set_num_threads(1)  # small tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder with the real data sets, from FEDRAY_DATA."""
+    root = os.environ.get("FEDRAY_DATA")
+    if not root:
+        pytest.skip("FEDRAY_DATA is not set: no real data sets here")
+    return Path(root)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Work in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
