@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted.
 """
 
+import json
 import logging
 import signal
 import subprocess
@@ -242,13 +243,12 @@ def main() -> None:
     try:
         app()
     except (ConfigError, DataError) as error:
-        err.print(f"[bold red]cannot run:[/bold red] {_escape(str(error))}", highlight=False)
+        _say_error("cannot run", error)
         sys.exit(2)
     except FedrayError as error:
-        err.print(f"[bold red]failed:[/bold red] {_escape(str(error))}", highlight=False)
+        _say_error("failed", error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; `fedray resume DIR` goes on from the last checkpoint")
+    except KeyboardInterrupt:  # typer has made it exit status 130 where a command was running
         sys.exit(130)
 
 
@@ -356,11 +356,16 @@ def _say_sweep(result: Any) -> None:
         raise typer.Exit(1)
 
 
+def _say_error(what: str, error: FedrayError) -> None:
+    # not wrapped: a path that is broken over two lines cannot be copied
+    err.print(f"[bold red]{what}:[/bold red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+
+
 def _say_warnings(path: Path) -> None:
     warnings = path / "warnings.txt"
     if warnings.is_file():
         for line in warnings.read_text(encoding="utf-8").splitlines()[:10]:
-            err.print(f"[yellow]{path.name}:[/yellow] {_escape(line)}", highlight=False)
+            err.print(f"[yellow]{path.name}:[/yellow] {_escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _table(*columns: str) -> Table:
@@ -384,8 +389,10 @@ def _imports_override(file: Path, imports: list[Path] | None) -> list[str]:
     from fedray.experiment.config import base_of
 
     named = base_of(yaml.load(file), file).get("imports") or []
-    every = [str(Path(path).resolve()) for path in [*named, *imports]]
-    return [f"imports={list(dict.fromkeys(every))!r}"]
+    if not isinstance(named, list):
+        return []  # it is refused where the file is validated
+    every = [str(path) for path in [*named, *imports]]
+    return [f"imports={json.dumps(list(dict.fromkeys(every)))}"]
 
 
 def _short(path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b, sha256
-from math import prod
+from math import isfinite, prod
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -170,8 +170,8 @@ class Params(_Flat):
 
     def is_finite(self) -> bool:
         """Tell whether there is neither NaN nor infinity in the vector."""
-        # 0·x is NaN for NaN and ±inf, and a sum needs no temporary of the vector's size
-        return bool(torch.isfinite(torch.dot(self.flat, torch.zeros(()).expand_as(self.flat))))
+        # one pass without a temporary; finite values whose sum overflows are looked at one by one
+        return isfinite(float(self.flat.sum())) or bool(torch.isfinite(self.flat).all())
 
     @property
     def sha256(self) -> str:

@@ -1,1 +1,5 @@
-"""x."""
+"""Training of agents that choose the pruning rate, with RLlib.
+
+The decision process itself lives in `fedray.pruning.policies`, so that training and deployment step the same
+object. This package imports fedray; fedray never imports this package.
+"""

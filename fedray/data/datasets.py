@@ -1,34 +1,32 @@
 """Data sets: digits, MNIST, Fashion-MNIST and CIFAR-10, as uint8 arrays.
 
-Files are read as torchvision lays them out, zipped or not; CIFAR-10 also from lossless mosaics. torchvision
-downloads what is missing. Pixels stay uint8 until a client takes its rows: `Dataset.normalise`.
+Files are read as torchvision lays them out, zipped or not; CIFAR-10 also from lossless mosaics: see `files`.
+torchvision downloads what is missing. Pixels stay uint8 until a client takes its rows: `Dataset.normalise`.
 """
 
-import gzip
-import hashlib
-import logging
-import os
-import pickle
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fedray.data.files import (
+    CIFAR10_MD5,
+    Indices,
+    Labelled,
+    Pixels,
+    cache,
+    download,
+    read_batches,
+    read_idx,
+    read_mosaics,
+    read_writers,
+    zipped_or_not,
+)
 from fedray.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
-
-Pixels = NDArray[np.uint8]
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,62 +130,13 @@ def _load_idx(name: str, folder: str, root: Path | None) -> Dataset:
     root = _root(name, root)
     raw = root / folder / "raw"
     stems = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    if not all(_zipped_or_not(raw, stem).exists() for stem in stems):
-        _download(name, folder, f"{folder}/raw", root)
+    if not all(zipped_or_not(raw, stem).exists() for stem in stems):
+        download(name, folder, f"{folder}/raw", root, needed=DATASETS[name].files)
     x, y, test_x, test_y = (
-        _read_idx(_zipped_or_not(raw, stem), axes=3 if "idx3" in stem else 1) for stem in stems
+        read_idx(zipped_or_not(raw, stem), axes=3 if "idx3" in stem else 1) for stem in stems
     )
-    writers = _read_writers(root / folder / "writers_train.csv.gz", y) if DATASETS[name].has_writers else None
+    writers = read_writers(root / folder / "writers_train.csv.gz", y) if DATASETS[name].has_writers else None
     return _dataset(name, (x[:, None], y), (test_x[:, None], test_y), str(raw), writers)
-
-
-def _zipped_or_not(raw: Path, stem: str) -> Path:
-    return path if (path := raw / stem).exists() else raw / f"{stem}.gz"
-
-
-def _read_idx(path: Path, axes: int) -> Pixels:
-    """Return the array of an idx file: 0, 0, 8 (uint8), number of axes, big-endian lengths, values."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if data[:4] != bytes((0, 0, 8, axes)):
-            raise ValueError(f"not an idx file of bytes along {axes} axes")
-        start = 4 + 4 * axes
-        shape = tuple(np.frombuffer(data[4:start], dtype=">u4").tolist())
-        return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_writers(path: Path, labels: Pixels) -> Indices | None:
-    """Return who wrote each training image (int64), or None without the file.
-
-    Its columns are index, label, hsf_series, writer_id, digit_index; they come from QMNIST (Yadav and Bottou,
-    Cold case: the lost MNIST digits, NeurIPS 2019).
-    """
-    if not path.exists():
-        return None
-    try:
-        table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
-        index, label, writer = table[:, 0], table[:, 1], table[:, 3]
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise _unreadable(path, error) from error
-    if not (np.array_equal(index, np.arange(len(labels))) and np.array_equal(label, labels)):
-        raise DataError(
-            f"{path}: its {len(index):,} rows are not the {len(labels):,} training labels in their order; "
-            f"remove the file to go without writers, or change data.root"
-        )
-    return writer.copy()
-
-
-# file → MD5, from https://www.cs.toronto.edu/~kriz/cifar.html as torchvision has it
-CIFAR10_MD5 = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-}
 
 
 def _load_cifar10(root: Path | None) -> Dataset:
@@ -197,118 +146,40 @@ def _load_cifar10(root: Path | None) -> Dataset:
     if not all((batches / name).exists() for name in CIFAR10_MD5):
         if (mosaics / "labels.npz").exists():
             return _load_mosaics(mosaics)
-        _download("cifar10", "CIFAR10", batches.name, root)
-    *train, test = (_read_batch(batches / name) for name in CIFAR10_MD5)
-    changed = [name for name, md5 in CIFAR10_MD5.items() if _md5(batches / name) != md5]
+        download("cifar10", "CIFAR10", batches.name, root, needed=DATASETS["cifar10"].files)
+    train, test, changed = read_batches(batches)
     warning = f"cifar10: {', '.join(changed)} in {batches} are not the published files (their MD5 differs)"
-    x, y = (np.concatenate(column) for column in zip(*train, strict=True))
-    return _dataset("cifar10", (x, y), test, str(batches), warnings=(warning,) if changed else ())
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Reads arrays, lists and strings only: a pickle from anywhere must not run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        match module.replace("numpy.core", "numpy._core"), name:
-            case "numpy", "dtype":  # the published files pass 0 and 1 as flags, which numpy deprecates
-                return lambda code, align, copy: np.dtype(code, align=bool(align), copy=bool(copy))
-            case ("numpy", "ndarray") | ("_codecs", "encode"):
-                return super().find_class(module, name)
-            case "numpy._core.multiarray" | "numpy._core.numeric" as inner, "_reconstruct" | "_frombuffer":
-                return super().find_class(inner, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a batch of images")
-
-
-def _read_batch(path: Path) -> tuple[Pixels, NDArray[Any]]:
-    """Return images uint8 (n, 3, 32, 32) and labels (n,) of one pickled batch."""
-    try:
-        batch = _BatchUnpickler(BytesIO(path.read_bytes()), encoding="latin1").load()
-        return np.asarray(batch["data"]).reshape(-1, 3, 32, 32), np.asarray(batch["labels"])
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise _unreadable(path, error) from error
+    return _dataset("cifar10", train, test, str(batches), warnings=(warning,) if changed else ())
 
 
 def _load_mosaics(folder: Path) -> Dataset:
     """Load CIFAR-10 from `train_NN.webp` and `test_NN.webp`, 1,000 images each, and `labels.npz`."""
-    try:
-        with np.load(folder / "labels.npz") as labels:
-            train_labels, test_labels = labels["train"], labels["test"]
-    except Exception as error:  # a broken archive raises nearly anything
-        raise _unreadable(folder / "labels.npz", error) from error
+    train, test = read_mosaics(folder)
     warning = f"cifar10: {folder} holds mosaics, whose content the published MD5s cannot vouch for"
     lossy = folder.parent / "cifar10_lossy_indices.json"
     if lossy.exists():
         warning += f"; {lossy} lists the images that are lossy copies"
-    train, test = _read_mosaics(folder, "train"), _read_mosaics(folder, "test")
-    return _dataset("cifar10", (train, train_labels), (test, test_labels), str(folder), warnings=(warning,))
-
-
-def _read_mosaics(folder: Path, part: str) -> Pixels:
-    """Return the images of `part`, uint8 (n, 3, 32, 32); a mosaic is 25 rows of 40 images."""
-    from PIL import Image
-
-    paths = sorted(folder.glob(f"{part}_*.webp"))
-    x = np.empty((len(paths), 1000, 3, 32, 32), dtype=np.uint8)
-    for i, path in enumerate(paths):
-        try:
-            with Image.open(path) as mosaic:
-                pixels = np.asarray(mosaic.convert("RGB")).reshape(25, 32, 40, 32, 3)
-        except (OSError, ValueError) as error:
-            raise _unreadable(path, error) from error
-        x[i] = pixels.transpose(0, 2, 4, 1, 3).reshape(1000, 3, 32, 32)
-    return x.reshape(-1, 3, 32, 32)
+    return _dataset("cifar10", train, test, str(folder), warnings=(warning,))
 
 
 def _check(name: str, root: Path | None) -> None:
     if root is not None and not root.expanduser().is_dir():
         raise DataError(
             f"data.root: {str(root)!r} is not a folder; {name} needs one with {DATASETS[name].files}. "
-            f"Change data.root, or leave it out to download into {_cache()}"
+            f"Change data.root, or leave it out to download into {cache()}"
         )
 
 
 def _root(name: str, root: Path | None) -> Path:
     """Return the folder to read: `root` where given, else the default cache."""
     _check(name, root)
-    return _cache() if root is None else root.expanduser()
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedray"
-
-
-def _download(name: str, dataset_class: str, folder: str, root: Path) -> None:
-    """Have torchvision fetch its `dataset_class`, and move the files to ROOT/`folder`."""
-    import torchvision
-
-    logger.info("downloading %s into %s", name, root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # runs that start together must not write one file, nor find half a file: each fetches, then renames
-        with TemporaryDirectory(dir=root, prefix=".download-") as scratch:
-            getattr(torchvision.datasets, dataset_class)(scratch, download=True)
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            for file in (Path(scratch) / folder).iterdir():
-                file.replace(root / folder / file.name)
-    except Exception as error:  # whatever the transport raises
-        raise DataError(
-            f"{name}: not (wholly) in {root}, and it could not be downloaded ({error}); "
-            f"set data.root to a folder with {DATASETS[name].files}"
-        ) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: cannot be read ({error}); replace or remove the file, or change data.root")
+    return cache() if root is None else root.expanduser()
 
 
 def _dataset(
     name: str,
-    train: tuple[Pixels, NDArray[Any]],
-    test: tuple[Pixels, NDArray[Any]],
+    train: Labelled,
+    test: Labelled,
     where: str,
     writers: Indices | None = None,
     warnings: tuple[str, ...] = (),

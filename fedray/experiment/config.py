@@ -3,13 +3,13 @@
 Defaults ← YAML `base:` ← dotted overrides. A command-line argument and a Tune sample are the same thing.
 
 A config is validated in two goes, both before any process is started and before anything is written: field by
-  field (keys, types, ranges),
-then as a whole (does the model take the data, is there server data for a method that needs it). All problems
-are reported at once, each with what was given, what is allowed, the nearest match and where to change it.
+field (keys, types, ranges), then as a whole (does the model take the data, is there server data for a method
+that needs it). All problems of a go are reported at once, each with what was given, what is allowed, the
+nearest match and where to change it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from hashlib import sha256
@@ -25,11 +25,13 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fedray.data import PARTITIONS
 from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest, unknown
 from fedray.experiment import checks, yaml
+from fedray.experiment.messages import Where, explain, line, shortened
 from fedray.experiment.plugins import import_modules
 from fedray.federation.method import Method
 from fedray.methods import METHODS
@@ -60,15 +62,50 @@ class PartitionChoice:
 def choose(
     section: str, key: str, value: Any, table: Mapping[str, type[Any]], default: str
 ) -> tuple[str, Any]:
-    """Read a section whose `key` names a dataclass in a table and whose other keys are its fields."""
+    """Read a section whose `key` names a dataclass in a table and whose other keys are its fields.
+
+    Raises:
+        ValidationError, ValueError: with every problem found.
+    """
     if not isinstance(value, Mapping):
-        raise ValueError(f"must be a mapping; to choose one, write {section}.{key}={value}")
+        hint = f"; to choose one, write {section}.{key}={value}" if isinstance(value, str) else ""
+        raise ValueError(f"must be a mapping of keys to values{hint}")
     given = dict(value)
     name = given.pop(key, default)
-    if name not in table:
-        raise ValueError(unknown(section.rpartition(".")[2], str(name), table))
-    # JSON in strict mode: no "3" for 3, no true for 1, but a list for a tuple and a string for a path
-    return name, TypeAdapter(table[name]).validate_json(json.dumps(given), strict=True)
+    if not isinstance(name, str) or name not in table:
+        message = unknown(section.rpartition(".")[2], str(name), table)
+        raise ValidationError.from_exception_data(section, [_told(message, key, name)])
+    known = [field.name for field in fields(table[name])]
+    problems = [
+        _told(_no_option(option, name, known, key, table), option, given.pop(option))
+        for option in sorted(set(given) - set(known))
+    ]
+    try:
+        # JSON in strict mode: no "3" for 3, no true for 1, but a list for a tuple and a string for a path
+        options = TypeAdapter(table[name]).validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        problems += [_again(problem) for problem in error.errors(include_url=False)]
+    if problems:
+        raise ValidationError.from_exception_data(section, problems)
+    return name, options
+
+
+def _told(message: str, key: str, value: Any) -> InitErrorDetails:
+    """Return a problem whose message says all."""
+    return {"type": PydanticCustomError("told", "{text}", {"text": message}), "loc": (key,), "input": value}
+
+
+def _again(problem: Any) -> InitErrorDetails:
+    """Return a problem that pydantic found, to be raised with others."""
+    told = {**problem.get("ctx", {}), "text": problem["msg"]}
+    custom = PydanticCustomError(problem["type"], "{text}", told)
+    return {"type": custom, "loc": problem["loc"], "input": problem["input"]}
+
+
+def _no_option(option: str, name: str, known: list[str], key: str, table: Mapping[str, type[Any]]) -> str:
+    owners = [other for other, kind in table.items() if option in {field.name for field in fields(kind)}]
+    hint = f"; {', '.join(owners)} can have it." if owners else nearest(option, known)
+    return f"{name} has no such option{hint} Keys here: {', '.join(sorted([key, *known]))}"
 
 
 def _method(value: Any) -> MethodChoice:
@@ -83,6 +120,13 @@ def _partition(value: Any) -> PartitionChoice:
     if isinstance(value, PartitionChoice):
         return value
     return PartitionChoice(*choose("data.partition", "kind", value, PARTITIONS, "iid"))
+
+
+def _actors(value: Any) -> Any:
+    if value in ("auto", "per_client") or (type(value) is int and value >= 0):
+        return value
+    hint = nearest(value, ("auto", "per_client")).rstrip(".") if isinstance(value, str) else ""
+    raise ValueError(f"must be auto, per_client, or a whole number of actors (0: in process){hint}")
 
 
 class Section(BaseModel):
@@ -154,7 +198,7 @@ class ClientsConfig(Section):
         default_factory=lambda: {"phone": 0.6, "raspberry_pi_4": 0.2, "laptop": 0.2}, min_length=1
     )
     jitter: NonNegativeFloat = 0.2
-    actors: NonNegativeInt | Literal["auto", "per_client"] = "auto"
+    actors: Annotated[int | Literal["auto", "per_client"], PlainValidator(_actors)] = "auto"
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     chunk: PositiveInt | None = None
     deadline_s: PositiveFloat | None = None
@@ -208,36 +252,40 @@ class RunConfig(Section):
         Raises:
             ConfigError: with every problem found.
         """
-        return cls.from_tree(
-            override_tree(base_of(yaml.load(path), path), parse_overrides(overrides)), str(path)
-        )
+        changes = parse_overrides(overrides)
+        return cls.from_tree(override_tree(base_of(yaml.load(path), path), changes), origin(path, changes))
 
     @classmethod
-    def from_tree(cls, tree: Mapping[str, Any], where: str = "config") -> "RunConfig":
+    def from_tree(cls, tree: Mapping[str, Any], where: Where = "config") -> "RunConfig":
         """Validate a nested mapping; `where` is named in messages.
 
         Raises:
             ConfigError: with every problem found.
         """
-        paths = tree.get("imports") or ()
-        import_modules([paths] if isinstance(paths, str) else paths)
+        tree = _copy(tree)
+        imports = tree.get("imports")
+        if isinstance(imports, list) and all(isinstance(path, str) for path in imports):
+            tree["imports"] = [str(path) for path in import_modules(imports)]  # to be found from any folder
         try:
-            config = cls.model_validate_json(json.dumps(tree, default=str), strict=True)
+            config = cls.model_validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             raise ConfigError(explain(error, cls, where)) from None
-        problems = checks.problems(config)
+        problems = [line(key, text, where) for key, text in checks.problems(config)]
         if problems:
-            raise ConfigError("\n".join(f"{problem} ({where})" for problem in problems))
+            raise ConfigError("\n".join(problems))
         return config
 
     def override(self, changes: Mapping[str, Any] | None = None, /, **more: Any) -> "RunConfig":
-        """Return a config with dotted keys changed: `override(seed=1)`, `override({"method.lr": 0.1})`."""
+        """Return a config with dotted keys changed: `override(seed=1)`, `override({"method.lr": 0.1})`.
+
+        Raises:
+            ConfigError: with every problem found.
+        """
         return RunConfig.from_tree(override_tree(self.to_tree(), dict(changes or {}) | more), "override")
 
     def to_tree(self) -> Tree:
         """Return the whole config, defaults included, as plain values."""
-        tree: Tree = json.loads(json.dumps(self.model_dump(), default=str))
-        return tree
+        return _copy(self.model_dump())
 
     @cached_property
     def digest(self) -> str:
@@ -248,9 +296,7 @@ class RunConfig(Section):
         tree = self.to_tree()
         del tree["tracking"], tree["imports"], tree["checkpoint_every"], tree["data"]["root"]
         del tree["clients"]["actors"]
-        if not any(
-            tree["clients"]["resources"]["by_device"]
-        ):  # these decide which clients are folded together
+        if not tree["clients"]["resources"]["by_device"]:  # which decides what clients are folded together
             del tree["clients"]["resources"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -262,13 +308,13 @@ def base_of(tree: Tree, path: str | Path) -> Tree:
         ConfigError: if the file is not a mapping.
     """
     if "base" in tree or "space" in tree or "tune" in tree:
-        strangers = sorted(set(tree) - {"base", "space", "tune"})
+        strangers = sorted(str(key) for key in set(tree) - {"base", "space", "tune"})
         if strangers:
             known = ("base", "space", "tune")
             raise ConfigError(f"{path}: {unknown('section', strangers[0], known)}")
         base = tree.get("base") or {}
         if not isinstance(base, dict):
-            raise ConfigError(f"{path}: base: must be a mapping, got {base!r}")
+            raise ConfigError(f"base ({path}): got {shortened(base)}; must be a mapping of keys to values")
         return base
     return tree
 
@@ -282,10 +328,21 @@ def parse_overrides(arguments: Sequence[str]) -> Tree:
     changes: Tree = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        key = key.strip()
         if not equals or not key:
             raise ConfigError(f"{argument!r} is not of the form key=value, e.g. method.lr=0.1")
-        changes[key.strip()] = yaml.parse(value, where=key)
+        changes[key] = yaml.parse(value, where=f"override {key}")
     return changes
+
+
+def origin(path: str | Path, overrides: Mapping[str, Any]) -> Where:
+    """Return what says where a dotted key was given: in an override, or in the file."""
+
+    def where(key: str) -> str:
+        related = (f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
+        return "override" if any(related) else str(path)
+
+    return where
 
 
 CHOICES = {"method": "name", "data.partition": "kind"}
@@ -294,23 +351,22 @@ CHOICES = {"method": "name", "data.partition": "kind"}
 SHARED = {"method": frozenset(field.name for field in fields(Method))}
 """Options that survive when the choice changes."""
 
+SECTIONS = frozenset({"data", "data.partition", "clients", "clients.resources", "method", "tracking"})
+"""Mappings whose keys are known beforehand: given whole, they change the keys they name and no others."""
+
 
 def override_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
     """Return a copy of a nested mapping with dotted keys changed.
 
     Changing `method.name` keeps the options that every method has and drops the rest of the method section,
     so that one file serves many methods; changing `data.partition.kind` drops the other keys of the
-    partition. The whole section may be given at once, as in `{"method": {"name": "snip", "density": 0.2}}`:
-    the same happens.
+    partition. A whole section may be given at once: `{"method": {"name": "snip", "density": 0.2}}` is the
+    same as `{"method.name": "snip", "method.density": 0.2}`.
 
     Raises:
-        ConfigError: if a dotted key goes through something that is not a section.
+        ConfigError: if a dotted key goes through something that is not a section, or a value is not plain.
     """
-    result: Tree = json.loads(json.dumps(tree, default=str))
-    flat: Tree = {}
-    for dotted, value in changes.items():
-        whole = dotted in CHOICES and isinstance(value, Mapping)
-        flat |= {f"{dotted}.{key}": v for key, v in value.items()} if whole else {dotted: value}
+    result, flat = _copy(tree), dict(_flat(_copy(changes)))
     for section, key in CHOICES.items():
         name = f"{section}.{key}"
         if name in flat:
@@ -319,6 +375,31 @@ def override_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
         *parents, last = dotted.split(".")
         _descend(result, parents, dotted)[last] = value
     return result
+
+
+def _flat(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of each change, with sections taken apart."""
+    for key, value in changes.items():
+        dotted = above + key
+        if dotted in SECTIONS and isinstance(value, dict):
+            yield from _flat(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _copy(tree: Mapping[str, Any]) -> Tree:
+    """Return a nested mapping as JSON holds it: a copy, with paths and dates as text.
+
+    Raises:
+        ConfigError: if something in it cannot be written so.
+    """
+    try:
+        text = json.dumps(tree, default=str, ensure_ascii=False)
+        text.encode()  # half a surrogate pair is no text
+        copy: Tree = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"a config holds text, numbers, lists and mappings only: {error}") from None
+    return copy
 
 
 def _change_choice(tree: Tree, section: str, key: str, value: Any) -> None:
@@ -338,53 +419,3 @@ def _descend(tree: Tree, parents: Sequence[str], dotted: str) -> Tree:
             raise ConfigError(f"{dotted}: {parent} is {child!r}, not a section with keys of its own")
         tree = child
     return tree
-
-
-# ── messages
-# ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def explain(error: ValidationError, root: type[BaseModel], where: str, prefix: tuple[str, ...] = ()) -> str:
-    """Turn pydantic's errors into a line each.
-
-    Key (file): what was given, what is allowed, the nearest match.
-    """
-    return "\n".join(_lines(error, prefix, root, where))
-
-
-def _lines(error: ValidationError, above: tuple[str, ...], root: Any, where: str) -> list[str]:
-    lines: list[str] = []
-    for problem in error.errors(include_url=False):
-        loc = above + tuple(str(part) for part in problem["loc"])
-        inner = problem.get("ctx", {}).get("error")
-        if isinstance(inner, ValidationError):
-            choices = {"method": METHODS, "partition": PARTITIONS}
-            section = problem.get("input") or {}
-            kind = section.get(CHOICES[".".join(loc)]) if isinstance(section, dict) else None
-            lines += _lines(inner, loc, choices[loc[-1]].get(kind or "", Method), where)
-            continue
-        key = ".".join(loc)
-        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            allowed = _field_names(root, loc[len(above) : -1])
-            lines.append(
-                f"{key} ({where}): unknown{nearest(loc[-1], allowed)} Keys here: {', '.join(sorted(allowed))}"
-            )
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            message = message[0].lower() + message[1:]
-            given = "" if inner is not None else f"got {_short(problem.get('input'))}; "
-            lines.append(f"{key} ({where}): {given}{message}")
-    return list(dict.fromkeys(lines))
-
-
-def _field_names(root: Any, path: Sequence[str]) -> list[str]:
-    for part in path:
-        root = root.model_fields[part].annotation if part in getattr(root, "model_fields", {}) else root
-    if hasattr(root, "model_fields"):
-        return list(root.model_fields)
-    return [field.name for field in fields(root)]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

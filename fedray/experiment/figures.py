@@ -1,21 +1,25 @@
 """The pictures of a report: one line, or one strip, per setting.
 
-Settings keep their colour and stroke in all pictures; FedAvg is black. Up to `MAX_NAMED` are drawn in colour (FedAvg
-and those of the best final accuracy), further lines in grey. Nothing here touches pyplot or its global state.
+Settings keep their colour and stroke in all pictures; FedAvg beside others is black. Up to `MAX_NAMED` are
+drawn in colour (FedAvg and those of the best final accuracy), further lines in grey. pyplot's global state is
+not used.
 """
 
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from itertools import pairwise
+from math import log10
+from textwrap import wrap
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
 from fedray.experiment.report import Setting
@@ -31,12 +35,13 @@ NAMES = (BY_ROUND, BY_BYTES, BY_TIME, DENSITY, CLIENTS)
 """Every file that may be drawn."""
 
 SIZE_INCHES, DPI = (7.7, 5.0), 130  # 1001 × 650 pixels
-MAX_NAMED = 12
-MAX_LABEL = 34  # characters
+MAX_NAMED = 14
+LABEL_WIDTH, LABEL_LINES = 28, 2  # characters, lines
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito, "Color universal design", 2008, without the yellow, which is lost on white."""
 BLACK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#cfcfcf"
-STROKES = ("-", (0, (5, 1.6)), (0, (1.3, 1.3)))
+Stroke = Literal["-"] | tuple[float, tuple[float, float]]
+STROKES: tuple[Stroke, ...] = ("-", (0, (3.5, 1.2)), (0, (1.2, 1.0)))
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Look:
 
     setting: Setting
     color: str = PALE
-    stroke: str | tuple[float, tuple[float, ...]] = "-"
+    stroke: Stroke = "-"
     name: str | None = None
 
 
@@ -67,10 +72,10 @@ def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, 
         settings: what is to be compared.
         target: a validation accuracy in (0, 1] to mark.
     """
-    looks = _looks(settings)
+    looks = looks_of(settings)
     pictures = {
         BY_ROUND: _accuracy(looks, "round", "round", _plain_rounds, target),
-        BY_BYTES: _accuracy(looks, "total/bytes/up", "sent by all clients so far", _byte_unit, target),
+        BY_BYTES: _accuracy(looks, "total/bytes/up", "uploaded by all clients so far", _byte_unit, target),
         BY_TIME: _accuracy(looks, "total/time/simulated_s", "simulated time", _time_unit, target),
         DENSITY: _density(looks),
         CLIENTS: _clients(looks),
@@ -78,7 +83,7 @@ def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, 
     return {name: _png(figure) for name, figure in pictures.items() if figure is not None}
 
 
-def _looks(settings: Sequence[Setting]) -> list[Look]:
+def looks_of(settings: Sequence[Setting]) -> list[Look]:
     """Give the settings their colours; those in grey come first, so that they lie below."""
 
     def rank(setting: Setting) -> tuple[bool, float]:
@@ -86,11 +91,12 @@ def _looks(settings: Sequence[Setting]) -> list[Look]:
         return setting.is_fedavg, float(np.mean(final))
 
     named = sorted(settings, key=rank, reverse=True)[:MAX_NAMED]
+    references = not all(setting.is_fedavg for setting in settings) or len(settings) == 1
     looks, dense, others = [], 0, 0
     for setting in settings:
         if setting not in named:
             looks.append(Look(setting))
-        elif setting.is_fedavg:
+        elif setting.is_fedavg and references:
             looks.append(Look(setting, BLACK, STROKES[dense % len(STROKES)], _name(setting)))
             dense += 1
         else:
@@ -101,15 +107,15 @@ def _looks(settings: Sequence[Setting]) -> list[Look]:
 
 
 def _name(setting: Setting) -> str:
-    label = setting.label if len(setting.label) <= MAX_LABEL else f"{setting.label[: MAX_LABEL - 1]}…"
-    return label if setting.status == "finished" else f"{label}\n({setting.progress})"
+    lines = wrap(setting.label, LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …")
+    return "\n".join(lines if setting.status == "finished" else [*lines, f"({setting.progress})"])
 
 
 # ── lines
 # ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _curve(look: Look, x: str, y: str) -> Curve | None:
+def curve_of(look: Look, x: str, y: str) -> Curve | None:
     """Average the seeds round by round, over the rounds in which every seed has both numbers."""
     frames = [run.rounds for run in look.setting.runs]
     if not all(x in frame and y in frame for frame in frames):
@@ -132,50 +138,86 @@ def _accuracy(
     unit_of: Callable[[float], tuple[float, str]],
     target: float | None,
 ) -> Figure | None:
-    curves = [c for look in looks if (c := _curve(look, metric, "val/accuracy")) is not None]
+    curves = [c for look in looks if (c := curve_of(look, metric, "val/accuracy")) is not None]
     if not curves:
         return None
     figure, axes = _paper()
     ends = [float(c.x[-1]) for c in curves]
     divisor, unit = unit_of(max(ends))
-    logarithmic = metric != "round" and min(ends) > 0 and max(ends) > 8 * min(ends)
+    done = [float(c.x[-1]) for c in curves if c.look.setting.status == "finished"] or ends
+    logarithmic = metric != "round" and min(done) > 0 and max(done) > 8 * min(done)
     for curve in curves:
         _line(axes, curve, curve.x / divisor, positive=logarithmic)
     if target is not None:
         axes.axhline(target, color=GREY, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+        axes.text(
+            0.005,
+            target,
+            f"{target:g}",
+            transform=axes.get_yaxis_transform(),
+            fontsize=8,
+            color=GREY,
+            va="bottom",
+        )
     if logarithmic:
         _log_axis(axes, "x")
     elif metric == "round":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if not logarithmic:
         axes.set_xlim(0, max(ends) / divisor * 1.02 or 1)
     axes.set_xlabel(f"{title} ({unit}{', logarithmic' if logarithmic else ''})" if unit else title)
     axes.set_ylabel("validation accuracy (share of examples)")
+    axes.set_ylim(bottom=_floor(curves))
+    _footnote(figure, axes, curves)
     _key(figure, axes, curves)
-    _footnote(figure, curves)
     return figure
 
 
 def _density(looks: Sequence[Look]) -> Figure | None:
-    curves = [c for look in looks if (c := _curve(look, "round", "density/global")) is not None]
+    curves = [c for look in looks if (c := curve_of(look, "round", "density/global")) is not None]
     if not curves:
         return None
     figure, axes = _paper()
     for number, curve in enumerate(reversed(curves)):  # lines of equal density: the upper ones are thinner
-        width = 3.4 - 2.0 * number / max(1, len(curves) - 1)
+        width = 2.8 - 1.4 * number / max(1, len(curves) - 1)
         _line(axes, curve, curve.x, width=width, order=2 + number / len(curves), steps="steps-post")
-    if min(float(c.low.min()) for c in curves) < 0.05:
+    personal = [c for curve in curves if (c := density_of_clients(curve)) is not None]
+    for curve in personal:
+        axes.plot(curve.x, curve.mean, color=curve.look.color, linestyle=(0, (1, 1)), linewidth=1.3)
+    if min(float(c.low.min()) for c in (*curves, *personal)) < 0.05:
         _log_axis(axes, "y")
         axes.set_ylim(top=1.15)
     else:
         axes.set_ylim(0, 1.04)
     axes.set_xlim(0, max(float(c.x[-1]) for c in curves) * 1.02 or 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("round")
-    axes.set_ylabel("density of the server's mask (share of prunable weights kept)")
+    axes.set_ylabel("density (share of prunable weights kept)")
+    _footnote(figure, axes, curves, *(["dotted: mean over clients"] if personal else []))
     _key(figure, axes, curves)
-    _footnote(figure, curves)
     return figure
+
+
+def density_of_clients(server: Curve) -> Curve | None:
+    """Return the mean density of the clients' models, where they are not simply the server's.
+
+    Clients train on the mask that the server had after the round before.
+    """
+    clients = curve_of(server.look, "round", "density/client_mean")
+    if clients is None or server.look.name is None:
+        return None
+    before = dict(zip(server.x + 1, server.mean, strict=True))
+    apart = [abs(own - before.get(x, own)) for x, own in zip(clients.x, clients.mean, strict=True)]
+    return clients if max(apart) > 0.01 else None
+
+
+def _floor(curves: Sequence[Curve]) -> float:
+    """Return where an axis of accuracy begins: how the first rounds went is not what is compared."""
+    ends = [float(c.mean[-1]) for c in curves]
+    done = [float(c.mean[-1]) for c in curves if c.look.setting.status == "finished"] or ends
+    enough = min(done) - max(0.2, 1.5 * (max(done) - min(done)))
+    lowest = min(float(c.low.min()) for c in curves)
+    return max(lowest - 0.02, min(enough, min(ends) - 0.05), 0.0)
 
 
 def _line(
@@ -217,7 +259,13 @@ def _line(
         done = look.setting.status == "finished"
         face = look.color if done else "white"
         axes.plot(
-            x[-1], curve.mean[-1], "o", color=look.color, markerfacecolor=face, markersize=4.5, zorder=order + 1
+            x[-1],
+            curve.mean[-1],
+            "o",
+            color=look.color,
+            markerfacecolor=face,
+            markersize=4.5,
+            zorder=order + 1,
         )
 
 
@@ -230,9 +278,9 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
     strips: list[tuple[Look, Floats]] = []
     for look in looks:
         frames = [run.client_accuracy for run in look.setting.runs]
-        values = [frame["accuracy"].to_numpy(float) for frame in frames if frame is not None]
-        if look.name is not None and len(values) == len(frames):
-            strips.append((look, np.sort(np.concatenate(values))))
+        found = [frame["accuracy"].to_numpy(float) for frame in frames if frame is not None]
+        if look.name is not None and len(found) == len(frames):
+            strips.append((look, np.sort(np.concatenate(found))))
     if not strips:
         return None
     figure, axes = _paper()
@@ -241,7 +289,7 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
         p5, p25, p50, p75, p95 = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
         # the golden ratio spreads points evenly over the height, the same in each drawing
         height = (np.arange(len(values)) * 0.6180339887 % 1 - 0.5) * 2 * half
-        axes.scatter(values, row + height, s=7, color=look.color, alpha=_opacity(len(values)), linewidth=0)
+        axes.scatter(values, row + height, s=9, color=look.color, alpha=_opacity(len(values)), linewidth=0)
         axes.plot([p5, p95], [row, row], color=look.color, linewidth=1.4, zorder=3)
         axes.plot([p25, p75], [row, row], color=look.color, linewidth=7, solid_capstyle="butt", zorder=4)
         axes.plot(p50, row, "o", color=look.color, markerfacecolor="white", markersize=6.5, zorder=5)
@@ -255,12 +303,14 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
     axes.set_xlim(max(-0.01, lowest - 0.03), 1.01)
     axes.set_xlabel("accuracy of the final model on a client's own examples (share of examples)")
     _widen_left(figure, axes)
-    _write_footnote(figure, "point: a client · circle: median · bar: middle half · line: 5th to 95th percentile")
+    _write_footnote(
+        figure, axes, "point: a client · circle: median · bar: middle half · line: 5th to 95th percentile"
+    )
     return figure
 
 
 def _opacity(points: int) -> float:
-    return float(np.clip(25 / points, 0.06, 0.4))
+    return float(np.clip(40 / points, 0.08, 0.5))
 
 
 # ── paper, axes and keys
@@ -270,7 +320,7 @@ def _opacity(points: int) -> float:
 def _paper() -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.085, 0.145, 0.875, 0.825))
+    axes = figure.add_axes((0.085, 0.115, 0.875, 0.86))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -298,53 +348,98 @@ def _log_axis(axes: Axes, which: str) -> None:
 
 
 def _key(figure: Figure, axes: Axes, curves: Sequence[Curve]) -> None:
-    """Name the lines at the right, from the highest end to the lowest, each as near its end as there is room."""
+    """Name the lines at the right, the highest end first, each as near its end as there is room."""
     named = sorted((c for c in curves if c.look.name is not None), key=lambda c: -c.mean[-1])
-    others = len(curves) - len(named)
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
+    looks = [(c.look.name or "", c.look) for c in named]
+    if len(curves) > len(named):
+        looks.append((f"{len(curves) - len(named)} more", Look(curves[0].look.setting)))
+    pixels, size = IdentityTransform(), 9 if len(looks) <= 8 else 8
     texts = [
-        axes.annotate(c.look.name or "", (0, 0), fontsize=9, color=BLACK, va="center", linespacing=1.05)
-        for c in named
+        figure.text(0, 0, name, transform=pixels, fontsize=size, color=BLACK, va="center", linespacing=1.05)
+        for name, _ in looks
     ]
-    if others:
-        texts.append(axes.annotate(f"{others} more", (0, 0), fontsize=9, color=GREY, va="center"))
-    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
-    swatch, pad = 30.0, 12.0  # pixels
-    full_width, full_height = figure.bbox.width, figure.bbox.height
-    room = max((box.width for box in boxes), default=0.0) + swatch + 2 * pad
-    place = axes.get_position()
-    axes.set_position((place.x0, place.y0, 1 - place.x0 - room / full_width, place.height))
-    bottom, top = place.y0 * full_height, place.y1 * full_height
+    boxes = [text.get_window_extent() for text in texts]
+    swatch, pad = 36.0, 12.0
+    room = max(box.width for box in boxes) + swatch + 2 * pad
+    place, width, height = axes.get_position(), figure.bbox.width, figure.bbox.height
+    axes.set_position((place.x0, place.y0, 1 - place.x0 - room / width, place.height))
+
+    top, tall, left = place.y1 * height, place.height * height, width - room + pad
     wanted = [top - axes.transData.transform((c.x[-1], c.mean[-1]))[1] for c in named]
-    wanted += [top - bottom] * bool(others)
-    heights = spread(wanted, [box.height + 3 for box in boxes], top - bottom)
-    left = full_width - room + pad
-    for number, (text, down) in enumerate(zip(texts, heights, strict=True)):
-        look = named[number].look if number < len(named) else Look(curves[0].look.setting)
+    wanted += wanted[-1:] * (len(looks) - len(named))
+    downs = spread(wanted, [box.height + 3 for box in boxes], tall)
+    for (_, look), text, down in zip(looks, texts, downs, strict=True):
         y = top - down
-        text.set(transform=None, position=(left + swatch, y))
-        text.xy = (left + swatch, y)
+        text.set_position((left + swatch, y))
+        ends = ([left, left + swatch - 8], [y, y])
         figure.add_artist(
-            Line2D([left, left + swatch - 6], [y, y], color=look.color, linestyle=look.stroke, linewidth=2, transform=None)
+            Line2D(*ends, color=look.color, linestyle=look.stroke, linewidth=2, transform=pixels)
         )
 
 
 def spread(wanted: Sequence[float], sizes: Sequence[float], room: float) -> list[float]:
-    """Return centres near the wanted ones, ascending like them, at which things of these sizes do not overlap.
+    """Return centres near the wanted ones, ascending like them, where things of these sizes do not overlap.
 
     Args:
-        wanted: ascending positions.
+        wanted: ascending positions, at least one.
         sizes: extent of each, > 0.
         room: length of the line; centres stay within it if the sizes have room there.
     """
-    offsets = np.concatenate(([0.0], np.cumsum([(a + b) / 2 for a, b in zip(sizes, sizes[1:], strict=False)])))
+    offsets = np.concatenate(([0.0], np.cumsum([(a + b) / 2 for a, b in pairwise(sizes)])))
     blocks: list[tuple[float, int]] = []  # (mean, count): isotonic regression by pooling adjacent violators
-    for value in np.asarray(wanted) - offsets[: len(wanted)]:
-        mean, count = float(value), 1
+    for value, offset in zip(wanted, offsets, strict=True):
+        mean, count = float(value - offset), 1
         while blocks and blocks[-1][0] > mean:
             above, many = blocks.pop()
             mean, count = (mean * count + above * many) / (count + many), count + many
         blocks.append((mean, count))
     free = np.repeat([mean for mean, _ in blocks], [count for _, count in blocks])
-    return list(np.clip(free, 0.0, max(0.0, room - float(offsets[-1]))) + offsets) if len(wanted) else []
+    return list(np.clip(free, 0.0, max(0.0, room - float(offsets[-1]))) + offsets)
+
+
+def _widen_left(figure: Figure, axes: Axes) -> None:
+    """Make room for the names at the left of an axis."""
+    widest = max(label.get_window_extent().width for label in axes.get_yticklabels())
+    place, left = axes.get_position(), (widest + 24) / figure.bbox.width
+    axes.set_position((left, place.y0, place.x1 - left, place.height))
+
+
+def _footnote(figure: Figure, axes: Axes, curves: Sequence[Curve], *more: str) -> None:
+    """Say what a band and an open circle are, where there is one."""
+    named = [c.look.setting for c in curves if c.look.name is not None]
+    parts = list(more)
+    if any(len(setting.runs) > 1 for setting in named):
+        parts.append("line: mean over seeds · band: smallest to largest")
+    if any(setting.status != "finished" for setting in named):
+        parts.append("open circle: did not make all rounds")
+    if parts:
+        _write_footnote(figure, axes, " · ".join(parts))
+
+
+def _write_footnote(figure: Figure, axes: Axes, text: str) -> None:
+    """Write below the axis's title, for which the axes make room."""
+    place, rise = axes.get_position(), 0.03
+    axes.set_position((place.x0, place.y0 + rise, place.width, place.height - rise))
+    figure.text(0.99, 0.015, text, fontsize=7.5, color=GREY, ha="right", va="bottom")
+
+
+def _plain_rounds(most: float) -> tuple[float, str]:
+    return 1.0, ""
+
+
+def _byte_unit(most: float) -> tuple[float, str]:
+    """Return what to divide bytes by, and its name, for numbers up to `most`."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next(((size, name) for size, name in units if most >= size), (1.0, "bytes"))
+
+
+def _time_unit(most: float) -> tuple[float, str]:
+    """Return what to divide seconds by, and its name, for numbers up to `most`."""
+    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
+    return next(((size, name) for size, name in units if most >= 2 * size), (1.0, "seconds"))
+
+
+def _png(figure: Figure) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=DPI)
+    return data.getvalue()

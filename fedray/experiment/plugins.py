@@ -16,16 +16,25 @@ from fedray.errors import ConfigError
 _imported: dict[Path, ModuleType] = {}
 
 
-def import_modules(paths: Iterable[str | Path]) -> None:
-    """Import Python files, each once per process.
+def import_modules(paths: Iterable[str | Path]) -> tuple[Path, ...]:
+    """Import Python files, each once per process; return where they are.
 
     Raises:
         ConfigError: if a file is missing or raises.
     """
+    found = []
     for given in paths:
-        path = Path(given).expanduser().resolve()
+        try:
+            path = Path(given).expanduser().resolve()
+            exists = path in _imported or path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"imports: {str(given)!r} is not the name of a file: {error}") from None
+        if not exists:
+            raise ConfigError(f"imports: no file {str(given)!r} (looked for {path})")
         if path not in _imported:
             _imported[path] = _import(path, given)
+        found.append(path)
+    return tuple(found)
 
 
 def imported_modules() -> tuple[ModuleType, ...]:
@@ -34,8 +43,6 @@ def imported_modules() -> tuple[ModuleType, ...]:
 
 
 def _import(path: Path, given: str | Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"imports: no file {str(given)!r} (looked for {path})")
     name = f"fedray_import_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -1,6 +1,6 @@
 """Runs → tables and pictures, from the files of their directories alone.
 
-    run directories → RunData → Setting (runs that differ in the seed only) → a row of the table, a line of a picture
+    directory → RunData → Setting (the seeds of one config) → a row of a table, a line in a picture
 
 Nothing is mixed in silence: runs that stopped early, or made another number of rounds, get a row of their own
 that says so; a mean is only taken over runs that all have the number; a comparison with FedAvg needs a FedAvg
@@ -260,11 +260,15 @@ def label_runs(runs: Sequence[RunData]) -> list[RunData]:
     `staged threshold=0.5 s0`. Equal labels are told apart by the name of the directory.
     """
     labels = _labels([_flatten(run.config) for run in runs], [run.name for run in runs])
-    often = Counter(labels)
+    often, homes = Counter(labels), Counter(run.name for run in runs)
     return [
-        replace(run, label=label if often[label] == 1 or label == run.name else f"{label} ({run.name})")
+        replace(run, label=label if often[label] == 1 else f"{label} ({_home(run, homes)})")
         for run, label in zip(runs, labels, strict=True)
     ]
+
+
+def _home(run: RunData, homes: Mapping[str, int]) -> str:
+    return run.name if homes[run.name] == 1 else str(run.path)
 
 
 def settings(runs: Sequence[RunData]) -> list[Setting]:
@@ -274,7 +278,8 @@ def settings(runs: Sequence[RunData]) -> list[Setting]:
     """
     groups: dict[str, list[RunData]] = {}
     for run in runs:
-        key = json.dumps([_without_seed(run) or str(run.path), run.last_round, run.status], sort_keys=True)
+        same = [_without_seed(run) or str(run.path), run.last_round, run.status]
+        key = json.dumps(same, sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
     members = list(groups.values())
     labels = _labels([_without_seed(group[0]) for group in members], [group[0].name for group in members])
@@ -391,12 +396,12 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 
     One missing value (NaN) makes both NaN: a mean over what happens to be there would compare unlike things.
     """
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
-
     if not values or not all(map(isfinite, values)):
         return nan, nan
     if len(values) < 2:
         return fmean(values), nan
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
+
     return fmean(values), float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / sqrt(len(values))
 
 
@@ -466,7 +471,7 @@ def _until(row: Setting, target: float) -> Flat:
     return {
         f"rounds to {target:.2f}": fmean(r.round for r in there) if complete else nan,
         f"up MB to {target:.2f}": fmean(r.up_bytes / MEGA for r in there) if complete else nan,
-        f"simulated s to {target:.2f}": fmean(r.simulated_s for r in there) if complete else nan,
+        f"seconds to {target:.2f}": fmean(r.simulated_s for r in there) if complete else nan,
     }
 
 
@@ -498,17 +503,55 @@ def _fedavg_for(row: Setting, rows: Sequence[Setting]) -> Setting | None:
 
 
 def render_table(frame: "pd.DataFrame") -> "Table":
-    """Return a comparison as a table for the terminal."""
+    """Return a comparison as a table for the terminal.
+
+    A wide one is cut in two, results above costs. Where `n`, `rounds` or `status` is the same in all rows, it
+    stands below.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = _shown(frame)
+    words = {"n": "n = {}", "rounds": "{} rounds", "status": "{}"}
+    same = [name for name in words if len(set(shown[name])) == 1]
+    caption = " · ".join(words[name].format(shown.pop(name)[0]) for name in same)
+    table = _table(shown, caption)
+    if Console(width=10 * TERMINAL).measure(table).maximum <= TERMINAL:
+        return table
+    above = {name: cells for name, cells in shown.items() if name in RESULTS}
+    below = {name: cells for name, cells in shown.items() if name == "setting" or name not in RESULTS}
+    both = Table.grid()
+    both.add_row(_table(above, ""))
+    both.add_row(_table(below, caption))
+    return both
+
+
+TERMINAL = 100
+"""Widest table in one piece, in characters."""
+
+TEXT_COLUMNS = ("setting", "status")
+RESULTS = ("setting", "n", "val accuracy", "test accuracy", "density", "rounds", "status")
+
+
+def _table(shown: Mapping[str, Sequence[str]], caption: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    shown = _shown(frame)
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(
+        box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True, caption=Text(caption)
+    )
     for name in shown:
-        table.add_column(Text(name), justify="left" if name in TEXT_COLUMNS else "right", overflow="fold")
-    for cells in zip(*shown.values(), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
+        side: Literal["left", "right"] = "left" if name in TEXT_COLUMNS else "right"
+        table.add_column(Text(_in_two_lines(name)), justify=side, overflow="fold")
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*(Text(cell) for cell in row))
     return table
+
+
+def _in_two_lines(header: str) -> str:
+    start = next((at for mark in (" (", " to ", " ") if (at := header.find(mark)) > 0), None)
+    return header if start is None else f"{header[:start]}\n{header[start + 1 :]}"
 
 
 def to_markdown(frame: "pd.DataFrame") -> str:
@@ -521,9 +564,6 @@ def to_markdown(frame: "pd.DataFrame") -> str:
     ]
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
-
-
-TEXT_COLUMNS = ("setting", "status")
 
 
 def _shown(frame: "pd.DataFrame") -> dict[str, list[str]]:
@@ -541,7 +581,7 @@ def _shown(frame: "pd.DataFrame") -> dict[str, list[str]]:
         elif column in AGAINST_FEDAVG:
             ratios = frame[AGAINST_FEDAVG[column]]
             shown[f"{column} (× FedAvg)"] = [
-                f"{_number(value)} ({_number(ratio)})" for value, ratio in zip(values, ratios, strict=True)
+                f"{_number(value)} ({_ratio(ratio)})" for value, ratio in zip(values, ratios, strict=True)
             ]
         elif column == "client TFLOP" and not frame[column].max() >= 1:
             shown["client GFLOP"] = [_number(1000 * value) for value in values]
@@ -553,7 +593,11 @@ def _shown(frame: "pd.DataFrame") -> dict[str, list[str]]:
 def _accuracy(mean: float, half: float) -> str:
     if not isfinite(mean):
         return "—"
-    return f"{mean:.3f}" if not isfinite(half) else f"{mean:.3f} ± {half:.3f}"
+    return f"{mean:.3f}" if not isfinite(half) else f"{mean:.3f} ±{half:.3f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2g}×" if isfinite(value) and value < 99.5 else _number(value)
 
 
 def _number(value: float) -> str:
@@ -567,10 +611,11 @@ def _number(value: float) -> str:
 # ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 LEGEND = """
-Accuracies: share of right answers of the final model on the validation and the test examples; ± is half of the
-95 % t-interval over n seeds. Bytes, FLOPs (masked weights free) and simulated seconds are totals from the start,
-set-up included; × FedAvg divides by the FedAvg row whose other settings agree, after as many rounds. `table.csv`
-has the intervals of all columns. — : not measured, not reached by every seed, or nothing to compare with.
+Accuracies: share of right answers of the final model on the validation and the test examples; ± is half of
+the 95 % t-interval over n seeds. Bytes, FLOPs (masked weights are free) and simulated seconds are totals from
+the start, set-up included; × FedAvg divides by the FedAvg row whose other settings agree, after as many
+rounds. `table.csv` has the intervals of all columns. A dash: not measured, not reached by every seed, or
+nothing to compare with.
 """
 
 
@@ -618,7 +663,9 @@ def write_report(
         for name, data in contents.items():
             _replace(folder / name, data)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written: {error.strerror}; choose another with --out") from None
+        raise ConfigError(
+            f"{folder}: cannot be written: {error.strerror or error}; choose another with --out"
+        ) from None
     return Report(folder, tuple(folder / name for name in contents))
 
 

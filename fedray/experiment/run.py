@@ -23,11 +23,11 @@ import numpy as np
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, Dataset, Examples, Splits, split
-from fedray.errors import FedrayError, RunError
+from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import plugins
 from fedray.experiment.config import ResourcesConfig, RunConfig
 from fedray.experiment.files import RunFiles, check_free, numbered
-from fedray.experiment.tracking import MLflowTracker, Store, prepare_store, run_tags
+from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store, run_tags
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.population import Population
 from fedray.federation.server import Schedule, Server, ServerSide
@@ -179,13 +179,24 @@ def run(
         ConfigError, DataError: if it cannot run; nothing was started then, and nothing is left on disk.
         RunError, ClientError, MethodError: if it broke; `resume` may go on.
     """
-    path = Path(out) if out is not None else numbered(RUNS, _stem(config))
-    check_free(path)
+    if out is not None:
+        check_free(Path(out))
     federation = Federation.of(config)
-    files = RunFiles.create(path)
+    files = RunFiles.create(Path(out)) if out is not None else _next_files(config)
     files.write_config(config.to_tree())
     files.warn(federation.dataset.warnings)
     return _go(federation, files, on_round, pool, tracking or Tracking())
+
+
+def _next_files(config: RunConfig) -> RunFiles:
+    """Make the next free directory under `runs/`; another run that starts now may take it first."""
+    while True:
+        path = numbered(RUNS, _stem(config))
+        try:
+            return RunFiles.create(path)
+        except ConfigError:
+            if not path.exists():  # it was not taken: it cannot be made
+                raise
 
 
 def resume(
@@ -218,7 +229,7 @@ def _go(
     done = checkpoint.state.round - 1 if checkpoint else -1
     files.rewind(done)
     tracker = _tracker(config, files, tracking)
-    status = "FAILED"
+    status: RunStatus = "FAILED"
     try:
         with _opened((pool_factory or pool_for(config))(federation.place)) as pool:
             server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
@@ -241,6 +252,8 @@ def _go(
         raise
     finally:
         _close(tracker, files, federation, status)
+        if status != "FINISHED":
+            logger.warning("ended early; `fedray resume %s` goes on from the last checkpoint", files.path)
     return History(files.path, _history(files), result)
 
 
@@ -316,7 +329,7 @@ def _tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTr
     return tracker
 
 
-def _close(tracker: MLflowTracker, files: RunFiles, federation: Federation, status: str) -> None:
+def _close(tracker: MLflowTracker, files: RunFiles, federation: Federation, status: RunStatus) -> None:
     artifacts: Sequence[Path] = []
     model = None
     if status == "FINISHED":

@@ -29,11 +29,12 @@ from fedray.experiment.config import (
     Section,
     Tree,
     base_of,
-    explain,
+    origin,
     override_tree,
     parse_overrides,
 )
-from fedray.types import NonNegativeInt, PositiveInt
+from fedray.experiment.messages import Where, explain, line, shortened
+from fedray.types import METRICS, NonNegativeInt, PositiveInt
 
 VERBS = (
     "grid",
@@ -105,53 +106,49 @@ class Sweep:
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Sweep":
         """Read a sweep file and apply `key=value` overrides.
 
-        An override of a key of `space` fixes that key; `tune.…` and `space.…` reach those sections, and
-        everything else changes the base.
+        An override of a key of `space` fixes that key, and one of `method.name` a `space` of methods;
+        `tune.…` and `space.…` reach those sections, and everything else changes the base.
 
         Raises:
             ConfigError: with every problem found, in whichever point.
         """
-        tree = yaml.load(path)
-        base, space, options = (
-            base_of(tree, path),
-            dict(tree.get("space") or {}),
-            dict(tree.get("tune") or {}),
-        )
-        for key, value in parse_overrides(overrides).items():
+        tree, changes = yaml.load(path), parse_overrides(overrides)
+        where = origin(path, changes)
+        base, space, options = base_of(tree, path), _part(tree, "space", where), _part(tree, "tune", where)
+        for key, value in changes.items():
             section, _, rest = key.partition(".")
-            if section == "tune":
-                options[rest] = value
-            elif section == "space":
-                space[rest] = value
+            if section in ("space", "tune"):
+                part = space if section == "space" else options
+                part |= {rest: value} if rest else _part(changes, section, where)
             else:
-                space.pop(key, None)
+                _fix(space, key)
                 base = override_tree(base, {key: value})
-        tune = tune_config(options, str(path))
-        changes = expand(space, tune, str(path))
-        return cls.of(
-            Path(path).stem, {"base": base, "space": space, "tune": options}, tune, changes, str(path)
-        )
+        tune = tune_config(options, where)
+        tree = {"base": base, "space": space, "tune": options}
+        return cls.of(Path(path).stem, tree, tune, expand(space, tune, where), where)
 
     @classmethod
     def of(
-        cls, name: str, tree: Tree, tune: TuneConfig, changes: Sequence[Mapping[str, Any]], where: str
+        cls, name: str, tree: Tree, tune: TuneConfig, changes: Sequence[Mapping[str, Any]], where: Where
     ) -> "Sweep":
         """Build and validate every point.
 
         Raises:
             ConfigError: with the problems of all points.
         """
-        points, problems = [], []
+        points: list[Point] = []
+        problems: dict[str, list[str]] = {}
         width = max(2, len(str(len(changes))))
         for number, change in enumerate(changes):
             try:
                 config = RunConfig.from_tree(override_tree(tree["base"], change), where)
             except ConfigError as error:
-                problems += [f"{line} [{_label(change)}]" for line in str(error).splitlines()]
+                for problem in str(error).splitlines():
+                    problems.setdefault(problem, []).append(_label(change))
                 continue
             points.append(Point(_slug(f"{number:0{width}d}-{_label(change)}"), change, config))
         if problems:
-            raise ConfigError("\n".join(dict.fromkeys(problems)))
+            raise ConfigError("\n".join(_of_points(*item, len(changes)) for item in problems.items()))
         return cls(name, tree, tune, tuple(points))
 
     @property
@@ -160,7 +157,7 @@ class Sweep:
         return max(point.config.rounds for point in self.points)
 
 
-def expand(space: Mapping[str, Any], tune: TuneConfig, where: str) -> list[Tree]:
+def expand(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> list[Tree]:
     """Return the points of a space: the product of its grids, random verbs drawn anew in each.
 
     Raises:
@@ -183,35 +180,73 @@ def expand(space: Mapping[str, Any], tune: TuneConfig, where: str) -> list[Tree]
     return points
 
 
-def _verb(key: str, spec: Any, where: str) -> tuple[str, list[Any]]:
+def _part(tree: Mapping[str, Any], section: str, where: Where) -> Tree:
+    """Return a section of a sweep, empty if it is not there."""
+    part = tree.get(section)
+    if part is not None and not isinstance(part, Mapping):
+        raise ConfigError(line(section, f"got {shortened(part)}; must be a mapping of keys to values", where))
+    return {str(key): value for key, value in (part or {}).items()}
+
+
+def _fix(space: Tree, key: str) -> None:
+    """Take a key that is overridden out of the space; with `method.name`, a choice among methods."""
+    space.pop(key, None)
+    section, _, last = key.rpartition(".")
+    if CHOICES.get(section) == last:
+        space.pop(section, None)
+
+
+def _of_points(problem: str, labels: Sequence[str], points: int) -> str:
+    """Say which points have a problem, unless all have it."""
+    if len(labels) == points:
+        return problem
+    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+    return f"{problem} [{labels[0]}{more}]"
+
+
+def _verb(key: str, spec: Any, where: Where) -> tuple[str, list[Any]]:
     if not isinstance(spec, Mapping) or len(spec) != 1:
-        raise ConfigError(
-            f"space.{key} ({where}): got {spec!r}; write one verb and its list, e.g. {{grid: [1, 2]}}"
-        )
+        text = f"got {shortened(spec)}; write one verb and its list, e.g. {{grid: [1, 2]}}"
+        raise ConfigError(line(f"space.{key}", text, where))
     ((verb, arguments),) = spec.items()
     if verb not in VERBS:
-        raise ConfigError(f"space.{key} ({where}): {unknown('verb', str(verb), VERBS)}")
+        raise ConfigError(line(f"space.{key}", unknown("verb", str(verb), VERBS), where))
     if not isinstance(arguments, list) or not arguments:
-        raise ConfigError(
-            f"space.{key}.{verb} ({where}): got {arguments!r}; must be a list with something in it"
-        )
+        text = f"got {shortened(arguments)}; must be a list with something in it"
+        raise ConfigError(line(f"space.{key}.{verb}", text, where))
     return verb, arguments
 
 
-def _domain(key: str, verb: str, arguments: list[Any], where: str) -> Any:
+def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:
+    """Return Tune's domain, which is known to be drawn from."""
     from ray import tune
 
     try:
-        return getattr(tune, verb)(*([arguments] if verb == "choice" else arguments))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"space.{key}.{verb} ({where}): got {arguments!r}; {error}") from None
+        domain = getattr(tune, verb)(*([arguments] if verb == "choice" else arguments))
+        domain.sample(random_state=np.random.RandomState(0))  # some arguments are refused only here
+    except Exception as error:
+        text = f"got {shortened(arguments)}; {verb} does not take that: {error}"
+        raise ConfigError(line(f"space.{key}.{verb}", text, where)) from None
+    return domain
 
 
-def tune_config(options: Tree, where: str) -> TuneConfig:
+def tune_config(options: Tree, where: Where) -> TuneConfig:
+    """Validate the `tune:` section.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
     try:
-        return TuneConfig.model_validate(options, strict=True)
+        config = TuneConfig.model_validate(options, strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, TuneConfig, where, prefix=("tune",))) from None
+    known = [name for name in METRICS if not name.startswith("test/")]
+    known += [
+        f"total/{name}" for name in known if name.startswith(("bytes/", "flops/", "time/", "clients/dropped"))
+    ]
+    if config.metric not in known and not config.metric.startswith("train/"):  # a method has its own of these
+        raise ConfigError(line("tune.metric", unknown("metric", config.metric, known), where))
+    return config
 
 
 def _label(changes: Mapping[str, Any]) -> str:

@@ -213,12 +213,17 @@ def _scheduler(plan: Sweep) -> Any:
 def _callback(on_round: OnTrialRound | None) -> Any:
     from ray import tune
 
-    class Progress(tune.Callback):
-        """Hands each reported round to whoever shows it."""
+    class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
+        """Hands each reported round to whoever shows it; Tune pickles it, but not the listener."""
+
+        listener = staticmethod(on_round) if on_round is not None else None
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            if on_round is not None:
-                on_round(trial.config["name"], result)
+            if self.listener is not None:
+                self.listener(trial.config["name"], result)
+
+        def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+            return tune.Callback, ()
 
     return Progress()
 

@@ -167,10 +167,10 @@ class MLflowTracker:
         self.warnings: list[str] = [] if store.problem is None else [store.problem]
         self._uri, self._is_on = store.uri, store.experiment_id is not None
         self._last_round: dict[str, int] = {}
+        self._lane = _Lane() if self._is_on else None
         if not self._is_on:
             return
         _import_mlflow(self._uri)
-        self._lane = _Lane()
         if parent_run_id is not None:
             tags = {**tags, "mlflow.parentRunId": parent_run_id}
         if resume is None:
@@ -207,11 +207,17 @@ class MLflowTracker:
             model: called only if the run is tracked; `mlflow.pytorch.load_model` loads the module from
                 `runs:/<run_id>/model`.
         """
-        if not self._is_on:
-            return
+        if self._is_on:
+            self._end(status, artifacts, model)
+        self._close()
+
+    def _end(
+        self, status: RunStatus, artifacts: Sequence[Path], model: Callable[[], nn.Module] | None
+    ) -> None:
         with TemporaryDirectory() as folder:
             saved = Path(folder, "model")
             if model is not None:
+                _import_quietly("mlflow.pyfunc", "mlflow.pytorch")
                 self._await(self._submit(partial(self._save_model, model(), saved)), END_S)
             shipped_bytes = 0
             for file, to in _files([*artifacts, saved]):
@@ -219,7 +225,12 @@ class MLflowTracker:
                 self._submit(partial(self._ship, file, to))
             ended = self._submit(lambda: self._client.set_terminated(self.run_id, status))
             self._await(ended, END_S + shipped_bytes / SHIPPED_BYTES_PER_S)
-        self._close()
+
+    def _close(self) -> None:
+        self._is_on = False
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
 
     @property
     def _client(self) -> Any:
@@ -278,6 +289,7 @@ class MLflowTracker:
                 except Exception as error:
                     self._give_up(str(error))
 
+        assert self._lane is not None
         return self._lane.submit(guarded)
 
     def _await(self, future: Future[None], seconds: float) -> None:
@@ -286,13 +298,8 @@ class MLflowTracker:
 
     def _give_up(self, reason: str) -> None:
         if self._is_on:
-            self._close()
-            self._warn(f"MLflow {_told(self._uri, reason)}; tracking is off for the rest of this run")
-
-    def _close(self) -> None:
-        if self._is_on:
             self._is_on = False
-            self._lane.close()
+            self._warn(f"MLflow {_told(self._uri, reason)}; tracking is off for the rest of this run")
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -318,7 +325,7 @@ def ui_command(uri: str, port: int) -> list[str]:
     """Return the command that shows a store in the browser, at http://127.0.0.1:<port>.
 
     Args:
-        uri: an SQLite store; a server has an UI of its own.
+        uri: an SQLite store; a server has a UI of its own.
         port: in [1, 65535].
 
     Raises:
@@ -332,7 +339,9 @@ def ui_command(uri: str, port: int) -> list[str]:
     database = Path(uri.removeprefix(_SQLITE)).expanduser().resolve()
     if not database.is_file():
         raise ConfigError(f"tracking.uri: {uri!r}: there is no {database}; run something first")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", _sqlite_uri(database)]
+    # it would also start eight processes of its own for jobs that nobody gives it, about 1 GB in all
+    command = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", sys.executable, "-m", "mlflow", "server"]
+    command += ["--backend-store-uri", _sqlite_uri(database)]
     command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
 
@@ -349,13 +358,14 @@ def run_tags(config: Mapping[str, object], *, method: str, dataset: str, model: 
 
 
 def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Return dotted name → value as text: strings as they are, everything else as JSON."""
+    """Return dotted name → value as text: strings and paths as they are, everything else as JSON."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            plain = isinstance(value, str | Path)
+            text = str(value) if plain else json.dumps(value, default=str, ensure_ascii=False)
             flat[f"{prefix}{key}"] = text
     return flat
 
@@ -417,14 +427,18 @@ class _Lane:
 
 def _import_mlflow(uri: str) -> None:
     """Import MLflow (seconds) where the caller expects to wait, and keep it quiet in our threads."""
-    import_module("mlflow")
-    if uri.startswith(_SQLITE):
-        with warnings.catch_warnings():
-            # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates
-            warnings.filterwarnings("ignore", ".*noload.* is deprecated", DeprecationWarning)
-            import_module("mlflow.store.tracking.sqlalchemy_store")
+    _import_quietly("mlflow.store.tracking.sqlalchemy_store" if uri.startswith(_SQLITE) else "mlflow")
     for name in ("mlflow.store.db.utils", "mlflow.pytorch", "urllib3.connectionpool"):
         logging.getLogger(name).addFilter(_is_not_ours)
+
+
+def _import_quietly(*modules: str) -> None:
+    """Import modules of MLflow 3.17 without what it warns of on the way. Not for other threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
+        for module in modules:
+            import_module(module)
 
 
 def _is_not_ours(record: logging.LogRecord) -> bool:
@@ -491,9 +505,12 @@ def _create_database(path: Path, artifacts: str) -> None:
     fresh = path.with_name(f".{uuid4().hex}.{path.name}")
     try:
         SqlAlchemyStore(_sqlite_uri(fresh), artifacts).engine.dispose()
-        os.link(fresh, path)
-    except FileExistsError:
-        pass  # another process was faster; its database is as good
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            pass  # another process was faster; its database is as good
+        except OSError:
+            fresh.replace(path)  # a file system without hard links
     finally:
         fresh.unlink(missing_ok=True)
 

@@ -8,18 +8,23 @@ import yaml
 
 from fedray.errors import ConfigError
 
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
+
+
+class _Repeated(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping."""
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1, with the numbers of YAML 1.2 and without silent duplicates."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [k for k, _ in node.value if isinstance(k, yaml.ScalarNode) and k.tag != _MERGE]
         seen: set[Any] = set()
-        for key_node, _ in node.value:
+        for key_node in keys:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
-                )
+                raise _Repeated(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -63,7 +68,11 @@ def parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error)
+        kind = "" if isinstance(error, _Repeated) else "not YAML: "
+        raise ConfigError(f"{where}{line}: {kind}{problem}") from None
+    except (ValueError, RecursionError) as error:  # 2001-99-99 looks like a date, and is none
+        raise ConfigError(f"{where}: a value cannot be read: {error}") from None
 
 
 def dump(tree: Any) -> str:

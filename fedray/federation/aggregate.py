@@ -72,8 +72,9 @@ class Partial:
         if mask.count:  # a silent client adds nothing, and must not make a common mask a vector
             self._add_params(update.params, mask, weight)
         for name, value in update.sums.items():
-            array = value.detach().numpy()
-            self.sums[name] = array.copy() if name not in self.sums else self.sums[name] + array
+            # votes travel as bool or uint8, and add up to more than these can hold
+            array = value.detach().numpy().astype(np.float32 if value.is_floating_point() else np.int64)
+            self.sums[name] = array if name not in self.sums else self.sums[name] + array
         if update.each:
             self.each[client] = {name: value.detach().clone() for name, value in update.each.items()}
         if self.fold.keep_updates:
@@ -116,12 +117,9 @@ class Partial:
             out.weight = self.weight + other.weight
         else:
             out.held = self._spread() + other._spread()
-        out.sums = {
-            name: self.sums[name] + other.sums[name]
-            if name in self.sums and name in other.sums
-            else self.sums.get(name, other.sums.get(name))
-            for name in sorted({*self.sums, *other.sums})
-        }
+        out.sums = self.sums | other.sums
+        for name in self.sums.keys() & other.sums.keys():
+            out.sums[name] = self.sums[name] + other.sums[name]
         out.each, out.updates = self.each | other.each, self.updates | other.updates
         for name in sorted({*self.metrics, *other.metrics}):
             (a, n), (b, m) = self.metrics.get(name, (0.0, 0.0)), other.metrics.get(name, (0.0, 0.0))

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from fedray.costs.flops import FlopModel
 from fedray.errors import MethodError
+from fedray.federation.chain import LinearChain
 from fedray.models.spec import ModelSpec
 from fedray.types import ClientInfo, ClientUpdate, Layout, Mask, Params, Task
 
@@ -72,6 +73,7 @@ class Engine:
         self.flat = torch.zeros(model.layout.size, device=self.device)
         self.module: nn.Module = model.bind(self.flat)
         self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.chain = LinearChain.of(self.module)
 
     def load(self, params: Params, mask: Mask) -> None:
         """Copy `params ⊙ mask` into the working vector; the source stays as it is."""
@@ -83,11 +85,12 @@ class Engine:
         """Classify examples with `params ⊙ mask`: per example, right or wrong and the loss."""
         self.load(params, mask)
         self.module.eval()
-        logits = [self.module(part.to(self.device)).cpu() for part in x.split(batch)]
+        logits = [self.module(part.to(self.device)).cpu() for part in torch.split(x, batch)]
         losses = [
-            cross_entropy(out, t, reduction="none") for out, t in zip(logits, y.split(batch), strict=True)
+            cross_entropy(out, t, reduction="none")
+            for out, t in zip(logits, torch.split(y, batch), strict=True)
         ]
-        right = [out.argmax(1) == t for out, t in zip(logits, y.split(batch), strict=True)]
+        right = [out.argmax(1) == t for out, t in zip(logits, torch.split(y, batch), strict=True)]
         return Outcome(torch.cat(right).numpy(), torch.cat(losses).numpy())
 
 
@@ -202,21 +205,27 @@ class Client:
         engine.load(params, mask)
         engine.module.train()
         keep = None if mask.is_full else mask.flat.to(engine.device, torch.float32)
+        plain = loss is None and view is None and on_grad is None and not self._training.momentum
+        chain = engine.chain if plain else None
         momentum: list[Tensor] | None = None
-        total, seen = torch.zeros(()), 0
+        total, seen = torch.zeros((), device=engine.device), 0
         rng = self.rng if seed is None else self._generator(seed)
         for index, rows in enumerate(self._batches(rng, epochs, steps)):
-            value, grads = self._gradient(rows, index, loss, view)
-            if on_grad is not None:
-                on_grad(self._flat(grads))
-            self._charge(len(rows), mask, dense_gradient=on_grad is not None)
-            momentum = self._descend(grads, momentum, rate, keep)
+            x, y = self.x[rows].to(engine.device), self.y[rows].to(engine.device)
+            if chain is not None:
+                value = chain.step(x, y, rate, self._training.weight_decay)
+            else:
+                value, grads = self._gradient(x, y, index, loss, view)
+                if on_grad is not None:
+                    on_grad(self._flat(grads))
+                momentum = self._descend(grads, momentum, rate, keep)
             with torch.no_grad():
                 if on_step is not None:
                     on_step(engine.flat)
                 elif keep is not None:
                     engine.flat.mul_(keep)
-            total, seen = total + value * len(rows), seen + len(rows)
+            total, seen = total.add_(value, alpha=len(rows)), seen + len(rows)
+        self._charge(seen, mask, dense_gradient=on_grad is not None)
         self.meter.loss = float(total) / seen if seen else float("nan")
         return Params(engine.flat.to("cpu", copy=True), engine.layout)
 
@@ -229,10 +238,11 @@ class Client:
         self._engine.load(params, mask)
         self._engine.module.train()
         total = torch.zeros(self._engine.layout.size)
-        for rows in torch.arange(self.num_examples).split(self._training.batch_size):
-            _, grads = self._gradient(rows, 0, loss, None)
+        for rows in torch.split(torch.arange(self.num_examples), self._training.batch_size):
+            x, y = self.x[rows].to(self._engine.device), self.y[rows].to(self._engine.device)
+            _, grads = self._gradient(x, y, 0, loss, None)
             total.add_(self._flat(grads), alpha=len(rows) / self.num_examples)
-            self._charge(len(rows), mask, dense_gradient=True)
+        self._charge(self.num_examples, mask, dense_gradient=True)
         return total
 
     def evaluate(self, params: Params, mask: Mask) -> Outcome:
@@ -247,7 +257,7 @@ class Client:
         left = steps if steps is not None else 0
         passes = epochs if epochs is not None else self._training.local_epochs
         while left > 0 if given else passes > 0:
-            for rows in torch.from_numpy(rng.permutation(self.num_examples)).split(size):
+            for rows in torch.split(torch.from_numpy(rng.permutation(self.num_examples)), size):
                 if given and left == 0:
                     return
                 yield rows
@@ -256,13 +266,13 @@ class Client:
 
     def _gradient(
         self,
-        rows: Tensor,
+        x: Tensor,
+        y: Tensor,
         index: int,
         loss: Loss | None,
         view: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         module, leaves = self._engine.module, self._engine.leaves
-        x, y = self.x[rows].to(self._engine.device), self.y[rows].to(self._engine.device)
         logits = module(x) if view is None else torch.func.functional_call(module, dict(view(leaves)), (x,))
         value = cross_entropy(logits, y) if loss is None else loss(Step(x, y, logits, leaves, index))
         return value.detach(), torch.autograd.grad(value, tuple(leaves.values()))
@@ -272,15 +282,16 @@ class Client:
         self, grads: tuple[Tensor, ...], momentum: list[Tensor] | None, lr: float, keep: Tensor | None
     ) -> list[Tensor] | None:
         """Make one SGD step as torch.optim.SGD does; return the momentum buffers."""
+        # never write into a gradient: autograd may give two weights the same one, or one that is expanded
         weights, gradients = list(self._engine.leaves.values()), list(grads)
         if self._training.weight_decay:
-            torch._foreach_add_(gradients, weights, alpha=self._training.weight_decay)
+            gradients = list(torch._foreach_add(gradients, weights, alpha=self._training.weight_decay))
         if self._training.momentum:
             if keep is not None:  # else stale velocity survives where the mask is False
                 views = self._engine.layout.views(keep)
-                torch._foreach_mul_(gradients, [views[name] for name in self._engine.leaves])
+                gradients = list(torch._foreach_mul(gradients, [views[n] for n in self._engine.leaves]))
             if momentum is None:
-                momentum = gradients
+                momentum = [gradient.clone() for gradient in gradients]
             else:
                 torch._foreach_mul_(momentum, self._training.momentum)
                 torch._foreach_add_(momentum, gradients)

@@ -168,6 +168,7 @@ class Server:
         )
 
     @property
+    @one_thread()
     def model(self) -> Params:
         """The model as it is evaluated and saved: `eval_params ⊙ mask`."""
         return self.method.eval_params(self.state).masked(self.state.mask)

@@ -24,7 +24,7 @@ from fedray.federation.method import Method
 from fedray.federation.population import Population
 from fedray.models.spec import ModelSpec
 from fedray.randomness import generator
-from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task
+from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Extra, Fate, Mask, Task
 
 Memory = dict[str, Any]
 
@@ -209,7 +209,7 @@ class Worker:
             executed_flops=client.meter.executed_flops,
         )
         cost = replace(cost, seconds=seconds(cost, info.profile))
-        fate: Fate = "malformed" if problem else self._fate(job, info, cost, received)
+        fate = self._fate(job, info, cost, None if problem else received)
         if fate == "dropped":
             cost = replace(cost, bytes_up=0)
         density = update.mask.density if not problem else float("nan")
@@ -222,7 +222,7 @@ class Worker:
     def _transmit(self, task: Task, update: ClientUpdate) -> tuple[ClientUpdate, int]:
         """Return the update as the server reads it, and the bytes it took."""
         codec, known = self.place.method.uplink, task.mask.digest
-        extras = {f"sums.{name}": value for name, value in update.sums.items()}
+        extras: dict[str, Extra] = {f"sums.{name}": value for name, value in update.sums.items()}
         extras |= {f"each.{name}": value for name, value in update.each.items()}
         extras |= {f"metrics.{name}": value for name, value in update.metrics.items()}
         if codec.lossless:  # decoding gives back the very bits: the size is enough
@@ -231,14 +231,17 @@ class Worker:
         decoded = codec.decode(payload, self.place.model.layout, known={known: task.mask})
         return replace(update, params=decoded.params), len(payload)
 
-    def _fate(self, job: Job, info: ClientInfo, cost: Cost, update: ClientUpdate) -> Fate:
+    def _fate(self, job: Job, info: ClientInfo, cost: Cost, update: ClientUpdate | None) -> Fate:
+        """Decide whether an update counts: does it arrive, in time, well formed (else None) and finite?"""
         if job.training:
             stays = (1 - info.profile.dropout) * (1 - self.place.rules.dropout)
-            if generator(self.place.seed, "fate", job.round, info.id).random() >= stays:
+            if stays < 1 and generator(self.place.seed, "fate", job.round, info.id).random() >= stays:
                 return "dropped"
             deadline = self.place.rules.deadline_s
             if deadline is not None and cost.seconds > deadline:
                 return "late"
+        if update is None:
+            return "malformed"
         finite = update.params.is_finite() or update.params.masked(update.mask).is_finite()
         finite = finite and all(
             bool(torch.isfinite(v).all()) for v in (*update.sums.values(), *update.each.values())
@@ -282,11 +285,11 @@ def _versions(task: Task) -> list[int]:
     return [tensor._version for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
-def malformed(update: ClientUpdate, size: int) -> str | None:
+def malformed(update: object, size: int) -> str | None:
     """Return what is wrong with the form of an update, or None."""
     if not isinstance(update, ClientUpdate):
         return f"client_update returned {type(update).__name__}, not ClientUpdate"
-    lengths = len(update.params.flat), len(update.mask.flat)
+    lengths = update.params.flat.numel(), update.mask.flat.numel()
     if lengths != (size, size):
         return f"params and mask have lengths {lengths}, the model has {size}"
     return None

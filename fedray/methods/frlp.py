@@ -16,11 +16,11 @@ Differs from the paper (readings of unclear points, with the flag that restores 
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
@@ -104,7 +104,9 @@ class FRLP(Method):
         """Pre-train on the server's data; remember what the distance is measured from."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
         every = self.interval or max(1, min(20, ctx.rounds // 5))
-        events = self.prune_rounds or tuple(range(every, int(self.until * ctx.rounds) + 1, every))
+        events = self.prune_rounds
+        if events is None:
+            events = tuple(range(every, int(self.until * ctx.rounds) + 1, every))
         initial = trained if self.winit == "pretrained" else state.params
         return replace(state, params=trained, memory=FRLPMemory(initial, events))
 
@@ -117,6 +119,13 @@ class FRLP(Method):
         if self.zeros == "regrow":
             return ClientUpdate(params, everything)
         return ClientUpdate(params, top_k(magnitude(params), task.mask.density, task.mask.layout))
+
+    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+        """FedSA: the mask-aware mean, and zero where nobody holds a weight, as in eq. 7.
+
+        The server's old value would bring back what all clients have pruned.
+        """
+        return replace(state, params=cohort.mean()) if cohort.folded else state
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """RGP: search the density at a pruning round, and prune to it."""
@@ -132,11 +141,10 @@ class FRLP(Method):
         def pruned(density: float) -> Mask:
             return top_k(magnitude(params), density, ctx.layout, within=state.mask)
 
-        def candidate(
-            density: float,
-        ) -> Params:  # always from the same weights, in the same order of the data
-            mask = pruned(density)
-            return ctx.server.sgd(params, mask, epochs=self.finetune_epochs, seed=state.round)
+        @lru_cache(maxsize=16)  # models, so not all of a scan's; but the winner is rarely trained twice
+        def candidate(density: float) -> Params:
+            # always from the same weights, in the same order of the data
+            return ctx.server.sgd(params, pruned(density), epochs=self.finetune_epochs, seed=state.round)
 
         def distance(density: float) -> float:
             return l2_distance(initial, candidate(density))
@@ -151,7 +159,5 @@ class FRLP(Method):
             tolerance=self.tolerance,
         )
         density = solve(search, self.solver, self.stride)
-        if density > now:
-            raise MethodError(f"the search left its range: density {density} above {now}")
         after = candidate(density) if self.broadcast_finetuned else params
         return replace(state, params=after, mask=pruned(density))

@@ -1,0 +1,171 @@
+"""The files of data sets: reading them, and fetching those that are missing.
+
+What is returned is what stands in the files; whether it is the data set is checked in `datasets`. A file that
+cannot be read raises a DataError with its path.
+"""
+
+import gzip
+import hashlib
+import logging
+import os
+import pickle
+import zlib
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedray.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+Indices = NDArray[np.int64]
+Labelled = tuple[Pixels, NDArray[Any]]
+"""Images uint8 (n, C, H, W), and labels of any integer type (n,)."""
+
+# file → MD5, from https://www.cs.toronto.edu/~kriz/cifar.html as torchvision has it
+CIFAR10_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+
+
+def zipped_or_not(raw: Path, stem: str) -> Path:
+    """Return RAW/`stem` where it exists, else RAW/`stem`.gz, whether that exists or not."""
+    return path if (path := raw / stem).exists() else raw / f"{stem}.gz"
+
+
+def read_idx(path: Path, axes: int) -> Pixels:
+    """Return the array of an idx file: 0, 0, 8 (uint8), number of axes, big-endian lengths, values."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if data[:4] != bytes((0, 0, 8, axes)):
+            raise ValueError(f"not an idx file of bytes along {axes} axes")
+        start = 4 + 4 * axes
+        shape = tuple(np.frombuffer(data[4:start], dtype=">u4").tolist())
+        return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_writers(path: Path, labels: Pixels) -> Indices | None:
+    """Return who wrote each training image (int64), or None without the file.
+
+    Its columns are index, label, hsf_series, writer_id, digit_index; they come from QMNIST (Yadav and Bottou,
+    Cold case: the lost MNIST digits, NeurIPS 2019).
+    """
+    if not path.exists():
+        return None
+    try:
+        table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
+        index, label, writer = table[:, 0], table[:, 1], table[:, 3]
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise _unreadable(path, error) from error
+    if not (np.array_equal(index, np.arange(len(labels))) and np.array_equal(label, labels)):
+        raise DataError(
+            f"{path}: its {len(index):,} rows are not the {len(labels):,} training labels in their order; "
+            f"remove the file to go without writers, or change data.root"
+        )
+    return writer.copy()
+
+
+def read_batches(folder: Path) -> tuple[Labelled, Labelled, list[str]]:
+    """Return the training and the test images of CIFAR-10, and which files are not the published ones."""
+    *train, test = (_read_batch(folder / name) for name in CIFAR10_MD5)
+    changed = [name for name, md5 in CIFAR10_MD5.items() if _md5(folder / name) != md5]
+    x, y = (np.concatenate(column) for column in zip(*train, strict=True))
+    return (x, y), test, changed
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Reads arrays, lists and strings only: a pickle from anywhere must not run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module.replace("numpy.core", "numpy._core"), name:
+            case "numpy", "dtype":  # the published files pass 0 and 1 as flags, which numpy deprecates
+                return lambda code, align, copy: np.dtype(code, align=bool(align), copy=bool(copy))
+            case ("numpy", "ndarray") | ("_codecs", "encode"):
+                return super().find_class(module, name)
+            case "numpy._core.multiarray" | "numpy._core.numeric" as inner, "_reconstruct" | "_frombuffer":
+                return super().find_class(inner, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a batch of images")
+
+
+def _read_batch(path: Path) -> Labelled:
+    """Return the images and labels of one pickled batch."""
+    try:
+        batch = _BatchUnpickler(BytesIO(path.read_bytes()), encoding="latin1").load()
+        return np.asarray(batch["data"]).reshape(-1, 3, 32, 32), np.asarray(batch["labels"])
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise _unreadable(path, error) from error
+
+
+def read_mosaics(folder: Path) -> tuple[Labelled, Labelled]:
+    """Return the training and the test images of `train_NN.webp`, `test_NN.webp` and `labels.npz`."""
+    try:
+        with np.load(folder / "labels.npz") as labels:
+            train, test = labels["train"], labels["test"]
+    except Exception as error:  # a broken archive raises nearly anything
+        raise _unreadable(folder / "labels.npz", error) from error
+    return (_read_images(folder, "train"), train), (_read_images(folder, "test"), test)
+
+
+def _read_images(folder: Path, part: str) -> Pixels:
+    """Return the images of `part`, uint8 (n, 3, 32, 32); a mosaic is 25 rows of 40 images."""
+    from PIL import Image
+
+    paths = sorted(folder.glob(f"{part}_*.webp"))
+    x = np.empty((len(paths), 1000, 3, 32, 32), dtype=np.uint8)
+    for i, path in enumerate(paths):
+        try:
+            with Image.open(path) as mosaic:
+                pixels = np.asarray(mosaic.convert("RGB")).reshape(25, 32, 40, 32, 3)
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+        x[i] = pixels.transpose(0, 2, 4, 1, 3).reshape(1000, 3, 32, 32)
+    return x.reshape(-1, 3, 32, 32)
+
+
+def cache() -> Path:
+    """Return the folder that data sets are read from, and downloaded into, if none is given."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedray"
+
+
+def download(name: str, dataset_class: str, folder: str, root: Path, needed: str) -> None:
+    """Have torchvision fetch its `dataset_class`, and move the files to ROOT/`folder`.
+
+    Raises:
+        DataError: if that fails; it says which files are `needed`.
+    """
+    import torchvision
+
+    logger.info("downloading %s into %s", name, root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # runs that start together must not write one file, nor find half a file: each fetches, then renames
+        with TemporaryDirectory(dir=root, prefix=".download-") as scratch:
+            getattr(torchvision.datasets, dataset_class)(scratch, download=True)
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for file in (Path(scratch) / folder).iterdir():
+                file.replace(root / folder / file.name)
+    except Exception as error:  # whatever the transport raises
+        raise DataError(
+            f"{name}: not (wholly) in {root}, and it could not be downloaded ({error}); "
+            f"set data.root to a folder with {needed}"
+        ) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: cannot be read ({error}); replace or remove the file, or change data.root")

@@ -1,0 +1,74 @@
+"""Schedules: where they start and end, that they never turn back, and numbers worked out by hand."""
+
+from math import cos, pi
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedray.pruning.schedules import SCHEDULES, cosine, cubic, geometric, linear
+
+PROPERTY = settings(deadline=None, max_examples=50)
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+progress = st.floats(0, 1)
+densities = st.floats(1e-3, 1)
+ULP = 1e-15
+"""What rounding may do to a density of at most 1."""
+
+
+def test_by_hand():
+    # from 1 to 0.2, with 0.8 to remove
+    assert linear(0.25, 1.0, 0.2) == pytest.approx(0.8)
+    assert cubic(0.5, 1.0, 0.2) == pytest.approx(0.2 + 0.8 / 8)
+    assert cosine(0.25, 1.0, 0.2) == pytest.approx(0.2 + 0.8 * (1 + cos(pi / 4)) / 2)
+    assert cosine(0.5, 1.0, 0.2) == pytest.approx(0.6)
+    # iterative pruning: a fifth of what remains goes in each of three steps
+    assert [geometric(i / 3, 1.0, 0.512) for i in range(4)] == pytest.approx([1, 0.8, 0.64, 0.512])
+    assert geometric(0.5, 0.4, 0.1) == pytest.approx(0.2)
+
+
+def test_a_config_names_a_schedule_as_the_code_does():
+    assert {f.__name__: f for f in (linear, cubic, cosine, geometric)} == SCHEDULES
+
+
+@each_schedule
+@PROPERTY
+@given(densities, densities, st.floats(0, 100), st.floats(0, 100))
+def test_starts_at_initial_and_ends_exactly_at_final(schedule, initial, final, before, after):
+    assert schedule(1.0, initial, final) == final == schedule(1 + after, initial, final)
+    assert schedule(0.0, initial, final) == pytest.approx(initial, abs=ULP)
+    assert schedule(-before, initial, final) == schedule(0.0, initial, final)
+
+
+@each_schedule
+@PROPERTY
+@given(densities, densities, progress, progress)
+def test_never_turns_back_nor_leaves_its_range(schedule, one, other, early, late):
+    final, initial = sorted((one, other))
+    early, late = sorted((early, late))
+    assert schedule(late, initial, final) <= schedule(early, initial, final) + ULP
+    assert final - ULP <= schedule(early, initial, final) <= initial + ULP
+    # and the other way round, for a density that grows
+    assert schedule(late, final, initial) >= schedule(early, final, initial) - ULP
+
+
+@each_schedule
+@PROPERTY
+@given(densities, progress)
+def test_nothing_to_remove_is_nothing_removed(schedule, density, at):
+    assert schedule(at, density, density) == pytest.approx(density, abs=ULP)
+
+
+@PROPERTY
+@given(progress, st.floats(0.01, 0.9))
+def test_what_tells_the_four_apart(at, final):
+    assert linear(at, 1, final) + linear(1 - at, 1, final) == pytest.approx(1 + final)
+    assert cosine(at, 1, final) + cosine(1 - at, 1, final) == pytest.approx(1 + final)
+    assert geometric(at, 1, final) * geometric(1 - at, 1, final) == pytest.approx(final)
+    # what is left above the end, as a share of all there is to remove, is the cube of linear's
+    left = [(schedule(at, 1, final) - final) / (1 - final) for schedule in (cubic, linear)]
+    assert left[0] == pytest.approx(left[1] ** 3, abs=1e-12)
+    # cosine starts slower than linear and makes up for it
+    early = min(at, 1 - at)
+    assert cosine(early, 1, final) >= linear(early, 1, final) - ULP
