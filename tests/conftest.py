@@ -26,3 +26,15 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Work in an empty directory."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """Start one local Ray for all tests that want one, as a run starts it."""
+    import ray
+
+    from fedray.experiment.run import start_ray
+
+    start_ray()
+    yield
+    ray.shutdown()

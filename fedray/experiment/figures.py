@@ -150,24 +150,20 @@ def _accuracy(
         _line(axes, curve, curve.x / divisor, positive=logarithmic)
     if target is not None:
         axes.axhline(target, color=GREY, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-        axes.text(
-            0.005,
-            target,
-            f"{target:g}",
-            transform=axes.get_yaxis_transform(),
-            fontsize=8,
-            color=GREY,
-            va="bottom",
-        )
+        place = axes.get_yaxis_transform()
+        axes.text(0.005, target, f"{target:g}", transform=place, fontsize=8, color=GREY, va="bottom")
+    low, high = _accuracy_range(curves, target)
+    axes.set_ylim(low, high)
     if logarithmic:
+        shown = np.concatenate([c.x[(c.x > 0) & (c.mean >= low)] for c in curves])
+        axes.set_xlim(left=0.85 * float(shown.min()) / divisor)
         _log_axis(axes, "x")
-    elif metric == "round":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if not logarithmic:
+    else:
         axes.set_xlim(0, max(ends) / divisor * 1.02 or 1)
+    if metric == "round":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel(f"{title} ({unit}{', logarithmic' if logarithmic else ''})" if unit else title)
     axes.set_ylabel("validation accuracy (share of examples)")
-    axes.set_ylim(bottom=_floor(curves))
     _footnote(figure, axes, curves)
     _key(figure, axes, curves)
     return figure
@@ -211,13 +207,17 @@ def density_of_clients(server: Curve) -> Curve | None:
     return clients if max(apart) > 0.01 else None
 
 
-def _floor(curves: Sequence[Curve]) -> float:
-    """Return where an axis of accuracy begins: how the first rounds went is not what is compared."""
+def _accuracy_range(curves: Sequence[Curve], target: float | None) -> tuple[float, float]:
+    """Return the ends of an axis of accuracy: how the first rounds went is not what is compared."""
     ends = [float(c.mean[-1]) for c in curves]
     done = [float(c.mean[-1]) for c in curves if c.look.setting.status == "finished"] or ends
     enough = min(done) - max(0.2, 1.5 * (max(done) - min(done)))
-    lowest = min(float(c.low.min()) for c in curves)
-    return max(lowest - 0.02, min(enough, min(ends) - 0.05), 0.0)
+    low = max(min(float(c.low.min()) for c in curves), min(enough, min(ends) - 0.05))
+    high = max(float(c.high.max()) for c in curves)
+    if target is not None:
+        low, high = min(low, target), max(high, target)
+    margin = 0.04 * (high - low) or 0.02
+    return low - margin, high + margin
 
 
 def _line(

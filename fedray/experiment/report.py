@@ -522,6 +522,7 @@ def render_table(frame: "pd.DataFrame") -> "Table":
     below = {name: cells for name, cells in shown.items() if name == "setting" or name not in RESULTS}
     both = Table.grid()
     both.add_row(_table(above, ""))
+    both.add_row("")
     both.add_row(_table(below, caption))
     return both
 
@@ -539,7 +540,7 @@ def _table(shown: Mapping[str, Sequence[str]], caption: str) -> "Table":
     from rich.text import Text
 
     table = Table(
-        box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True, caption=Text(caption)
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, caption=Text(caption)
     )
     for name in shown:
         side: Literal["left", "right"] = "left" if name in TEXT_COLUMNS else "right"

@@ -40,14 +40,14 @@ from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
 
-OPEN_S = 20.0
-"""How long a store may take to open, in seconds: once in the driver, once in each run. Usual is about 1."""
-END_S = 10.0
-"""How long the end of a run waits for what MLflow has still to take, in seconds."""
+ANSWER_S = 10.0
+"""How long a run waits for a server when it starts, and for what MLflow has still to take when it ends."""
+OPEN_S = 60.0
+"""How long an SQLite file may take to be made or opened: a second of this machine's own, busy or not."""
 PROBE_S = 3.0
 """How long a server may take to say that it is there, in seconds."""
 SHIPPED_BYTES_PER_S = 1e6
-"""Artifacts lengthen that wait by their size over this rate."""
+"""Artifacts lengthen the wait at the end by their size over this rate."""
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -121,11 +121,11 @@ def prepare_store(uri: str, experiment: str) -> Store:
         database = Path(uri.removeprefix(_SQLITE)).expanduser().resolve()
         uri, artifacts = _sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
     _import_mlflow(uri)
-    lane = _Lane()
+    lane, limit_s = _Lane(), _opening_s(uri)
     try:
-        experiment_id = lane.submit(lambda: _open_experiment(uri, experiment, artifacts)).result(OPEN_S)
+        experiment_id = lane.submit(lambda: _open_experiment(uri, experiment, artifacts)).result(limit_s)
     except Exception as error:
-        reason = f"did not answer within {OPEN_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
+        reason = f"did not answer within {limit_s:.0f} s" if isinstance(error, TimeoutError) else str(error)
         problem = f"MLflow {_told(uri, reason)}; runs are kept in their own files only"
         logger.warning(problem)
         return Store(uri, problem=problem)
@@ -177,7 +177,7 @@ class MLflowTracker:
             opened = self._submit(lambda: self._create(store.experiment_id, run_name, params, tags))
         else:
             opened = self._submit(lambda: self._reopen(resume))
-        self._await(opened, OPEN_S)
+        self._await(opened, _opening_s(self._uri))
 
     def log_round(self, report: RoundReport) -> None:
         """Hand over the finite metrics of a round as one batch, with the round as step. Does not wait."""
@@ -218,13 +218,13 @@ class MLflowTracker:
             saved = Path(folder, "model")
             if model is not None:
                 _import_quietly("mlflow.pyfunc", "mlflow.pytorch")
-                self._await(self._submit(partial(self._save_model, model(), saved)), END_S)
+                self._await(self._submit(partial(self._save_model, model(), saved)), ANSWER_S)
             shipped_bytes = 0
             for file, to in _files([*artifacts, saved]):
                 shipped_bytes += file.stat().st_size
                 self._submit(partial(self._ship, file, to))
             ended = self._submit(lambda: self._client.set_terminated(self.run_id, status))
-            self._await(ended, END_S + shipped_bytes / SHIPPED_BYTES_PER_S)
+            self._await(ended, ANSWER_S + shipped_bytes / SHIPPED_BYTES_PER_S)
 
     def _close(self) -> None:
         self._is_on = False
@@ -444,6 +444,10 @@ def _import_quietly(*modules: str) -> None:
 def _is_not_ours(record: logging.LogRecord) -> bool:
     """Drop what MLflow says while it works for us: a failure is told once, by us."""
     return record.threadName != _THREAD
+
+
+def _opening_s(uri: str) -> float:
+    return OPEN_S if uri.startswith(_SQLITE) else ANSWER_S
 
 
 def _client(uri: str) -> Any:

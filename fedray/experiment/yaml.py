@@ -71,7 +71,7 @@ def parse(text: str, where: str) -> Any:
         problem = getattr(error, "problem", None) or str(error)
         kind = "" if isinstance(error, _Repeated) else "not YAML: "
         raise ConfigError(f"{where}{line}: {kind}{problem}") from None
-    except (ValueError, RecursionError) as error:  # 2001-99-99 looks like a date, and is none
+    except Exception as error:  # 2001-99-99 is a ValueError, `!!bool x` a KeyError, `[[[…` a RecursionError
         raise ConfigError(f"{where}: a value cannot be read: {error}") from None
 
 

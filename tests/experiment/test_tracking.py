@@ -355,14 +355,13 @@ assert not tracker.warnings, tracker.warnings
 
 @pytest.mark.slow
 def test_two_processes_make_one_store_and_log_into_it_at_once(tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     trials = [subprocess.Popen([sys.executable, "-c", TRIAL, uri, name]) for name in "ab"]
     assert [trial.wait(120) for trial in trials] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
-    client = MlflowClient(tracking_uri=uri)
-    runs = client.search_runs([client.get_experiment_by_name("race").experiment_id])
+    store = prepare_store(uri, "race")
+    client = tracking._client(store.uri)
+    runs = client.search_runs([store.experiment_id])
     assert {(run.info.run_name, run.info.status) for run in runs} == {("a", "FINISHED"), ("b", "FINISHED")}
     for run in runs:
         assert len(client.get_metric_history(run.info.run_id, "m/7")) == 30
@@ -459,10 +458,10 @@ def test_a_server_that_goes_away_ends_the_tracking_and_not_the_run(caplog: pytes
 
 
 def test_a_server_that_only_fails_never_makes_the_run_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "END_S", 0.5)
     with Server(("127.0.0.1", 0), Handler) as server:
         tracker = tracker_of(prepare_store(server.uri, "x"))
         server.failing = True
+        monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
         started = time.monotonic()
         tracker.log_round(report(1))
         tracker.log_round(report(2))
@@ -476,8 +475,8 @@ def test_a_server_that_only_fails_never_makes_the_run_wait(monkeypatch: pytest.M
 def test_a_locked_database_never_makes_the_run_wait(
     store: Store, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "END_S", 0.5)
     tracker = tracker_of(store)
+    monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
     with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"))) as other:
         other.execute("BEGIN EXCLUSIVE")
         started = time.monotonic()

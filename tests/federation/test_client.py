@@ -76,6 +76,11 @@ def torch_sgd(
     return flat
 
 
+def plain_loss(step: Step) -> Tensor:
+    """The loss that is used without another; to name it is to go the general way, through autograd."""
+    return cross_entropy(step.logits, step.y)
+
+
 # ── sgd is SGD ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -90,7 +95,20 @@ def test_sgd_is_torch_sgd(options: dict[str, float], density: float, architectur
     params.flat[~params.layout.trainable_flat] = 1.0  # running variances are positive
     model = small.workplace(method, architecture=architecture).model
     expected = torch_sgd(client, model, params, mask, method)
-    assert_close(client.sgd(params, mask).flat, expected, atol=1e-7)
+    assert_close(client.sgd(params, mask, loss=plain_loss).flat, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("density", [1.0, 0.4])
+def test_the_short_way_through_linear_layers_is_sgd_too(weight_decay: float, density: float):
+    method = Method(lr=0.1, batch_size=6, local_epochs=3, weight_decay=weight_decay)
+    short, long = small.client(method), small.client(method)
+    params, mask = start(short, density)
+    trained = short.sgd(params, mask)
+    assert_close(trained.flat, long.sgd(params, mask, loss=plain_loss).flat, atol=1e-6)
+    assert trained.flat[~mask.flat].count_nonzero() == 0
+    assert short.meter.loss == pytest.approx(long.meter.loss, rel=1e-6)
+    assert (short.meter.flops, short.meter.executed_flops) == (long.meter.flops, long.meter.executed_flops)
 
 
 class Siblings(nn.Module):

@@ -109,7 +109,7 @@ def test_a_frozen_dataclass_straight_below_method(name: str) -> None:
     with pytest.raises(FrozenInstanceError):
         method.lr = 1.0  # type: ignore[misc]
     with pytest.raises(TypeError):
-        cls(1)  # type: ignore[misc]
+        cls(1)  # type: ignore[call-arg]
 
 
 @every_method

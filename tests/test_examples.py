@@ -1,0 +1,81 @@
+"""The examples run as their docstrings say, and show what they claim."""
+
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fedray import cli
+from fedray.errors import ConfigError
+from fedray.experiment import plugins
+from fedray.experiment.config import RunConfig
+from fedray.experiment.run import History, run
+from fedray.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+NEW_METHOD = ROOT / "examples" / "new_method.py"
+SMALL = ("clients.actors=0", "rounds=2", "model=mlp", "tracking.uri=none")
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget afterwards what was imported and added to the table of methods."""
+    before = dict(METHODS)
+    monkeypatch.setattr(plugins, "_imported", {})
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def result_of(tmp_path: Path, name: str, *overrides: str) -> History:
+    """Run the quickstart's base in process, in a directory called after `name`."""
+    changes = [f"imports=[{NEW_METHOD}]", f"method.name={name}", *SMALL, *overrides]
+    out = tmp_path / "-".join((name, *overrides))
+    return run(RunConfig.load(ROOT / "tune_configs" / "quickstart.yaml", changes), out=out)
+
+
+@pytest.mark.usefixtures("tables")
+def test_the_command_of_the_new_method_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (command,) = (
+        line.strip() for line in NEW_METHOD.read_text().splitlines() if line.strip().startswith("fedray ")
+    )
+    arguments = [*shlex.split(command)[1:], *SMALL, "--out", str(tmp_path / "run")]
+    outcome = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    config = RunConfig.load(tmp_path / "run" / "config.yaml")
+    assert config.method.name == "fedprox"
+    assert config.method.options == METHODS["fedprox"](local_epochs=2, lr=0.1, batch_size=10)
+
+
+@pytest.mark.usefixtures("tables")
+def test_the_proximal_term_holds_clients_back(tmp_path: Path) -> None:
+    fedavg = result_of(tmp_path, "fedavg")
+    without = result_of(tmp_path, "fedprox", "method.mu=0.0")
+    strong = result_of(tmp_path, "fedprox", "method.mu=5.0")
+    assert without.result["val/loss"] == pytest.approx(fedavg.result["val/loss"], rel=1e-5)
+    # two rounds are too short for the term to pay; what it must do is to slow the clients down
+    assert 1.02 * without.result["val/loss"] < strong.result["val/loss"] < strong.rounds[0]["val/loss"]
+    assert strong.result["total/bytes/up"] == without.result["total/bytes/up"]
+
+
+@pytest.mark.usefixtures("tables")
+def test_the_new_methods_options_are_checked_like_any(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method\.mu .*got -1"):
+        result_of(tmp_path, "fedprox", "method.mu=-1")
+    with pytest.raises(ConfigError, match=r"method\.nu .*did you mean 'mu'"):
+        result_of(tmp_path, "fedprox", "method.nu=1.0")
+
+
+def test_the_round_by_hand_and_fedrays_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    runpy.run_path(str(ROOT / "examples" / "round_by_hand.py"), run_name="__main__")  # it asserts 1e-6 itself
+    assert torch.get_num_threads() == threads
+    hand, fedray, difference = capsys.readouterr().out.splitlines()[1:]
+    assert hand.split()[:2] == ["by", "hand"] and fedray.split()[:2] == ["by", "fedray"]
+    assert hand.split()[3] == fedray.split()[3], "the same accuracy"
+    assert float(difference.split()[-1]) < 1e-6
