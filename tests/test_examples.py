@@ -1,9 +1,12 @@
-"""The examples run as their docstrings say, and show what they claim."""
+"""The examples, and those of the docs on methods, run as they say and show what they claim."""
 
+import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,10 +17,14 @@ from fedray.errors import ConfigError
 from fedray.experiment import plugins
 from fedray.experiment.config import RunConfig
 from fedray.experiment.run import History, run
+from fedray.experiment.space import Sweep
 from fedray.methods import METHODS
+from tests import small
 
 ROOT = Path(__file__).parents[1]
 NEW_METHOD = ROOT / "examples" / "new_method.py"
+ADDING = ROOT / "docs" / "adding_a_method.md"
+PAGES = [ADDING, *sorted((ROOT / "docs" / "methods").glob("*.md"))]
 SMALL = ("clients.actors=0", "rounds=2", "model=mlp", "tracking.uri=none")
 
 
@@ -79,3 +86,38 @@ def test_the_round_by_hand_and_fedrays_agree(capsys: pytest.CaptureFixture[str])
     assert hand.split()[:2] == ["by", "hand"] and fedray.split()[:2] == ["by", "fedray"]
     assert hand.split()[3] == fedray.split()[3], "the same accuracy"
     assert float(difference.split()[-1]) < 1e-6
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the indented `fedray …` lines of a page, as a shell would split them."""
+    return [shlex.split(line)[1:] for line in re.findall(r"^    (fedray .*)$", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.usefixtures("tables")
+def test_the_commands_of_a_page_are_ones_that_can_be_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    shown: set[str] = set()
+    for verb, *arguments in commands(page.read_text(encoding="utf-8")):
+        if "--import" in arguments:
+            at = arguments.index("--import")
+            arguments[at : at + 2] = [f"imports=[{arguments[at + 1]}]"]
+        if verb == "run":
+            shown.add(RunConfig.load(arguments[0], arguments[1:]).method.name)
+        elif verb == "sweep":
+            shown |= {p.config.method.name for p in Sweep.load(arguments[0], arguments[1:]).points}
+        else:
+            assert verb == "methods"
+    assert ("fedprox" if page is ADDING else page.stem) in shown
+
+
+def test_the_method_of_the_page_on_adding_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = re.findall(r"```python\n(.*?)```", ADDING.read_text(encoding="utf-8"), re.DOTALL)
+    module = ModuleType("adding_a_method")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look a class's module up
+    exec(source, module.__dict__)
+    server = small.server(module.Random(density=0.25))
+    first = server.evaluate(server.side.validation).loss
+    last = small.run(server)[-1]
+    assert last.metrics["density/global"] == 0.25
+    assert last.metrics["val/loss"] < first

@@ -20,6 +20,7 @@ from fedray.experiment.files import RunFiles, check_free, numbered
 from fedray.experiment.run import RUNS, Federation, Tracking, groups_for, pool_for, resume, run, start_ray
 from fedray.experiment.space import Point, Sweep, tune_config
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
+from fedray.federation.pool import ActorOptions
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def resume_sweep(path: str | Path, *, on_round: OnTrialRound | None = None) -> S
 
 
 def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
+    path = path.resolve()  # a trial works in a directory of Tune's
     waiting = [point for point in plan.points if _status(_place(path, point)) not in ("finished", "stopped")]
     if waiting:
         start_ray()
@@ -114,13 +116,17 @@ def _fit(
 
     by_name = {point.name: point for point in points}
     cpus, concurrent = _shares(plan, len(points))
-    bundles = _bundles([point.config for point in points], cpus)
+    actors = _actors([point.config for point in points], cpus)
+    # Ray leaves the trial's own bundle out, since it is empty; the selectors are of those that stay
+    labels = [dict(options.labels) for options in actors]
+    selectors = {"bundle_label_selector": labels} if any(labels) else {}
+    room = tune.PlacementGroupFactory([{}, *(options.bundle for options in actors)], **selectors)
 
     def trial(sample: Tree) -> None:
         _trial(by_name[sample["name"]], path, cpus, tracking)
 
     tuner = tune.Tuner(
-        tune.with_resources(trial, tune.PlacementGroupFactory([{"CPU": 0}, *bundles])),
+        tune.with_resources(trial, room),
         param_space={"name": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             metric=plan.tune.metric,
@@ -130,7 +136,7 @@ def _fit(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str((path / ".tune").resolve()),
+            storage_path=str(path / ".tune"),
             failure_config=tune.FailureConfig(max_failures=plan.tune.max_failures),
             callbacks=[_callback(on_round)],
             verbose=0,
@@ -146,12 +152,20 @@ def _fit(
 
 
 def _trial(point: Point, path: Path, cpus: float, tracking: Tracking) -> None:
-    """Be the server of one trial: start or go on, and tell Tune about each evaluated round."""
+    """Be the server of one trial: start or go on, and tell Tune about each evaluated round.
+
+    The last round is reported when everything is written: a scheduler may end the trial with any report.
+    """
     from ray import tune
 
+    last: dict[str, float] = {}
+
     def report(round: RoundReport) -> None:
-        if "val/accuracy" in round.metrics:
-            tune.report({"round": round.round, **round.metrics})
+        metrics = {"round": round.round, **round.metrics}
+        if round.round == point.config.rounds:
+            last.update(metrics)
+        elif "val/accuracy" in metrics:
+            tune.report(metrics)
 
     place = _place(path, point)
     tracking, pool = replace(tracking, name=point.name), pool_for(point.config, cpus)
@@ -160,6 +174,8 @@ def _trial(point: Point, path: Path, cpus: float, tracking: Tracking) -> None:
     else:
         shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
         run(point.config, out=place, on_round=report, pool=pool, tracking=tracking)
+    if last:
+        tune.report(last)
 
 
 def _shares(plan: Sweep, trials: int) -> tuple[float, int]:
@@ -171,17 +187,18 @@ def _shares(plan: Sweep, trials: int) -> tuple[float, int]:
     return cpus / concurrent, concurrent
 
 
-def _bundles(configs: Sequence[RunConfig], cpus: float) -> list[dict[str, float]]:
-    """Return the bundles of a trial's placement group: one for each actor of the most demanding point."""
-    groups = [
-        [group.options.bundle for group in groups_for(config, cpus) for _ in range(group.actors)]
+def _actors(configs: Sequence[RunConfig], cpus: float) -> list[ActorOptions]:
+    """Return what the actors of the most demanding point ask of Ray: a bundle for each in a trial's group."""
+    in_process = [ActorOptions(cpu=min(1.0, cpus))]
+    needs = [
+        [group.options for group in groups_for(config, cpus) for _ in range(group.actors)]
         if config.clients.actors != 0
-        else [{"CPU": min(1.0, cpus)}]
+        else in_process
         for config in configs
     ]
-    bundles = max(groups, key=lambda bundles: (sum(b.get("CPU", 0) for b in bundles), len(bundles)))
-    _check_room(bundles)
-    return bundles
+    most = max(needs, key=lambda actors: (sum(options.cpu for options in actors), len(actors)))
+    _check_room([options.bundle for options in most])
+    return most
 
 
 def _check_room(bundles: Sequence[Mapping[str, float]]) -> None:
@@ -233,7 +250,7 @@ def _callback(on_round: OnTrialRound | None) -> Any:
 
 
 def _place(path: Path, point: Point) -> Path:
-    return (path / "trials" / point.name).resolve()
+    return path / "trials" / point.name
 
 
 def _status(place: Path) -> Status:

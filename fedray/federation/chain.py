@@ -32,8 +32,10 @@ class LinearChain:
         linear, between = layers[::2], layers[1::2]
         is_chain = len(layers) % 2 == 1 and all(type(layer) is nn.ReLU for layer in between)
         found = [layer for layer in linear if type(layer) is nn.Linear and layer.bias is not None]
-        trained = all(parameter.requires_grad for parameter in module.parameters())
-        return cls(found) if is_chain and trained and len(found) == len(linear) else None
+        # a tied weight is listed once; a step would write it before it is done reading it
+        parameters = list(module.parameters())
+        plain = all(p.requires_grad for p in parameters) and len(parameters) == 2 * len(found)
+        return cls(found) if is_chain and plain and len(found) == len(linear) else None
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, lr: float, weight_decay: float) -> Tensor:

@@ -218,7 +218,7 @@ class Client:
                 value, grads = self._gradient(x, y, index, loss, view)
                 if on_grad is not None:
                     on_grad(self._flat(grads))
-                momentum = self._descend(grads, momentum, rate, keep)
+                momentum = self._descend(grads, momentum, rate)
             with torch.no_grad():
                 if on_step is not None:
                     on_step(engine.flat)
@@ -279,7 +279,7 @@ class Client:
 
     @torch.no_grad()
     def _descend(
-        self, grads: tuple[Tensor, ...], momentum: list[Tensor] | None, lr: float, keep: Tensor | None
+        self, grads: tuple[Tensor, ...], momentum: list[Tensor] | None, lr: float
     ) -> list[Tensor] | None:
         """Make one SGD step as torch.optim.SGD does; return the momentum buffers."""
         # never write into a gradient: autograd may give two weights the same one, or one that is expanded
@@ -287,9 +287,6 @@ class Client:
         if self._training.weight_decay:
             gradients = list(torch._foreach_add(gradients, weights, alpha=self._training.weight_decay))
         if self._training.momentum:
-            if keep is not None:  # else stale velocity survives where the mask is False
-                views = self._engine.layout.views(keep)
-                gradients = list(torch._foreach_mul(gradients, [views[n] for n in self._engine.leaves]))
             if momentum is None:
                 momentum = [gradient.clone() for gradient in gradients]
             else:

@@ -7,11 +7,12 @@ Thousands of clients are rows of state, not processes. `RayPool` keeps a few `Cl
 created again and gets its chunks again; nothing that must survive lives in an actor.
 """
 
+import copyreg
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 logger = logging.getLogger(__name__)
+
+# A user's method is pickled by value, dataclass fields and all. Without this their `MISSING` comes back as
+# another object, and a field without a default seems to have one.
+copyreg.pickle(type(MISSING), lambda _: "MISSING")
 
 
 class ClientPool(Protocol):

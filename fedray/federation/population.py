@@ -10,6 +10,9 @@ from fedray.data.partition import Partition
 from fedray.errors import RunError
 from fedray.types import ClientInfo
 
+ATTEMPTS = 100
+"""How often the server looks again when nobody is there, before it gives up."""
+
 
 class Population(Sequence[ClientInfo]):
     """All registered clients; an entry is made when it is looked up."""
@@ -77,10 +80,12 @@ def draw_cohort(
         RunError: if nobody is available.
     """
     extra = min(len(population), round(cohort * (1 + over_selection)))
-    drawn = sample(population, extra, rng)
+    attempts = (sample(population, extra, rng) for _ in range(ATTEMPTS))
+    drawn = next((clients for clients in attempts if clients), ())
     if not drawn:
         raise RunError(
-            "no client is available: every one drawn was away; raise the availability of clients.devices"
+            f"no client is available: all were away in {ATTEMPTS} attempts; "
+            "take devices with a higher availability into clients.devices, or more clients"
         )
     if len(drawn) > cohort:
         drawn = tuple(sorted(sorted(drawn, key=lambda k: (predicted_seconds(k), k))[:cohort]))

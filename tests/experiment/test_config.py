@@ -107,10 +107,9 @@ def test_every_option_of_every_method_and_partition_is_in_the_tree():
     for name, method in METHODS.items():
         config = RunConfig().override({"method.name": name, "data.server_fraction": 0.1})
         assert set(config.to_tree()["method"]) == {"name", *(field.name for field in fields(method))}
-    for kind, partition in PARTITIONS.items():
-        changes = {"data.partition.kind": kind, "data.name": "mnist"}
-        tree = RunConfig().override(changes).to_tree()
-        assert set(tree["data"]["partition"]) == {"kind", *(field.name for field in fields(partition))}
+    for kind in PARTITIONS:
+        config = RunConfig().override({"data.partition.kind": kind, "data.name": "mnist"})
+        assert config.to_tree()["data"]["partition"] == {"kind": kind} | vars(config.data.partition.options)
 
 
 def test_frozen():
@@ -200,7 +199,7 @@ def test_the_sections_are_those_of_the_config():
     assert sections(RunConfig) | set(CHOICES) == SECTIONS
 
 
-SHARED_OPTIONS = {
+SHARED_OPTIONS: dict[str, Any] = {
     "local_epochs": 3,
     "lr": 0.2,
     "batch_size": 7,
@@ -234,11 +233,12 @@ def test_another_method_keeps_the_options_that_all_have(write, how):
 @pytest.mark.parametrize("order", [1, -1])
 def test_options_given_with_another_method_are_its_own(order):
     config = RunConfig.from_tree({"method": {"name": "snip", "density": 0.3, "lr": 0.2}})
-    changes = [("method.name", "staged"), ("method.stages", 2), ("method.lr", 0.4)][::order]
-    assert config.override(dict(changes)).method.options == Staged(stages=2, lr=0.4)
-    assert config.override(
-        method=dict(changes[:0] or [("name", "staged"), ("stages", 2)])
-    ).method.options == (Staged(stages=2, lr=0.2))
+    changes = dict([("name", "staged"), ("stages", 2), ("momentum", 0.4)][::order])
+    wanted = Staged(stages=2, lr=0.2, momentum=0.4)
+    assert config.override(method=changes).method.options == wanted
+    assert (
+        config.override({f"method.{key}": value for key, value in changes.items()}).method.options == wanted
+    )
 
 
 def test_the_same_method_again_keeps_everything():
@@ -335,146 +335,255 @@ def test_a_digest_does_not_depend_on_how_the_config_was_written():
 # ── bad input: one message, with the key, what was given, what is allowed or nearest, and where
 # ──────────────────────────────────────────────────────────────────────────────────────────
 
-CLIENT_KEYS = (
-    "actors, chunk, cohort, deadline_s, devices, dropout, jitter, over_selection, population, resources"
-)
-RUN_KEYS = "checkpoint_every, clients, data, eval_every, imports, method, model, rounds, seed, tracking"
-WHOLE = "must be a whole number"
+BAD = r"""
+# keys that there are not
+
+$ roundz=3
+roundz (x.yaml): unknown; did you mean 'rounds'? Keys here: checkpoint_every, clients, data, eval_every,
+imports, method, model, rounds, seed, tracking
+
+$ zzz=3
+zzz (x.yaml): unknown. Keys here: checkpoint_every, …
+
+$ lr=0.1
+lr (x.yaml): unknown; did you mean 'method.lr'? Keys here: …
+
+$ partition=iid
+partition (x.yaml): unknown; did you mean 'data.partition'? Keys here: …
+
+$ client.cohort=3
+client (x.yaml): unknown; did you mean 'clients'? Keys here: …
+
+$ clients.cohrt=3
+clients.cohrt (x.yaml): unknown; did you mean 'cohort'? Keys here: actors, chunk, cohort, deadline_s, devices,
+dropout, jitter, over_selection, population, resources
+
+$ clients.=3
+clients. (x.yaml): unknown. Keys here: actors, …
+
+$ clients.resources.by_device.phone.cpuu=1
+clients.resources.by_device.phone.cpuu (x.yaml): unknown; did you mean 'cpu'? Keys here: by_device, cpu,
+custom, gpu, labels
+
+$ method.name=snip  method.densty=0.2
+method.densty (x.yaml): snip has no such option; did you mean 'density'? Keys here: batch_size, density,
+downlink_values, local_epochs, lr, momentum, name, scorers, uplink_values, weight_decay
+
+$ method.scorers=3
+method.scorers (x.yaml): fedavg has no such option; snip can have it. Keys here: batch_size, …
+
+$ data.partition.kind=dirichlet  data.partition.alfa=1
+data.partition.alfa (x.yaml): dirichlet has no such option; did you mean 'alpha'? Keys here: alpha, kind
+
+# types
+
+$ rounds=ten
+rounds (x.yaml): got 'ten'; must be a whole number
+
+$ rounds="3"
+rounds (x.yaml): got '3'; must be a whole number
+
+$ rounds=true
+rounds (x.yaml): got True; must be a whole number
+
+$ rounds=3.0
+rounds (x.yaml): got 3.0; must be a whole number
+
+$ rounds=
+rounds (x.yaml): got None; must be a whole number
+
+$ seed.x=3
+seed (x.yaml): got {'x': 3}; must be a whole number
+
+$ model=3
+model (x.yaml): got 3; must be text
+
+$ method.lr="0.1"
+method.lr (x.yaml): got '0.1'; must be a number
+
+$ method.batch_size=true
+method.batch_size (x.yaml): got True; must be a whole number
+
+$ data.partition.kind=shards  data.partition.classes_per_client="2"
+data.partition.classes_per_client (x.yaml): got '2'; must be a whole number
+
+$ clients.devices=phone
+clients.devices (x.yaml): got 'phone'; must be a mapping of keys to values
+
+$ clients=3
+clients (x.yaml): got 3; must be a mapping of keys to values
+
+$ seed={this: [is, a, value, which, is, far, too, long, to, be, told, whole]}
+seed (x.yaml): got {'this': ['is', 'a', 'value', 'which', 'is', 'far', 'too'…; must be a whole number
+
+$ imports=mine.py
+imports (x.yaml): got 'mine.py'; must be a list
+
+$ imports=[3]
+imports.0 (x.yaml): got 3; must be text
+
+# ranges
+
+$ rounds=0
+rounds (x.yaml): got 0; must be greater than 0
+
+$ seed=-1
+seed (x.yaml): got -1; must be greater than or equal to 0
+
+$ method.lr=0
+method.lr (x.yaml): got 0; must be greater than 0
+
+$ method.lr=.inf
+method.lr (x.yaml): got inf; must be a finite number
+
+$ method.momentum=1
+method.momentum (x.yaml): got 1; must be less than 1
+
+$ clients.dropout=1
+clients.dropout (x.yaml): got 1; must be less than 1
+
+$ data.validation_fraction=.nan
+data.validation_fraction (x.yaml): got nan; must be less than 1
+
+$ clients.devices.phone=0
+clients.devices.phone (x.yaml): got 0; must be greater than 0
+
+$ clients.devices={}
+clients.devices (x.yaml): got {}; must have at least one entry
+
+$ clients.actors=autp
+clients.actors (x.yaml): got 'autp'; must be auto, per_client, or a whole number of actors (0: in process);
+did you mean 'auto'?
+
+$ clients.actors=-1
+clients.actors (x.yaml): got -1; must be auto, per_client, or a whole number of actors (0: in process)
+
+$ clients.actors=true
+clients.actors (x.yaml): got True; must be auto, per_client, or a whole number of actors (0: in process)
+
+$ method.uplink_values=fp15
+method.uplink_values (x.yaml): got 'fp15'; must be 'fp32', 'fp16' or 'int8'; did you mean 'fp16'?
+
+# names that are in no table
+
+$ method=frlp
+method (x.yaml): got 'frlp'; must be a mapping of keys to values; to choose one, write method.name=frlp
+
+$ data.partition=iid
+data.partition (x.yaml): got 'iid'; must be a mapping of keys to values; to choose one, write
+data.partition.kind=iid
+
+$ method=
+method (x.yaml): got None; must be a mapping of keys to values
+
+$ method.name=fedavgg
+method.name (x.yaml): unknown method 'fedavgg'; did you mean 'fedavg'? Known: fedavg, …
+
+$ method.name=[1]
+method.name (x.yaml): unknown method '[1]'. Known: fedavg, …
+
+$ data.partition.kind=irichlet
+data.partition.kind (x.yaml): unknown partition 'irichlet'; did you mean 'dirichlet'? Known: bootstrap,
+dirichlet, iid, natural, quantity_skew, shards
+
+$ model=cn
+model (x.yaml): unknown model 'cn'; did you mean 'cnn'? Known: cnn, …
+
+$ data.name=digts
+data.name (x.yaml): unknown data set 'digts'; did you mean 'digits'? Known: cifar10, …
+
+$ clients.devices={phon: 1}
+clients.devices (x.yaml): unknown device 'phon'; did you mean 'phone'? Known: …
+
+$ clients.devices={phone@lt: 1}
+clients.devices (x.yaml): 'phone@lt': unknown link 'lt'; did you mean 'lte'? Known: …
+
+$ clients.resources.by_device.fone.cpu=1
+clients.resources.by_device (x.yaml): unknown device of this run 'fone'; did you mean 'phone'? Known: laptop,
+phone, raspberry_pi_4
+
+$ tracking.uri=mysql://x
+tracking.uri (x.yaml): 'mysql://x': unknown scheme 'mysql'…
+
+$ tracking.uri=runs
+tracking.uri (x.yaml): 'runs': MLflow no longer keeps runs in plain folders; …
+
+# parts that do not fit each other
+
+$ clients.cohort=200
+clients.cohort (x.yaml): 200 clients a round of a population of 100; lower clients.cohort or raise
+clients.population
+
+$ model=vgg11
+model (x.yaml): vgg11 does not take digits: vgg11 halves the image five times and needs at least 32×32, or
+28×28, which it pads; got 8×8
+
+$ data.name=mnist  data.root=/nowhere
+data.root (x.yaml): '/nowhere' is not a folder; mnist needs one with MNIST/raw/…
+
+$ data.name=mnist  data.root=~nobody-here/x
+data.root (x.yaml): '~nobody-here/x' cannot be used: Could not determine home directory.
+
+$ method.name=frlp
+data.server_fraction (x.yaml): 0, but frlp trains on the server's own examples; set it, e.g.
+data.server_fraction=0.02
+
+$ method.name=staged  method.start=0.9
+method (x.yaml): method.start=0.9 comes after method.until=0.5
+
+$ data.partition.kind=natural
+data.partition.kind (x.yaml): natural: digits does not say who made its examples; mnist does
+
+$ clients.population=5000
+clients.population (x.yaml): 5,000 clients, but digits leaves about 1,293 training examples for them; lower
+it, or use data.partition.kind=bootstrap, where clients share examples
+
+$ data.validation_fraction=0.6  data.server_fraction=0.5
+data.validation_fraction (x.yaml): 0.6 for validation and data.server_fraction=0.5 leave nothing for the
+clients; the sum must be below 1
+
+$ clients.actors=per_client  clients.population=1000
+clients.actors (x.yaml): per_client would start 1,000 processes of some 200 MB each (allowed: 256); use auto,
+which hosts any number of clients in a few actors
+
+$ clients.actors=0  clients.resources.gpu=1
+clients.resources.gpu (x.yaml): clients in process (clients.actors=0) are not placed by Ray
+
+$ clients.actors=per_client  clients.resources.by_device.phone.cpu=1
+clients.resources.by_device (x.yaml): not together with clients.actors=per_client
+
+$ clients.resources.by_device.phone.by_device.phone.cpu=1
+clients.resources.by_device.phone.by_device (x.yaml): only one level is allowed
+
+# files of one's own
+
+$ imports=[nowhere.py]
+imports: no file 'nowhere.py' (looked for /…
+
+$ imports=[~nobody-here/x.py]
+imports: '~nobody-here/x.py' is not the name of a file: Could not determine home directory.
+
+$ imports=["\0"]
+imports: '\x00' is not the name of a file: embedded null byte
+"""
+"""Overrides, two spaces between them, and the message; `…` at its end stands for more."""
+CASES = [
+    case.split("\n", 1) for case in re.split(r"^\$ ", re.sub("^#.*\n", "", BAD, flags=re.M), flags=re.M)[1:]
+]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        # keys that there are not
-        ("roundz=3", f"roundz (x.yaml): unknown; did you mean 'rounds'? Keys here: {RUN_KEYS}"),
-        ("zzz=3", f"zzz (x.yaml): unknown. Keys here: {RUN_KEYS}"),
-        ("lr=0.1", f"lr (x.yaml): unknown; did you mean 'method.lr'? Keys here: {RUN_KEYS}"),
-        ("partition=iid", f"partition (x.yaml): unknown; did you mean 'data.partition'? Keys here: {RUN_KEYS}"),
-        ("client.cohort=3", f"client (x.yaml): unknown; did you mean 'clients'? Keys here: {RUN_KEYS}"),
-        ("clients.cohrt=3", f"clients.cohrt (x.yaml): unknown; did you mean 'cohort'? Keys here: {CLIENT_KEYS}"),
-        ("clients.=3", f"clients. (x.yaml): unknown. Keys here: {CLIENT_KEYS}"),
-        (
-            "clients.resources.by_device.phone.cpuu=1",
-            "clients.resources.by_device.phone.cpuu (x.yaml): unknown; did you mean 'cpu'? "
-            "Keys here: by_device, cpu, custom, gpu, labels",
-        ),
-        (
-            "method.name=snip method.densty=0.2",
-            "method.densty (x.yaml): snip has no such option; did you mean 'density'? Keys here: batch_size, "
-            "density, downlink_values, local_epochs, lr, momentum, name, scorers, uplink_values, weight_decay",
-        ),
-        (
-            "method.scorers=3",
-            "method.scorers (x.yaml): fedavg has no such option; snip can have it. Keys here: batch_size, "
-            "downlink_values, local_epochs, lr, momentum, name, uplink_values, weight_decay",
-        ),
-        (
-            "data.partition.kind=dirichlet data.partition.alfa=1",
-            "data.partition.alfa (x.yaml): dirichlet has no such option; did you mean 'alpha'? "
-            "Keys here: alpha, kind",
-        ),
-        # types
-        ("rounds=ten", f"rounds (x.yaml): got 'ten'; {WHOLE}"),
-        ("rounds='3'", f"rounds (x.yaml): got '3'; {WHOLE}"),
-        ("rounds=true", f"rounds (x.yaml): got True; {WHOLE}"),
-        ("rounds=3.0", f"rounds (x.yaml): got 3.0; {WHOLE}"),
-        ("rounds=", f"rounds (x.yaml): got None; {WHOLE}"),
-        ("seed.x=3", f"seed (x.yaml): got {{'x': 3}}; {WHOLE}"),
-        ("model=3", "model (x.yaml): got 3; must be text"),
-        ("method.lr='0.1'", "method.lr (x.yaml): got '0.1'; must be a number"),
-        ("method.batch_size=true", f"method.batch_size (x.yaml): got True; {WHOLE}"),
-        ("data.partition.kind=shards data.partition.classes_per_client='2'",
-         f"data.partition.classes_per_client (x.yaml): got '2'; {WHOLE}"),
-        ("clients.devices=phone", "clients.devices (x.yaml): got 'phone'; must be a mapping of keys to values"),
-        ("clients=3", "clients (x.yaml): got 3; must be a mapping of keys to values"),
-        ("imports=mine.py", "imports (x.yaml): got 'mine.py'; must be a list"),
-        ("imports=[3]", "imports.0 (x.yaml): got 3; must be text"),
-        # ranges
-        ("rounds=0", "rounds (x.yaml): got 0; must be greater than 0"),
-        ("seed=-1", "seed (x.yaml): got -1; must be greater than or equal to 0"),
-        ("method.lr=0", "method.lr (x.yaml): got 0; must be greater than 0"),
-        ("method.lr=.inf", "method.lr (x.yaml): got inf; must be a finite number"),
-        ("method.momentum=1", "method.momentum (x.yaml): got 1; must be less than 1"),
-        ("clients.dropout=1", "clients.dropout (x.yaml): got 1; must be less than 1"),
-        ("data.validation_fraction=.nan", "data.validation_fraction (x.yaml): got nan; must be less than 1"),
-        ("clients.devices.phone=0", "clients.devices.phone (x.yaml): got 0; must be greater than 0"),
-        ("clients.devices={}", "clients.devices (x.yaml): got {}; must have at least one entry"),
-        (
-            "clients.actors=autp",
-            "clients.actors (x.yaml): got 'autp'; must be auto, per_client, or a whole number of actors "
-            "(0: in process); did you mean 'auto'?",
-        ),
-        (
-            "clients.actors=-1",
-            "clients.actors (x.yaml): got -1; must be auto, per_client, or a whole number of actors "
-            "(0: in process)",
-        ),
-        (
-            "method.uplink_values=fp15",
-            "method.uplink_values (x.yaml): got 'fp15'; must be 'fp32', 'fp16' or 'int8'; did you mean 'fp16'?",
-        ),
-        # names that are in no table
-        ("method=frlp", "method (x.yaml): got 'frlp'; must be a mapping of keys to values; "
-         "to choose one, write method.name=frlp"),
-        ("data.partition=iid", "data.partition (x.yaml): got 'iid'; must be a mapping of keys to values; "
-         "to choose one, write data.partition.kind=iid"),
-        ("method=", "method (x.yaml): got None; must be a mapping of keys to values"),
-        ("method.name=fedavgg", "method.name (x.yaml): unknown method 'fedavgg'; did you mean 'fedavg'? "
-         f"Known: {', '.join(sorted(METHODS))}"),
-        ("method.name=[1]", f"method.name (x.yaml): unknown method '[1]'. Known: {', '.join(sorted(METHODS))}"),
-        ("data.partition.kind=irichlet", "data.partition.kind (x.yaml): unknown partition 'irichlet'; "
-         f"did you mean 'dirichlet'? Known: {', '.join(sorted(PARTITIONS))}"),
-        ("model=cn", "model (x.yaml): unknown model 'cn'; did you mean 'cnn'? "
-         "Known: cnn, lenet5, mlp, resnet18, vgg11, vgg19_bn"),
-        ("data.name=digts", "data.name (x.yaml): unknown data set 'digts'; did you mean 'digits'? "
-         "Known: cifar10, digits, fashion_mnist, mnist"),
-        ("clients.devices={phon: 1}", "clients.devices (x.yaml): unknown device 'phon'; did you mean 'phone'? Known: "),
-        ("clients.devices={phone@lt: 1}", "clients.devices (x.yaml): 'phone@lt': unknown link 'lt'; "
-         "did you mean 'lte'? Known: "),
-        ("clients.resources.by_device.fone.cpu=1", "clients.resources.by_device (x.yaml): unknown device of this "
-         "run 'fone'; did you mean 'phone'? Known: laptop, phone, raspberry_pi_4"),
-        ("tracking.uri=mysql://x", "tracking.uri (x.yaml): 'mysql://x': unknown scheme 'mysql'"),
-        ("tracking.uri=runs", "tracking.uri (x.yaml): 'runs': MLflow no longer keeps runs in plain folders"),
-        # parts that do not fit each other
-        ("clients.cohort=200", "clients.cohort (x.yaml): 200 clients a round of a population of 100; "
-         "lower clients.cohort or raise clients.population"),
-        ("model=vgg11", "model (x.yaml): vgg11 does not take digits: vgg11 halves the image five times and needs "
-         "at least 32×32, or 28×28, which it pads; got 8×8"),
-        ("data.name=mnist data.root=/nowhere", "data.root (x.yaml): '/nowhere' is not a folder; mnist needs one with "),
-        ("data.name=mnist data.root=~nobody-here/x",
-         "data.root (x.yaml): '~nobody-here/x' cannot be used: Could not determine home directory."),
-        (f"data.name=mnist data.root={'x' * 300}", "data.root (x.yaml): 'xxx"),
-        ("method.name=frlp", "data.server_fraction (x.yaml): 0, but frlp trains on the server's own examples; "
-         "set it, e.g. data.server_fraction=0.02"),
-        ("method.name=staged method.start=0.9",
-         "method (x.yaml): method.start=0.9 comes after method.until=0.5"),
-        ("data.partition.kind=natural",
-         "data.partition.kind (x.yaml): natural: digits does not say who made its examples; mnist does"),
-        ("clients.population=5000", "clients.population (x.yaml): 5,000 clients, but digits leaves about 1,293 "
-         "training examples for them; lower it, or use data.partition.kind=bootstrap, where clients share examples"),
-        ("data.validation_fraction=0.6 data.server_fraction=0.5", "data.validation_fraction (x.yaml): 0.6 for "
-         "validation and data.server_fraction=0.5 leave nothing for the clients; the sum must be below 1"),
-        ("clients.actors=per_client clients.population=1000",
-         "clients.actors (x.yaml): per_client would start 1,000 processes of some 200 MB each (allowed: 256); "
-         "use auto, which hosts any number of clients in a few actors"),
-        ("clients.actors=0 clients.resources.gpu=1",
-         "clients.resources.gpu (x.yaml): clients in process (clients.actors=0) are not placed by Ray"),
-        ("clients.actors=per_client clients.resources.by_device.phone.cpu=1",
-         "clients.resources.by_device (x.yaml): not together with clients.actors=per_client"),
-        ("clients.resources.by_device.phone.by_device.phone.cpu=1",
-         "clients.resources.by_device.phone.by_device (x.yaml): only one level is allowed"),
-        # files of one's own
-        ("imports=[nowhere.py]", "imports: no file 'nowhere.py' (looked for /"),
-        ("imports=[~nobody-here/x.py]", "imports: '~nobody-here/x.py' is not the name of a file: "),
-        ('imports=["\\0"]', r"imports: '\x00' is not the name of a file: embedded null byte"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("overrides", "message"), CASES, ids=[overrides for overrides, _ in CASES])
 def test_one_message_says_what_is_wrong(overrides, message):
-    found = refused(*shlex.split(overrides.replace('"', '\\"').replace("'", "\\'")))
-    assert found.startswith(message), found
+    found, wanted = refused(*overrides.split("  ")), " ".join(message.split())
     assert "\n" not in found
-    if not message.endswith((": ", "-", "/", "xxx", "'mysql'", "folders")):
-        assert found == message
+    assert found == wanted or (wanted.endswith("…") and found.startswith(wanted[:-1].rstrip()))
+
+
+def test_a_name_that_is_too_long_for_the_system():
+    message = refused("data.name=mnist", f"data.root={'x' * 300}")
+    assert re.fullmatch(
+        r"data\.root \(x\.yaml\): 'x{300}' cannot be used: .*File name too long: 'x{300}'", message
+    )
 
 
 def test_all_problems_of_a_go_are_said_at_once():
@@ -537,7 +646,7 @@ def test_the_message_says_whether_the_file_or_an_override_is_to_be_changed(write
             "x.yaml: unknown section 'spac'; did you mean 'space'? Known: base, space, tune",
         ),
         ("base: {}\n1: 2\nzz: 3", "x.yaml: unknown section '1'. Known: base, space, tune"),
-        ("1: 2", f"1 (x.yaml): unknown. Keys here: {RUN_KEYS}"),
+        ("1: 2", "1 (x.yaml): unknown. Keys here: checkpoint_every, "),
         ("clients:\n", "clients (x.yaml): got None; must be a mapping of keys to values"),
     ],
 )
@@ -567,7 +676,7 @@ def test_anchors_and_merges_are_read(write):
 
 @pytest.mark.parametrize("argument", ["seed", "=3", "", " =3"])
 def test_an_argument_must_have_a_key_and_a_value(argument):
-    with pytest.raises(ConfigError, match="is not of the form key=value, e.g. method.lr=0.1"):
+    with pytest.raises(ConfigError, match=r"is not of the form key=value, e\.g\. method\.lr=0\.1"):
         parse_overrides([argument])
 
 
@@ -577,19 +686,21 @@ def test_an_override_that_is_not_yaml_is_named():
 
 
 def test_a_key_below_a_value():
-    with pytest.raises(
-        ConfigError, match="method.name.x: name is 'fedavg', not a section with keys of its own"
-    ):
+    with pytest.raises(ConfigError, match=r"^method\.name\.x: name is 'fedavg', not a section with keys"):
         RunConfig().override({"method.name.x": 1})
 
 
 def test_a_model_too_large_for_a_device(monkeypatch):
     from fedray.costs import devices
 
-    small = replace(devices.DEVICES["phone"], memory_bytes=2**20)
-    monkeypatch.setattr(devices, "profile", lambda name: small)
-    message = refused("clients.devices={phone: 1}", "model=lenet5")
-    assert message.startswith("clients.devices (x.yaml): phone has 1 MiB for training, but lenet5 needs ")
+    small = replace(devices.DEVICES["phone"], memory_bytes=2.0**20)
+    monkeypatch.setitem(devices.DEVICES, "phone", small)
+    message = refused("clients.devices={phone: 1, laptop: 1}", "model=cnn", "data.name=mnist")
+    assert re.fullmatch(
+        r"clients\.devices \(x\.yaml\): phone has 1 MiB for training, but cnn needs \d+ MiB; "
+        "take it out of the mix or use a smaller model",
+        message,
+    )
 
 
 def test_data_need_not_be_there_until_a_run_starts(monkeypatch):
@@ -617,23 +728,13 @@ KEYS = st.one_of(
     st.text(max_size=8),
     st.builds("{}.{}".format, st.sampled_from(_keys(RunConfig().to_tree())), st.text(max_size=4)),
 )
+TRAPS = r"""
+~ true -1 1e-3 1e400 .nan -.inf 0b_ 1_0 1:30 2001-99-99 frlp snip none mnist cnn @ *a % | --- ? {<<:1} ~zz =
+"\ud800" "\0" !!int !!bool !!binary !!timestamp !!omap !!set&a sqlite:/// http://[ http://x:99999 file:x
+"""
 SCALARS = st.one_of(
     st.sampled_from(
-        ["", "~", "true", "-1", "1e-3", "1e400", ".nan", "-.inf", "0b_", "1_0", "1:30", "2001-99-99", "frlp"]
-        + [
-            "snip",
-            "none",
-            "@",
-            "*a",
-            "&a 1",
-            "!!int x",
-            "!!bool x",
-            "!!binary x",
-            "!!set {a}",
-            "!!omap [a: 1]",
-        ]
-        + ["!!timestamp x", "{<<: 1}", "? a", "%", "|", "---", '"\\ud800"', '"\\0"', "~zz", "=", "9" * 4400]
-        + ["mnist", "cnn", "sqlite:///", "http://[", "http://x:99999", "file:x", "[" * 999]
+        [*TRAPS.split(), "", "&a 1", "!!bool x", "!!omap [a: 1]", "{<<: 1}", "9" * 4400, "[" * 999]
     ),
     st.text(max_size=12),
     st.integers().map(str),

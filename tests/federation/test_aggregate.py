@@ -248,6 +248,16 @@ def test_merging_joins_everything_and_changes_neither_side():
     assert pickle.dumps((left, right)) == before
 
 
+def test_merging_two_common_masks_tells_them_apart():
+    one, other = mask(1, 1, 0, 1), mask(0, 1, 1, 1)
+    known = {held.digest: held for held in (one, other)}
+    halves = [Partial(LAYOUT, Fold(), known) for _ in range(2)]
+    halves[0].add(0, 1, update(1, 2, 99, 4, held=one))
+    halves[1].add(1, 3, update(99, 6, 7, 8, held=other))
+    for merged in (halves[0].merge(halves[1]), halves[1].merge(halves[0])):
+        assert values(merged.mean()) == [1, 5, 7, 7]
+
+
 def test_merging_with_nobody_changes_no_bit():
     folded, nobody = partial(update(0.1, 0.2, 0.3, 0.4), n=[7]), partial()
     for merged in (folded.merge(nobody), nobody.merge(folded)):
@@ -294,12 +304,13 @@ def make_chunks(count: int, kind: str, seed: int) -> tuple[Chunks, dict[bytes, M
         return Mask(torch.from_numpy(rng.random(size) < rng.choice([0.0, 0.3, 0.9])), WIDE)
 
     known = [Mask.full(WIDE)] if kind == "full" else [any_mask() for _ in range(1 if kind == "common" else 2)]
+    unknown = 0.5 if kind == "mixed" else 0.0
     chunks: Chunks = []
     client = 0
     for _ in range(count):
-        chunk = []
+        chunk, usual = [], known[rng.integers(len(known))]
         for _ in range(rng.integers(1, 4)):
-            held = any_mask() if kind == "mixed" and rng.random() < 0.5 else known[rng.integers(len(known))]
+            held = any_mask() if rng.random() < unknown else usual
             params = Params(torch.from_numpy(rng.standard_normal(size, dtype=np.float32)), WIDE)
             sums = {"g": torch.from_numpy(rng.standard_normal(3, dtype=np.float32))}
             each = {"h": torch.tensor([float(client)])}
@@ -338,7 +349,7 @@ def assert_same_bits(found: Partial, expected: Partial) -> None:
     assert found.mean().sha256 == expected.mean().sha256
 
 
-KINDS = st.sampled_from(["full", "common", "mixed"])
+KINDS = st.sampled_from(["full", "common", "two", "mixed"])
 
 
 @properties

@@ -111,6 +111,20 @@ def test_the_short_way_through_linear_layers_is_sgd_too(weight_decay: float, den
     assert (short.meter.flops, short.meter.executed_flops) == (long.meter.flops, long.meter.executed_flops)
 
 
+def tied(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.ReLU(), layer, nn.ReLU(), layer)
+
+
+def test_a_layer_that_is_used_twice_is_trained_once_a_step():
+    client = small.client(
+        Method(lr=0.5), architecture=Architecture(tied, small.MLP.accepts, "made up", "a layer used twice")
+    )
+    params, mask = start(client)
+    trained = client.sgd(params, mask, steps=3, seed=1)
+    assert_close(trained.flat, client.sgd(params, mask, steps=3, seed=1, loss=plain_loss).flat, atol=1e-6)
+
+
 class Siblings(nn.Module):
     """Two biases that are added: autograd hands both one and the same gradient."""
 
@@ -467,8 +481,9 @@ def test_a_view_changes_what_the_forward_pass_sees_and_the_chain_rule_does_the_r
     assert_close(trained.flat, params.flat - 0.1 * gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_on_step_takes_the_place_of_the_masking():
-    client = small.client(Method(lr=0.1, batch_size=6))
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_on_step_takes_the_place_of_the_masking(momentum: float):
+    client = small.client(Method(lr=0.1, batch_size=6, momentum=momentum))
     params, mask = start(client, 0.4)
     steps: list[int] = []
 

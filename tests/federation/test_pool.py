@@ -199,3 +199,23 @@ def test_every_method_has_the_same_bits_on_ray(name, ray_local):
         for where in (LocalPool, pool)
     ]
     assert finish(both[0]) == finish(both[1])
+
+
+def test_a_method_pickled_by_value_keeps_its_fields(ray_local):
+    import dataclasses
+    import pickle
+
+    from ray import cloudpickle
+
+    @dataclass(frozen=True, kw_only=True)
+    class Local(Method):
+        """A class that no other process could import."""
+
+        needed: int
+        given: tuple[int, ...] = (1,)
+
+    again = pickle.loads(cloudpickle.dumps(Local))
+    for field in dataclasses.fields(again):
+        original = next(f for f in dataclasses.fields(Local) if f.name == field.name)
+        assert (field.default is dataclasses.MISSING) == (original.default is dataclasses.MISSING)
+        assert field.default_factory is dataclasses.MISSING

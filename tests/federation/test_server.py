@@ -275,18 +275,11 @@ class Shadows(Method):
     """Prune half before training, and keep values of its own behind the mask, NaN among them."""
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
-        """Prune half."""
-        return self.shadowed(replace(state, mask=half(ctx.layout)))
-
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
-        """Leave values behind the mask."""
-        return self.shadowed(state)
-
-    def shadowed(self, state: ServerState) -> ServerState:
-        """Write 7, and one NaN, behind the mask."""
-        flat = torch.where(state.mask.flat, state.params.flat, 7.0)
-        flat[int((~state.mask.flat).nonzero()[0])] = math.nan
-        return replace(state, params=Params(flat, state.params.layout))
+        """Prune half; write 7, and one NaN, behind the mask."""
+        mask = half(ctx.layout)
+        flat = torch.where(mask.flat, state.params.flat, 7.0)
+        flat[int((~mask.flat).nonzero()[0])] = math.nan
+        return replace(state, params=Params(flat, ctx.layout), mask=mask)
 
 
 def test_what_is_sent_evaluated_and_saved_is_zero_outside_the_mask():

@@ -507,6 +507,11 @@ def test_every_model_is_kept_if_the_job_says_so():
     (plain,) = exchange(place, honest, [[0, 1]]).partials.values()
     (kept,) = exchange(place, honest, [[0, 1]], keep_updates=True).partials.values()
     assert (list(plain.updates), list(kept.updates)) == ([], [0, 1])
+    n = place.population.partition.sizes
+    first, second = (int(n[k]) * kept.updates[k].params.flat for k in (0, 1))
+    mean = (first + second) / int(n[0] + n[1])
+    assert n[0] != n[1]
+    np.testing.assert_allclose(plain.mean().flat.numpy(), mean.numpy(), rtol=1e-5, atol=1e-7)
 
 
 # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────
