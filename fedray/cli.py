@@ -256,6 +256,10 @@ def main() -> None:
 # ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+LINES = 20
+"""Where there is no terminal, progress is about so many lines in place of a bar."""
+
+
 def _bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -265,14 +269,21 @@ def _bar() -> Progress:
         TimeRemainingColumn(compact=True),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
+
+
+def _say_progress(line: str, before: int, after: int, total: int | None) -> None:
+    """Print a line where there is no bar, each time that another of LINES parts is done."""
+    if not err.is_terminal and (total is None or before * LINES // total != after * LINES // total):
+        err.print(line, highlight=False, soft_wrap=True)
 
 
 class _RunProgress:
     """A bar with round, accuracy, density, bytes and time left; lines where there is no terminal."""
 
     def __init__(self, rounds: int) -> None:
-        self.rounds, self.bar = rounds, _bar()
+        self.rounds, self.bar, self.done = rounds, _bar(), 0
         self.task = self.bar.add_task("rounds", total=rounds, now="setting up")
         self.accuracy = float("nan")
 
@@ -288,15 +299,17 @@ class _RunProgress:
         self.accuracy = report.metrics.get("val/accuracy", self.accuracy)
         now = _now(report.metrics | {"val/accuracy": self.accuracy})
         self.bar.update(self.task, completed=report.round, now=now)
+        _say_progress(f"round {report.round} of {self.rounds}: {now}", self.done, report.round, self.rounds)
+        self.done = report.round
 
 
 class _SweepProgress:
-    """A bar over the rounds of all trials, and the newest figures."""
+    """A bar over the rounds of all trials, and the newest figures; lines where there is no terminal."""
 
     def __init__(self, rounds: Mapping[str, int]) -> None:
         self.bar, self.done = _bar(), dict[str, int]()
-        total = sum(rounds.values()) or None
-        self.task = self.bar.add_task("rounds", total=total, now="starting trials")
+        self.total = sum(rounds.values()) or None
+        self.task = self.bar.add_task("rounds", total=self.total, now="starting trials")
 
     def __enter__(self) -> "_SweepProgress":
         self.bar.start()
@@ -307,8 +320,11 @@ class _SweepProgress:
 
     def show(self, trial: str, metrics: Mapping[str, Any]) -> None:
         """Show a round of a trial."""
+        before = sum(self.done.values())
         self.done[trial] = int(metrics["round"])
-        self.bar.update(self.task, completed=sum(self.done.values()), now=f"{trial}: {_now(metrics)}")
+        after, now = sum(self.done.values()), f"{trial}: {_now(metrics)}"
+        self.bar.update(self.task, completed=after, now=now)
+        _say_progress(f"{trial}, round {self.done[trial]}: {_now(metrics)}", before, after, self.total)
 
 
 def _now(metrics: Mapping[str, Any]) -> str:

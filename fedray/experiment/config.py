@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -129,6 +130,10 @@ def _actors(value: Any) -> Any:
     raise ValueError(f"must be auto, per_client, or a whole number of actors (0: in process){hint}")
 
 
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()  # trials and resumed runs work in other directories
+
+
 class Section(BaseModel):
     """A part of the config: frozen, and strict about what it does not know."""
 
@@ -147,7 +152,7 @@ class DataConfig(Section):
     """
 
     name: str = "digits"
-    root: Path | None = None
+    root: Annotated[Path, AfterValidator(_absolute)] | None = None
     partition: Annotated[
         PartitionChoice,
         PlainValidator(_partition),
@@ -235,7 +240,7 @@ class RunConfig(Section):
     eval_every: PositiveInt = 1
     checkpoint_every: PositiveInt = 10
     model: str = "mlp"
-    imports: tuple[Path, ...] = ()
+    imports: tuple[Annotated[Path, AfterValidator(_absolute)], ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
     method: Annotated[

@@ -400,7 +400,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
         return nan, nan
     if len(values) < 2:
         return fmean(values), nan
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
+    from scipy.special import stdtrit
 
     return fmean(values), float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / sqrt(len(values))
 

@@ -114,6 +114,7 @@ def _fit(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
     by_name = {point.name: point for point in points}
     cpus, concurrent = _shares(plan, len(points))
     actors = _actors([point.config for point in points], cpus)

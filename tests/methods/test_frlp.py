@@ -185,7 +185,7 @@ def test_bisection_trains_sixteen_candidates_at_most(ratio: float, trained: list
     server.step()
     assert 0.5 <= server.state.mask.density < 0.95
     # 6 samples and ⌈log2 1001⌉ = 10 of the 1,000 states; the winner, wherever it came, is one of them
-    assert len(trained) == (6 if ratio == 100.0 else 16)
+    assert len(trained) <= (6 if ratio == 100.0 else 16)
 
 
 def test_bisection_and_a_scan_of_every_state_agree() -> None:

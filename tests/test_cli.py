@@ -1,0 +1,437 @@
+"""The command line: what it shows, its exit status, and what it leaves behind.
+
+In this process where that tells all; in one of its own where a signal or an import counts.
+"""
+
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from fedray import cli
+from fedray.costs.devices import DEVICES, LINKS
+from fedray.data import DATASETS
+from fedray.experiment import yaml
+from fedray.experiment.run import run
+from fedray.methods import METHODS
+from fedray.models import MODELS
+from tests.experiment import tiny
+
+HOLDING = '''
+"""FedAvg whose clients wait.
+
+As long as there is a file `hold` in the working directory, from round 2 on.
+"""
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from fedray.federation.method import Method
+from fedray.methods import METHODS
+from fedray.types import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding(Method):
+    """One more option."""
+    patience: int = 3
+
+    def configure(self, state, client):
+        return Task(state.params, state.mask, extras={"may_hold": state.round > 1})
+
+    def client_update(self, task, client):
+        while task.extras["may_hold"] and Path("hold").exists():
+            Path("held").touch()
+            time.sleep(0.01)
+        if Path("break").exists():
+            raise RuntimeError("out of [battery]")
+        return super().client_update(task, client)
+
+
+METHODS["holding"] = Holding
+'''
+
+
+class Done(NamedTuple):
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def fedray(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """A function that runs a command in this process, in a folder with `x.yaml` and `holding.py`."""
+    (in_tmp / "x.yaml").write_text(yaml.dump(tiny.TREE), encoding="utf-8")
+    (in_tmp / "holding.py").write_text(HOLDING, encoding="utf-8")
+    for console in (cli.out, cli.err):
+        monkeypatch.setattr(console, "_width", 300)
+    before, level = dict(METHODS), logging.getLogger("fedray").level
+
+    def command(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["fedray", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return Done(end.value.code, captured.out, captured.err)
+
+    yield command
+    METHODS.clear()
+    METHODS.update(before)
+    logging.getLogger("fedray").setLevel(level)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if anything starts Ray."""
+
+    def start_ray() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("fedray.experiment.run.start_ray", start_ray)
+    monkeypatch.setattr("fedray.experiment.sweep.start_ray", start_ray)
+
+
+def listed(*arguments: str) -> str:
+    """Return what a command that lists something shows."""
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+# ── run
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_run_makes_a_run_and_says_what_came_of_it(fedray, in_tmp):
+    done = fedray("run", "x.yaml", "method.name=snip", "method.density=0.25", "seed=4")
+    assert done.status == 0
+    (path,) = (in_tmp / "runs").iterdir()
+    assert path.name == "snip-digits-mlp-s4-001"
+    result = json.loads((path / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["density/global"] == pytest.approx(0.25, abs=1e-3)
+    assert f"{result['test/accuracy']:.3f}" in done.out
+    assert [line.partition(":")[0] for line in done.err.splitlines()] == [
+        f"round {k} of 3" for k in (1, 2, 3)
+    ]
+    assert (
+        "Files: runs/snip-digits-mlp-s4-001   Pictures: fedray report runs/snip-digits-mlp-s4-001   "
+        "MLflow: fedray ui"
+    ) in done.out
+    changes = {"method": {"name": "snip", "density": 0.25}, "seed": 4}
+    assert result["weights_sha256"] == run(tiny.config(changes), out=in_tmp / "same").weights_sha256
+
+
+def test_run_into_a_directory_of_its_own(fedray, in_tmp):
+    assert fedray("run", "x.yaml", "rounds=1", "--out", "mine").status == 0
+    assert (in_tmp / "mine" / "result.json").is_file()
+    assert not (in_tmp / "runs").exists()
+    before = tiny.listing(in_tmp)
+    again = fedray("run", "x.yaml", "rounds=1", "--out", "mine")
+    assert (again.status, again.out) == (2, "")
+    assert "cannot run: mine is not empty: a run needs a directory of its own; choose a new one" in again.err
+    assert tiny.listing(in_tmp) == before
+
+
+def test_without_a_terminal_progress_is_a_few_lines(fedray):
+    done = fedray("run", "x.yaml", "rounds=50", "eval_every=50", "method.batch_size=500", "--out", "mine")
+    rounds = [int(number) for number in re.findall(r"^round (\d+) of 50: ", done.err, flags=re.M)]
+    assert rounds == sorted(set(rounds))
+    assert len(rounds) == cli.LINES
+    assert rounds[-1] == 50
+
+
+def test_run_shows_what_a_reader_should_know(fedray):
+    done = fedray("run", "x.yaml", "rounds=1", "method.lr=1e30", "--out", "mine")
+    assert done.status == 0
+    assert re.search(r"^round 1 of 1: accuracy 0\.\d{3}  density 1\.00  0\.\d MB$", done.err, flags=re.M)
+    assert re.search(
+        r"^mine: round 1: \d update\(s\) left out as non-finite: clients \[", done.err, flags=re.M
+    )
+
+
+BAD = [
+    (["run", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+    (["run", "x.yaml", "rounds=0"], "rounds (override): got 0; must be greater than 0"),
+    (["run", "x.yaml", "rounds"], "'rounds' is not of the form key=value, e.g. method.lr=0.1"),
+    (
+        ["run", "x.yaml", "method.name=fedavgg"],
+        "method.name (override): unknown method 'fedavgg'; did you mean",
+    ),
+    (["run", "x.yaml", "model=vgg11"], "model (override): vgg11 does not take digits: "),
+    (
+        ["run", "x.yaml", "data.name=mnist", "data.root=/nowhere"],
+        "data.root (override): '/nowhere' is not a folder",
+    ),
+    (
+        ["run", "x.yaml", "data.partition={kind: shards, classes_per_client: 11}"],
+        "data.partition.classes_per_client=11 for clients.population=6 makes 66 shards",
+    ),
+    (["run", "x.yaml", "--import", "nowhere.py"], "imports: no file 'nowhere.py' (looked for "),
+    (
+        ["sweep", "x.yaml", "space.seed={grd: [1]}"],
+        "space.seed (override): unknown verb 'grd'; did you mean 'grid'?",
+    ),
+    (
+        ["sweep", "x.yaml", "space.rounds={grid: [1, 0]}"],
+        "rounds (x.yaml): got 0; must be greater than 0 [rounds=0]",
+    ),
+    (["sweep", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+    (["resume", "nowhere"], "nowhere is not the directory of a run: it has no config.yaml"),
+    (["resume", "."], ". is not the directory of a run: it has no config.yaml"),
+    (["report", "nowhere"], "nowhere"),
+    (["methods", "--import", "nowhere.py"], "imports: no file 'nowhere.py' (looked for "),
+    (["ui"], "tracking.uri: 'sqlite:///runs/mlflow.db': there is no "),
+    (["ui", "--uri", "http://a:5000"], "the UI needs an SQLite store"),
+    (["ui", "--uri", "mysql://a"], "tracking.uri: 'mysql://a': unknown scheme 'mysql'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_what_cannot_run_is_said_and_leaves_nothing(fedray, in_tmp, no_ray, arguments, message):
+    before = tiny.listing(in_tmp)
+    done = fedray(*arguments)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("cannot run: ")
+    assert message in done.err
+    assert tiny.listing(in_tmp) == before
+
+
+def test_all_problems_are_said_at_once(fedray):
+    done = fedray("run", "x.yaml", "rounds=0", "modle=cnn")
+    assert done.err.splitlines() == [
+        "cannot run: rounds (override): got 0; must be greater than 0",
+        "modle (override): unknown; did you mean 'model'? Keys here: checkpoint_every, clients, data, "
+        "eval_every, imports, method, model, rounds, seed, tracking",
+    ]
+
+
+def test_a_long_message_is_not_broken_into_lines(fedray, monkeypatch):
+    """A path in two parts cannot be copied."""
+    for console in (cli.out, cli.err):
+        monkeypatch.setattr(console, "_width", 40)
+    assert len(fedray("run", "x.yaml", "data.name=mnist", "data.root=/nowhere").err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["runn"], ["run"], ["ui", "--port", "0"], ["run", "x.yaml", "--output", "y"]]
+)
+def test_a_command_that_there_is_not(fedray, in_tmp, arguments):
+    before = tiny.listing(in_tmp)
+    done = fedray(*arguments)
+    assert done.status == 2
+    assert "Usage: " in done.err
+    assert tiny.listing(in_tmp) == before
+
+
+# ── files of one's own
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_method_of_ones_own(fedray, in_tmp):
+    arguments = ("run", "x.yaml", "method.name=holding", "rounds=1", "--out", "mine")
+    assert "unknown method 'holding'" in fedray(*arguments).err
+    assert fedray(*arguments, "--import", "holding.py").status == 0
+    kept = yaml.load(in_tmp / "mine" / "config.yaml")
+    assert kept["imports"] == [str(in_tmp / "holding.py")]
+    assert kept["method"]["patience"] == 3
+
+
+def test_files_named_in_the_config_stay(fedray, in_tmp):
+    (in_tmp / "y.yaml").write_text(yaml.dump(tiny.TREE | {"imports": ["holding.py"]}), encoding="utf-8")
+    (in_tmp / "it's more.py").write_text("", encoding="utf-8")
+    arguments = ("run", "y.yaml", "rounds=1", "method.name=holding")
+    assert (
+        fedray(*arguments, "--import", "it's more.py", "--import", "holding.py", "--out", "mine").status == 0
+    )
+    kept = yaml.load(in_tmp / "mine" / "config.yaml")
+    assert kept["imports"] == [str(in_tmp / "holding.py"), str(in_tmp / "it's more.py")]
+    (in_tmp / "z.yaml").write_text("imports: holding.py", encoding="utf-8")
+    refused = fedray("run", "z.yaml", "--import", "it's more.py")
+    assert (refused.status, refused.err) == (
+        2,
+        "cannot run: imports (z.yaml): got 'holding.py'; must be a list\n",
+    )
+
+
+def test_an_error_of_a_client_ends_with_status_1_and_can_be_mended(fedray, in_tmp):
+    (in_tmp / "break").touch()
+    done = fedray("run", "x.yaml", "method.name=holding", "--import", "holding.py", "--out", "mine")
+    assert done.status == 1
+    assert re.search(r"^failed: client \d failed in round 1: ", done.err, flags=re.M)
+    assert "out of [battery]" in done.err
+    (in_tmp / "break").unlink()
+    assert fedray("resume", "mine").status == 0
+    assert json.loads((in_tmp / "mine" / "result.json").read_text())["status"] == "finished"
+
+
+# ── resume
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_resume_goes_on_and_a_finished_run_is_only_shown(fedray, in_tmp):
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config(), out="mine", on_round=tiny.ending(2, KeyboardInterrupt))
+    done = fedray("resume", "mine")
+    assert done.status == 0
+    assert "Files: mine" in done.out
+    shas = [json.loads((in_tmp / "mine" / "result.json").read_text())["weights_sha256"]]
+    shas += [run(tiny.config(), out="whole").weights_sha256]
+    assert shas[0] == shas[1]
+    before = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*")}
+    assert fedray("resume", "mine").status == 0
+    assert {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*")} == before
+
+
+def test_ctrl_c_ends_with_status_130_and_resume_finishes_with_the_same_weights(fedray, in_tmp):
+    """While a client trains, in the second round."""
+    (in_tmp / "hold").touch()
+    arguments = ["run", "x.yaml", "method.name=holding", "checkpoint_every=1", "--out", "mine"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedray.cli", *arguments, "--import", "holding.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not (in_tmp / "held").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "ended early; `fedray resume mine` goes on from the last checkpoint" in err
+    assert "Traceback" not in out + err
+    assert not (in_tmp / "mine" / "result.json").exists()
+    (in_tmp / "hold").unlink()
+    assert fedray("resume", "mine").status == 0
+    resumed = tiny.figures(in_tmp / "mine")
+    config = tiny.config({"method.name": "holding", "checkpoint_every": 1})
+    run(config, out="whole")
+    assert resumed == tiny.figures(in_tmp / "whole")
+
+
+# ── what there is
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_methods():
+    text = listed("methods")
+    for name, method in METHODS.items():
+        (line,) = (line for line in text.splitlines() if re.match(rf"[│|] {name} ", line))
+        assert method.citation.split(",")[0] in line
+        assert ("data.server_fraction" in line) == method.uses_server_data
+    assert "Every method has: local_epochs=1, lr=0.05, batch_size=20" in text
+
+
+def test_methods_of_ones_own(fedray):
+    done = fedray("methods", "--import", "holding.py")
+    assert done.status == 0
+    assert re.search(r"holding .* FedAvg whose clients wait\. .* patience=3", done.out)
+
+
+def test_models():
+    text = listed("models")
+    for name in MODELS:
+        assert re.search(rf"^[│|] {name} ", text, flags=re.M)
+    (mlp,) = (line for line in text.splitlines() if re.match(r"[│|] mlp ", line))
+    assert re.search(r"\d{2},\d{3} ", mlp)
+    (vgg,) = (line for line in text.splitlines() if re.match(r"[│|] vgg11 ", line))
+    assert "—" in vgg  # not on 8×8 digits
+
+
+def test_datasets():
+    text = listed("datasets")
+    for name, spec in DATASETS.items():
+        (line,) = (line for line in text.splitlines() if re.match(rf"[│|] {name} ", line))
+        assert f"{spec.train_examples:,}" in line
+        assert "×".join(map(str, spec.input_shape)) in line
+
+
+def test_devices():
+    text = listed("devices")
+    for name, device in DEVICES.items():
+        assert re.search(rf"^[│|] {name} ", text, flags=re.M)
+        for source in device.sources.values():
+            assert source.split()[0] in text
+    assert all(link in text.split("Links: ")[1] for link in LINKS)
+    short = listed("devices", "--no-sources")
+    assert len(short.splitlines()) < len(text.splitlines())
+
+
+def test_report_draws_a_finished_run(fedray, in_tmp):
+    run(tiny.config(rounds=1), out="mine")
+    run(tiny.config(rounds=1, seed=1), out="other")
+    done = fedray("report", "mine", "other", "--out", "pictures", "--target", "0.1")
+    assert done.status == 0
+    written = tiny.listing(in_tmp / "pictures")
+    assert any(name.endswith((".png", ".svg", ".pdf")) for name in written)
+    for name in written:
+        assert f"pictures/{name}" in done.out
+
+
+def test_ui_starts_mlflow_and_ends_as_it_does(fedray, in_tmp, monkeypatch):
+    import sqlite3
+
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str]) -> None:
+            started.append(command)
+
+        def wait(self) -> int:
+            return 3
+
+    sqlite3.connect(in_tmp / "mlflow.db").close()
+    (in_tmp / "mlflow.db").touch()
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    done = fedray("ui", "--uri", "sqlite:///mlflow.db", "--port", "5009")
+    assert done.status == 3
+    assert "http://127.0.0.1:5009" in done.out
+    (command,) = started
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--port") + 1] == "5009"
+
+
+def test_help_is_quick():
+    """It waits for none of what a run needs."""
+    code = """
+import sys
+from fedray.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("HEAVY", *({"torch", "numpy", "ray", "pandas", "mlflow", "sklearn", "fedray.types"} & set(sys.modules)))
+"""
+    for arguments in (["--help"], ["run", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
+        assert "Usage: " in done.stdout
+
+
+def test_help_names_every_command():
+    text = listed("--help")
+    for command in ("run", "sweep", "report", "resume", "ui", "methods", "models", "datasets", "devices"):
+        assert re.search(rf"^[│|] {command} ", text, flags=re.M), command

@@ -1,0 +1,55 @@
+"""What `import fedray` gives: the names that are promised, each from where it lives, and nothing heavy."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.resources import files
+
+import pytest
+
+import fedray
+from fedray.errors import FedrayError
+
+
+def test_all_is_sorted_and_true():
+    assert fedray.__all__ == sorted(fedray.__all__, key=lambda name: (not name.isupper(), name))
+    assert len(set(fedray.__all__)) == len(fedray.__all__)
+    for name in fedray.__all__:
+        assert getattr(fedray, name) is not None
+    assert set(fedray.__all__) == set(fedray._HOMES)
+
+
+def test_names_are_those_of_where_they_live():
+    from fedray.experiment.config import RunConfig
+    from fedray.experiment.run import History, resume, run
+    from fedray.federation.method import Method
+
+    assert (fedray.RunConfig, fedray.History, fedray.Method) == (RunConfig, History, Method)
+    assert (fedray.run, fedray.resume, fedray.FedrayError) == (run, resume, FedrayError)
+    assert {"fedavg", "snip"} <= set(fedray.METHODS)
+    assert "mlp" in fedray.MODELS
+    assert "digits" in fedray.DATASETS
+    assert "phone" in fedray.DEVICES
+
+
+def test_dir_lists_the_public_names():
+    assert dir(fedray) == sorted([*fedray.__all__, "__version__"])
+
+
+def test_a_name_that_there_is_not():
+    with pytest.raises(AttributeError, match="module 'fedray' has no attribute 'Runconfig'"):
+        fedray.Runconfig  # noqa: B018
+
+
+def test_the_version_is_that_of_the_package():
+    assert fedray.__version__ == version("fedray")
+
+
+def test_types_are_shipped():
+    assert files("fedray").joinpath("py.typed").is_file()
+
+
+def test_importing_it_is_quick():
+    code = "import sys, fedray; print(*({'torch', 'numpy', 'ray', 'pydantic', 'yaml'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
