@@ -131,7 +131,10 @@ def _actors(value: Any) -> Any:
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()  # trials and resumed runs work in other directories
+    try:
+        return path.expanduser().absolute()  # trials and resumed runs work in other directories
+    except RuntimeError as error:  # ~somebody
+        raise ValueError(f"must be a path: {error}") from None
 
 
 class Section(BaseModel):
@@ -270,7 +273,7 @@ class RunConfig(Section):
         tree = _copy(tree)
         imports = tree.get("imports")
         if isinstance(imports, list) and all(isinstance(path, str) for path in imports):
-            tree["imports"] = [str(path) for path in import_modules(imports)]  # to be found from any folder
+            import_modules(imports)
         try:
             config = cls.model_validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:

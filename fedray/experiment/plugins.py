@@ -16,13 +16,12 @@ from fedray.errors import ConfigError
 _imported: dict[Path, ModuleType] = {}
 
 
-def import_modules(paths: Iterable[str | Path]) -> tuple[Path, ...]:
-    """Import Python files, each once per process; return where they are.
+def import_modules(paths: Iterable[str | Path]) -> None:
+    """Import Python files, each once per process.
 
     Raises:
         ConfigError: if a file is missing or raises.
     """
-    found = []
     for given in paths:
         try:
             path = Path(given).expanduser().resolve()
@@ -33,8 +32,6 @@ def import_modules(paths: Iterable[str | Path]) -> tuple[Path, ...]:
             raise ConfigError(f"imports: no file {str(given)!r} (looked for {path})")
         if path not in _imported:
             _imported[path] = _import(path, given)
-        found.append(path)
-    return tuple(found)
 
 
 def imported_modules() -> tuple[ModuleType, ...]:

@@ -90,7 +90,7 @@ def test_a_tree_round_trips():
     config = RunConfig.from_tree(
         {
             "imports": [],
-            "data": {"name": "mnist", "root": ".", "partition": {"kind": "shards"}, "server_fraction": 0.1},
+            "data": {"name": "mnist", "root": "/", "partition": {"kind": "shards"}, "server_fraction": 0.1},
             "clients": {"devices": {"phone@lte": 1}, "actors": "per_client", "deadline_s": 3},
             "method": {"name": "frlp", "prune_rounds": [3, 5], "uplink_values": "int8"},
         }
@@ -100,7 +100,7 @@ def test_a_tree_round_trips():
     assert RunConfig.from_tree(tree).to_tree() == tree
     assert tree["method"]["prune_rounds"] == [3, 5]
     assert tree["data"]["partition"] == {"kind": "shards", "classes_per_client": 2}
-    assert (tree["data"]["root"], tree["clients"]["deadline_s"]) == (".", 3.0)
+    assert (tree["data"]["root"], tree["clients"]["deadline_s"]) == ("/", 3.0)
 
 
 def test_every_option_of_every_method_and_partition_is_in_the_tree():
@@ -110,6 +110,17 @@ def test_every_option_of_every_method_and_partition_is_in_the_tree():
     for kind in PARTITIONS:
         config = RunConfig().override({"data.partition.kind": kind, "data.name": "mnist"})
         assert config.to_tree()["data"]["partition"] == {"kind": kind} | vars(config.data.partition.options)
+
+
+def test_paths_are_those_of_where_the_config_was_read(in_tmp, monkeypatch):
+    """A run goes on, and a trial works, in another directory."""
+    monkeypatch.setenv("HOME", "/home/me")
+    (in_tmp / "mine.py").write_text("")
+    config = RunConfig.from_tree({"imports": ["mine.py"], "data": {"root": "there"}})
+    assert (config.imports, config.data.root) == ((in_tmp / "mine.py",), in_tmp / "there")
+    assert RunConfig().override({"data.root": "~/there"}).data.root == Path("/home/me/there")
+    monkeypatch.chdir("/")
+    assert RunConfig.from_tree(config.to_tree()) == config
 
 
 def test_frozen():
@@ -522,7 +533,7 @@ $ data.name=mnist  data.root=/nowhere
 data.root (x.yaml): '/nowhere' is not a folder; mnist needs one with MNIST/raw/…
 
 $ data.name=mnist  data.root=~nobody-here/x
-data.root (x.yaml): '~nobody-here/x' cannot be used: Could not determine home directory.
+data.root (x.yaml): got '~nobody-here/x'; must be a path: Could not determine home directory.
 
 $ method.name=frlp
 data.server_fraction (x.yaml): 0, but frlp trains on the server's own examples; set it, e.g.
@@ -580,9 +591,9 @@ def test_one_message_says_what_is_wrong(overrides, message):
 
 
 def test_a_name_that_is_too_long_for_the_system():
-    message = refused("data.name=mnist", f"data.root={'x' * 300}")
+    message = refused("data.name=mnist", f"data.root=/{'x' * 300}")
     assert re.fullmatch(
-        r"data\.root \(x\.yaml\): 'x{300}' cannot be used: .*File name too long: 'x{300}'", message
+        r"data\.root \(x\.yaml\): '/x{300}' cannot be used: .*File name too long: '/x{300}'", message
     )
 
 
