@@ -109,14 +109,9 @@ def report(
     ] = None,
 ) -> None:
     """Draw pictures and tables from the files of runs."""
-    from fedray.experiment.report import (
-        comparison,
-        find_runs,
-        label_runs,
-        load_run,
-        render_table,
-        write_report,
-    )
+    from fedray.experiment.report import comparison, render_table, write_report
+    from fedray.experiment.rundata import find_runs, load_run
+    from fedray.experiment.settings import label_runs
 
     runs = label_runs([load_run(path) for path in find_runs(directories)])
     out.print(render_table(comparison(runs, target=target)))
@@ -336,7 +331,9 @@ def _now(metrics: Mapping[str, Any]) -> str:
 
 
 def _say_run(path: Path) -> None:
-    from fedray.experiment.report import comparison, label_runs, load_run, render_table
+    from fedray.experiment.report import comparison, render_table
+    from fedray.experiment.rundata import load_run
+    from fedray.experiment.settings import label_runs
 
     loaded = load_run(path)
     out.print(render_table(comparison(label_runs([loaded]))))
@@ -345,14 +342,9 @@ def _say_run(path: Path) -> None:
 
 
 def _say_sweep(result: Any) -> None:
-    from fedray.experiment.report import (
-        comparison,
-        find_runs,
-        label_runs,
-        load_run,
-        render_table,
-        write_report,
-    )
+    from fedray.experiment.report import comparison, render_table, write_report
+    from fedray.experiment.rundata import find_runs, load_run
+    from fedray.experiment.settings import label_runs
 
     started = time.perf_counter()
     runs = label_runs([load_run(path) for path in find_runs([result.path])])

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
-from fedray.experiment.report import Setting
+from fedray.experiment.settings import Setting
 
 Floats = NDArray[np.float64]
 

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+relu_backward = torch.ops.aten.threshold_backward
+
 
 class LinearChain:
     """The linear layers of a network, their weights being views of a working vector.
@@ -22,6 +24,7 @@ class LinearChain:
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         self.layers = [(layer.weight.detach(), layer.bias.detach()) for layer in layers]
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
@@ -51,16 +54,22 @@ class LinearChain:
         for weight, bias in self.layers[:-1]:
             inputs.append(torch.addmm(bias, inputs[-1], weight.t()).relu_())
         weight, bias = self.layers[-1]
-        log_p = torch.addmm(bias, inputs[-1], weight.t()).log_softmax(1)
-        picked = log_p.gather(1, y.unsqueeze(1))
-        delta = log_p.exp_()
-        delta.scatter_add_(1, y.unsqueeze(1), torch.full_like(picked, -1.0)).div_(len(y))
+        log_p, column = torch.addmm(bias, inputs[-1], weight.t()).log_softmax(1), y.unsqueeze(1)
+        loss = log_p.gather(1, column).mean().neg_()
+        ones, minus_share = self._constants(len(y))
+        delta = log_p.exp_().div_(len(y)).scatter_add_(1, column, minus_share)
         keep = 1 - lr * weight_decay
         for index in range(len(self.layers) - 1, -1, -1):
             (weight, bias), below = self.layers[index], inputs[index]
-            delta_below = delta.mm(weight).mul_(below > 0) if index else None
+            delta_below = relu_backward(delta.mm(weight), below, 0) if index else delta
             weight.addmm_(delta.t(), below, beta=keep, alpha=-lr)
-            bias.mul_(keep).sub_(delta.sum(0), alpha=lr)
-            if delta_below is not None:
-                delta = delta_below
-        return -picked.mean()
+            bias.addmv_(delta.t(), ones, beta=keep, alpha=-lr)
+            delta = delta_below
+        return loss
+
+    def _constants(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return a vector of ones (batch,), and −1/batch as a column (batch, 1)."""
+        if batch not in self._known:
+            ones = torch.ones(batch, device=self.layers[0][0].device)
+            self._known[batch] = (ones, (ones / -batch).unsqueeze(1))
+        return self._known[batch]

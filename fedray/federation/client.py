@@ -211,7 +211,7 @@ class Client:
         total, seen = torch.zeros((), device=engine.device), 0
         rng = self.rng if seed is None else self._generator(seed)
         for index, rows in enumerate(self._batches(rng, epochs, steps)):
-            x, y = self.x[rows].to(engine.device), self.y[rows].to(engine.device)
+            x, y = self._batch(rows)
             if chain is not None:
                 value = chain.step(x, y, rate, self._training.weight_decay)
             else:
@@ -219,10 +219,11 @@ class Client:
                 if on_grad is not None:
                     on_grad(self._flat(grads))
                 momentum = self._descend(grads, momentum, rate)
-            with torch.no_grad():
-                if on_step is not None:
+            if on_step is not None:
+                with torch.no_grad():
                     on_step(engine.flat)
-                elif keep is not None:
+            elif keep is not None:
+                with torch.no_grad():
                     engine.flat.mul_(keep)
             total, seen = total.add_(value, alpha=len(rows)), seen + len(rows)
         self._charge(seen, mask, dense_gradient=on_grad is not None)
@@ -239,7 +240,7 @@ class Client:
         self._engine.module.train()
         total = torch.zeros(self._engine.layout.size)
         for rows in torch.split(torch.arange(self.num_examples), self._training.batch_size):
-            x, y = self.x[rows].to(self._engine.device), self.y[rows].to(self._engine.device)
+            x, y = self._batch(rows)
             _, grads = self._gradient(x, y, 0, loss, None)
             total.add_(self._flat(grads), alpha=len(rows) / self.num_examples)
         self._charge(self.num_examples, mask, dense_gradient=True)
@@ -263,6 +264,11 @@ class Client:
                 yield rows
                 left -= 1
             passes -= 1
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        device = self._engine.device
+        # index_select gathers rows about twice as fast as indexing does
+        return self.x.index_select(0, rows).to(device), self.y.index_select(0, rows).to(device)
 
     def _gradient(
         self,

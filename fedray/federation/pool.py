@@ -8,10 +8,11 @@ created again and gets its chunks again; nothing that must survive lives in an a
 """
 
 import copyreg
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +76,7 @@ class LocalPool:
     """Everything in this process, one client after the other."""
 
     def __init__(self, place: Workplace) -> None:
+        _keep_freed_memory()
         self.worker = Worker(place)
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
@@ -162,6 +164,7 @@ class ClientActor:
     """A Ray actor that hosts virtual clients. It holds nothing that must survive it."""
 
     def __init__(self, place: Workplace, device: str) -> None:
+        _keep_freed_memory()
         torch.set_num_threads(1)
         self.worker = Worker(place, device)
 
@@ -183,6 +186,8 @@ class ClientActor:
         (task,) = packed.unpack(self.worker.engine.layout).tasks
         return self.worker.evaluate(task, Examples(examples.x[start:stop], examples.y[start:stop]))
 
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 Call = tuple[str, tuple[Any, ...]]
 """An actor's method and its arguments."""
@@ -210,6 +215,7 @@ class RayPool:
     ) -> None:
         import ray
 
+        _keep_freed_memory()
         self.place, self.groups, self.per_client = place, tuple(groups), per_client
         self.ready_timeout_s, self.max_deaths = ready_timeout_s, max_deaths
         self.deaths = 0
@@ -329,6 +335,17 @@ class RayPool:
                 f"{', '.join(wanted)}; the cluster has {self._ray.cluster_resources()}, free are "
                 f"{self._ray.available_resources()}. Lower clients.actors or clients.resources"
             ) from error
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, for the next client.
+
+    Else it unmaps every vector, and each one faults in anew.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28), (M_MMAP_THRESHOLD, 2**25)):
+            mallopt(option, value)
 
 
 def _joined(outcomes: Sequence[Outcome]) -> Outcome:
