@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.workload import BATCH, COHORT, LR, config, server
-from fedray.experiment.run import Federation, pool_for
+from fedray.experiment.placement import pool_for
+from fedray.experiment.run import Federation
 from fedray.federation.pool import LocalPool
 
 State = dict[str, torch.Tensor]

@@ -103,7 +103,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def start_ray() -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("fedray.experiment.run.start_ray", start_ray)
+    monkeypatch.setattr("fedray.experiment.placement.start_ray", start_ray)
     monkeypatch.setattr("fedray.experiment.sweep.start_ray", start_ray)
 
 

@@ -238,7 +238,7 @@ def drive(out: str) -> None:
     import ray
 
     from fedray import RunConfig, run
-    from fedray.experiment.run import pool_for
+    from fedray.experiment.placement import pool_for
     from fedray.federation.pool import ClientPool, RayPool
     from fedray.federation.worker import Workplace
 

@@ -27,7 +27,7 @@ FLOORS = (
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 RAY = {
     "fedray.federation.pool",
-    "fedray.experiment.run",
+    "fedray.experiment.placement",
     "fedray.experiment.sweep",
     "fedray.experiment.space",  # the verbs of a sweep's space are Tune's own
 }
@@ -150,6 +150,7 @@ BAD = {
     ],
     "ray belongs to": [
         ("fedray.federation.server", "import ray"),
+        ("fedray.experiment.run", "def f():\n    import ray"),
         ("fedray.experiment.report", "async def f():\n    from ray import tune"),
         ("fedray.data.files", "if TYPE_CHECKING:\n    pass\nelse:\n    from ray import get"),
         ("fedray.data.files", "if not TYPE_CHECKING:\n    import ray.data"),

@@ -64,7 +64,7 @@ class FlopModel:
         # not on the meta device, whose kernels import sympy and much else for three seconds; deepcopy takes
         # what it finds in its memo as the copy
         tensors = chain(module.parameters(), module.buffers())
-        values = {id(t): torch.zeros_like(t, device="cpu") for t in tensors if t.is_meta}
+        values = {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors if t.is_meta}
         probe = deepcopy(module, values).eval()
         names = {id(parameter): name for name, parameter in probe.named_parameters()}
         positions: dict[str, int] = {}

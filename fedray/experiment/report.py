@@ -90,6 +90,9 @@ MEASURES = {
 
 AGAINST_FEDAVG = {"up MB": "up × FedAvg", "down MB": "down × FedAvg"}
 
+Cells = dict[str, Any]
+"""Column → what stands there, for one row."""
+
 
 def comparison(runs: Sequence[RunData], target: float | None = None) -> "pd.DataFrame":
     """Return a table with a row per setting: final accuracies, density, and what all rounds cost together.
@@ -116,9 +119,9 @@ def comparison(runs: Sequence[RunData], target: float | None = None) -> "pd.Data
     return pd.DataFrame(table)
 
 
-def _row(row: Setting, rows: Sequence[Setting], usual_rounds: int | None, target: float | None) -> dict[str, Any]:
+def _row(row: Setting, rows: Sequence[Setting], usual_rounds: int | None, target: float | None) -> Cells:
     reference = _fedavg_for(row, rows)
-    cells: dict[str, Any] = {"setting": row.label, "n": len(row.runs)}
+    cells: Cells = {"setting": row.label, "n": len(row.runs)}
     for column, (metric, unit) in MEASURES.items():
         mean, half = mean_and_interval([run.last(metric) / unit for run in row.runs])
         cells |= {column: mean, f"{column} ±": half}
@@ -136,7 +139,7 @@ def _row(row: Setting, rows: Sequence[Setting], usual_rounds: int | None, target
     return cells | {"status": "; ".join([row.progress, *notes])}
 
 
-def _until(row: Setting, target: float) -> dict[str, Any]:
+def _until(row: Setting, target: float) -> Cells:
     reached = [accuracy_at(run, target) for run in row.runs]
     there = [r for r in reached if r is not None]
     complete = len(there) == len(reached)

@@ -34,6 +34,7 @@ from fedray.experiment.config import (
     parse_overrides,
 )
 from fedray.experiment.messages import Where, explain, line, shortened
+from fedray.experiment.placement import import_ray
 from fedray.types import METRICS, NonNegativeInt, PositiveInt
 
 VERBS = (
@@ -219,6 +220,7 @@ def _verb(key: str, spec: Any, where: Where) -> tuple[str, list[Any]]:
 
 def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:
     """Return Tune's domain, which is known to be drawn from."""
+    import_ray()
     from ray import tune
 
     try:

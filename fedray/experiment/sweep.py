@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedray.errors import FedrayError, RunError
+from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import yaml
-from fedray.experiment.config import RunConfig, Tree
+from fedray.experiment.config import RunConfig, Tree, override_tree
 from fedray.experiment.files import RunFiles, check_free, numbered
-from fedray.experiment.run import RUNS, Federation, Tracking, groups_for, pool_for, resume, run, start_ray
+from fedray.experiment.placement import groups_for, pool_for, start_ray
+from fedray.experiment.run import RUNS, Federation, Tracking, resume, run
 from fedray.experiment.space import Point, Sweep, tune_config
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
 from fedray.federation.pool import ActorOptions
@@ -70,19 +71,34 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
     check_free(path)
     for config in _different_data(plan.points):
         Federation.of(config)  # data that cannot be dealt as asked shows here, before anything is started
-    path.mkdir(parents=True, exist_ok=True)
-    kept = plan.tree | {"name": plan.name, "points": [dict(point.changes) for point in plan.points]}
-    (path / "sweep.yaml").write_text(yaml.dump(kept), encoding="utf-8")
+    try:
+        (path / "trials").mkdir(parents=True)  # fails for the second of two sweeps that start at once
+    except FileExistsError:
+        raise ConfigError(f"{path} is another sweep's directory: choose a new one with --out") from None
+    (path / "sweep.yaml").write_text(yaml.dump(_written(plan)), encoding="utf-8")
     return _try_all(plan, path, on_round)
 
 
 def resume_sweep(path: str | Path, *, on_round: OnTrialRound | None = None) -> SweepResult:
     """Go on with a sweep: finished and stopped trials stay, the others go on from their checkpoints."""
-    path = Path(path)
-    tree = yaml.load(path / "sweep.yaml")
+    written = Path(path) / "sweep.yaml"
+    tree = yaml.load(written)
+    if not {"name", "points", "base"} <= tree.keys():
+        raise ConfigError(f"{written} was not written by a sweep: it has no name, points or base")
     changes, name = tree.pop("points"), tree.pop("name")
-    tune = tune_config(dict(tree.get("tune") or {}), str(path / "sweep.yaml"))
-    return _try_all(Sweep.of(name, tree, tune, changes, str(path / "sweep.yaml")), path, on_round)
+    tune = tune_config(dict(tree.get("tune") or {}), str(written))
+    return _try_all(Sweep.of(name, tree, tune, changes, str(written)), Path(path), on_round)
+
+
+def _written(plan: Sweep) -> Tree:
+    """Return what `sweep.yaml` holds: the points as they were drawn, and paths that hold from anywhere."""
+    config = plan.points[0].config
+    paths: Tree = {"imports": [str(path) for path in config.imports]} if config.imports else {}
+    if config.data.root is not None:
+        paths["data.root"] = str(config.data.root)
+    base = override_tree(plan.tree["base"], paths)
+    points = [dict(point.changes) for point in plan.points]
+    return plan.tree | {"base": base, "name": plan.name, "points": points}
 
 
 def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:

@@ -9,13 +9,11 @@ Nothing here touches MLflow's global state (tracking URI, active run): client an
 """
 
 import hashlib
-import json
 import logging
 import math
 import os
 import posixpath
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -36,6 +34,7 @@ from uuid import uuid4
 from torch import nn
 
 from fedray.errors import ConfigError, nearest
+from fedray.experiment.provenance import flatten
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
@@ -86,16 +85,16 @@ def check_uri(uri: str) -> str:
     if scheme in ("http", "https") and _has_host(uri):
         return uri
     if scheme == "sqlite":
-        reason = "sqlite needs three slashes and the name of a file, without ? or %"
+        reason = "sqlite needs three slashes and the name of a file, without ? or %."
     elif scheme in ("http", "https"):
-        reason = "this address has no host, or its port is not a number up to 65535"
+        reason = "this address has no host, or its port is not a number up to 65535."
     elif scheme == "file" or not colon:
         reason = "MLflow no longer keeps runs in plain folders; name an SQLite file in that folder"
         reason += nearest(uri, ("none",))
     else:
         reason = f"unknown scheme {scheme!r}{nearest(scheme, ('none', 'sqlite', 'http', 'https'))}"
-        reason += ". Of any other database, give the address of an MLflow server in front of it"
-    raise ConfigError(f"tracking.uri: {_without_password(uri, uri)!r}: {reason}. Allowed: {_ALLOWED}")
+        reason += " For any other database, give the address of an MLflow server in front of it."
+    raise ConfigError(f"tracking.uri: {_without_password(uri, uri)!r}: {reason} Allowed: {_ALLOWED}")
 
 
 def prepare_store(uri: str, experiment: str) -> Store:
@@ -143,7 +142,7 @@ class MLflowTracker:
         store: from `prepare_store`.
         run_name: what the run is called in the UI.
         params: nested config; logged once, under dotted names such as `method.density`.
-        tags: see `run_tags`.
+        tags: see `provenance.run_tags`.
         parent_run_id: the sweep that the run belongs to.
         resume: id of a run to go on with, instead of starting one; its params stay as they are, and
             metrics of rounds that it has already are not logged again.
@@ -344,53 +343,6 @@ def ui_command(uri: str, port: int) -> list[str]:
     command += ["--backend-store-uri", _sqlite_uri(database)]
     command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-
-
-# ── what is recorded ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def run_tags(config: Mapping[str, object], *, method: str, dataset: str, model: str) -> dict[str, str]:
-    """Return the tags by which runs are found and told apart; `git_revision` only where there is one."""
-    tags = {"method": method, "dataset": dataset, "model": model}
-    tags |= {"config_hash": config_hash(config), "fedray_version": metadata.version("fedray")}
-    revision = git_revision()
-    return tags if revision is None else tags | {"git_revision": revision}
-
-
-def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Return dotted name → value as text: strings and paths as they are, everything else as JSON."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            plain = isinstance(value, str | Path)
-            text = str(value) if plain else json.dumps(value, default=str, ensure_ascii=False)
-            flat[f"{prefix}{key}"] = text
-    return flat
-
-
-def config_hash(config: Mapping[str, object]) -> str:
-    """Return 16 hex digits of the SHA-256 of a nested config; the order of its keys does not count."""
-    text = json.dumps(flatten(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def git_revision() -> str | None:
-    """Return the commit of the package's checkout, or else of the working directory's; None without any.
-
-    Ends in `-dirty` if tracked files have changed since.
-    """
-    # of the commit, never of a tag; and without git's lock, for another git may be at work here
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    for folder in (Path(__file__).parent, Path.cwd()):
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if done.returncode == 0:
-            return done.stdout.strip()
-    return None
 
 
 # ── what all this stands on ──────────────────────────────────────────────────────────────────────────────

@@ -80,12 +80,26 @@ class Engine:
         with torch.no_grad():
             self.flat.copy_(params.flat if mask.is_full else torch.where(mask.flat, params.flat, 0.0))
 
+    def batch(self, x: Tensor) -> Tensor:
+        """Return images as this engine computes them: on its device, for convolutions with channels last.
+
+        Convolutions and, above all, pooling are about a quarter faster that way on a CPU; values stay the
+        same.
+        """
+        if self.chain is not None:
+            return x.to(self.device)
+        n, channels, height, width = x.shape
+        # with one channel both orders are "contiguous", and only fresh memory has the strides that kernels
+        # look at
+        last = torch.empty((n, height, width, channels), device=self.device).permute(0, 3, 1, 2)
+        return last.copy_(x)
+
     @torch.no_grad()
     def evaluate(self, params: Params, mask: Mask, x: Tensor, y: Tensor, batch: int = 250) -> "Outcome":
         """Classify examples with `params ⊙ mask`: per example, right or wrong and the loss."""
         self.load(params, mask)
         self.module.eval()
-        logits = [self.module(part.to(self.device)).cpu() for part in torch.split(x, batch)]
+        logits = [self.module(self.batch(part)).cpu() for part in torch.split(x, batch)]
         losses = [
             cross_entropy(out, t, reduction="none")
             for out, t in zip(logits, torch.split(y, batch), strict=True)
@@ -266,9 +280,9 @@ class Client:
             passes -= 1
 
     def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        device = self._engine.device
         # index_select gathers rows about twice as fast as indexing does
-        return self.x.index_select(0, rows).to(device), self.y.index_select(0, rows).to(device)
+        x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
+        return self._engine.batch(x), y.to(self._engine.device)
 
     def _gradient(
         self,

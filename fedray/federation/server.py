@@ -36,6 +36,7 @@ from fedray.types import (
     ClientRecord,
     Cost,
     DeviceProfile,
+    Layout,
     Mask,
     Params,
     RoundReport,
@@ -215,6 +216,7 @@ class Server:
                 tuple((k, _identity(v)) for k, v in sorted(task.extras.items())),
             )
             if key not in numbers:
+                _check_layout(task, layout, client)
                 numbers[key] = len(sent)
                 sent.append(_as_received(codec, replace(task, params=task.params.masked(task.mask))))
             number, digest = numbers[key], task.mask.digest
@@ -224,7 +226,6 @@ class Server:
                 sizes[number, knows] = codec.size(task.mask, known=known, extras=task.extras)
             orders[client] = Order(client, number, sizes[number, knows])
             holds[client] = digest
-        assert all(task.params.layout == layout for task in sent)
         return tuple(sent), orders
 
     def _chunks(self, orders: Mapping[int, Order]) -> list[Chunk]:
@@ -362,6 +363,21 @@ class Phase:
             executed_flops=meter.executed_flops,
             seconds=meter.executed_flops / profile.flops_per_s,
         )
+
+
+def _check_layout(task: Task, layout: Layout, client: int) -> None:
+    """Refuse a task that is not of the model.
+
+    Raises:
+        MethodError: with the client that it was for, and which part is of another layout.
+    """
+    for part, given in (("params", task.params.layout), ("a mask", task.mask.layout)):
+        if given != layout:
+            raise MethodError(
+                f"the task for client {client} has {part} of another layout than the model's: {given.size:,} "
+                f"entries, the model has {layout.size:,}; make what `configure` returns, or `ask` is given, "
+                "from the state's own params and mask"
+            )
 
 
 def _as_received(codec: Codec, task: Task) -> Task:

@@ -100,6 +100,16 @@ class FRLP(Method):
         """FedSA: the mask-aware mean, or its literal form."""
         return Fold(by=self.aggregation)
 
+    def check(self, num_clients: int, rounds: int) -> str | None:
+        """Refuse pruning rounds that the run never reaches."""
+        beyond = [event for event in self.prune_rounds or () if event > rounds]
+        if beyond:
+            late = ", ".join(map(str, beyond))
+            return (
+                f"method.prune_rounds asks to prune after round(s) {late}, but the run has {rounds} round(s)"
+            )
+        return None
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data; remember what the distance is measured from."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)

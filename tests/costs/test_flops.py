@@ -1,6 +1,8 @@
 """FLOPs worked out by hand, against torch's own counter, and as properties."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,6 +110,19 @@ def test_tracing_leaves_the_module_alone():
     assert module.training
     assert not module.get_buffer("1.running_mean").any()
     assert not module[0]._forward_hooks
+
+
+def test_tracing_does_not_load_sympy():
+    code = (
+        "import sys\n"
+        "from fedray.costs.flops import FlopModel\n"
+        "from fedray.models import build_model\n"
+        "spec = build_model('cnn', (1, 28, 28), 10)\n"
+        "assert all(p.is_meta for p in spec.module.parameters())\n"
+        "FlopModel.trace(spec.module, spec.input_shape, spec.layout)\n"
+        "sys.exit('sympy' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_foreign_layout_is_refused():

@@ -1,274 +1,31 @@
-"""What is read, how runs are told apart and compared, what is written; numbers are worked out by hand."""
+"""How runs are compared, what is shown and written; numbers are worked out by hand."""
 
-import json
 import subprocess
 import sys
-from itertools import pairwise
 from math import isnan, nan
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 from matplotlib.image import imread
 from rich.console import Console
 
-from fedray.errors import ConfigError, RunError
-from fedray.experiment import figures, yaml
+from fedray.errors import ConfigError
+from fedray.experiment import figures
 from fedray.experiment.report import (
     accuracy_at,
     comparison,
-    find_runs,
-    label_runs,
-    load_run,
     mean_and_interval,
     render_table,
-    settings,
     to_markdown,
     write_report,
 )
-
-CONFIG = {
-    "rounds": 2,
-    "seed": 0,
-    "model": "cnn",
-    "data": {"name": "digits", "root": None, "partition": {"kind": "dirichlet", "alpha": 0.5}},
-    "clients": {"population": 10, "cohort": 2, "devices": {"phone": 0.6, "laptop": 0.4}, "actors": "auto"},
-    "method": {"name": "fedavg", "lr": 0.1},
-    "tracking": {"uri": "none"},
-}
-
-
-def config_of(changes):
-    tree = json.loads(json.dumps(CONFIG))
-    for dotted, value in changes.items():
-        *parents, last = dotted.split(".")
-        section = tree
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    return tree
-
-
-def lines_of(accuracies, up, density=1.0):
-    """A line per round: 0 costs nothing, each later one `up` bytes, twice that down, 1e12 FLOPs, 10 s."""
-    lines = []
-    for round, accuracy in enumerate(accuracies):
-        metrics = {
-            "density/global": density,
-            "total/bytes/up": float(up * round),
-            "total/bytes/down": float(2 * up * round),
-            "total/flops/clients": 1e12 * round,
-            "total/time/simulated_s": 10.0 * round,
-        }
-        if accuracy is not None:
-            metrics["val/accuracy"] = accuracy
-        lines.append({"round": round, "metrics": metrics, "notes": []})
-    return lines
-
-
-def write_run(
-    path,
-    changes=(),
-    accuracies=(0.1, 0.5, 0.8),
-    up=50e6,
-    density=1.0,
-    test=0.75,
-    status="finished",
-    clients=8,
-):
-    """Make a run's directory as `fedray.experiment.files` would; `status=None` is a run that goes on."""
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(yaml.dump(config_of(dict(changes))), encoding="utf-8")
-    lines = lines_of(accuracies, up, density)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (path / "rounds.jsonl").write_text(text, encoding="utf-8")
-    if status is not None:
-        result = {**lines[-1]["metrics"], "rounds": len(lines) - 1, "status": status}
-        if status == "finished":
-            result["test/accuracy"] = test
-            accuracy = np.linspace(0.5, 1.0, clients)
-            pd.DataFrame({"client": range(clients), "accuracy": accuracy}).to_parquet(
-                path / "client_accuracy.parquet"
-            )
-        (path / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    return path
-
-
-def staged(**more):
-    return {"method": {"name": "staged", "lr": 0.1, "threshold": 0.5, "stages": 4} | more}
+from fedray.experiment.rundata import find_runs, load_run
+from tests.experiment.rundirs import staged, write_run
 
 
 def rows_of(*paths, target=None):
     return comparison([load_run(path) for path in paths], target).set_index("setting")
-
-
-# ── reading
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_run_is_read_from_its_files(tmp_path):
-    run = load_run(write_run(tmp_path / "a", accuracies=(0.1, None, 0.8)))
-    assert (run.name, run.label, run.seed, run.config["model"]) == ("a", "a", 0, "cnn")
-    assert run.rounds["round"].tolist() == [0, 1, 2]
-    assert run.rounds["total/bytes/up"].tolist() == [0, 50e6, 100e6]
-    np.testing.assert_array_equal(run.rounds["val/accuracy"], [0.1, nan, 0.8])
-    assert run.finished
-    assert run.last("test/accuracy") == 0.75
-    assert run.client_accuracy is not None and len(run.client_accuracy) == 8
-    assert run.clients is None
-
-
-def test_null_is_nan_and_does_not_count_as_measured(tmp_path):
-    path = write_run(tmp_path / "a", status=None)
-    lines = lines_of((0.1, 0.5, 0.8), 1)
-    lines[2]["metrics"]["val/accuracy"] = None
-    (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = load_run(path)
-    assert run.rounds["val/accuracy"].dtype == float
-    assert isnan(run.rounds["val/accuracy"][2])
-    assert run.last("val/accuracy") == 0.5
-    assert isnan(run.last("test/accuracy"))
-
-
-@pytest.mark.parametrize("torn", ['{"round": 3, "metr', '{"round": 3}', "\x00\x00", "3\n"])
-def test_a_torn_last_line_is_left_out(tmp_path, torn):
-    path = write_run(tmp_path / "a", status=None)
-    with open(path / "rounds.jsonl", "a") as file:
-        file.write(torn)
-    run = load_run(path)
-    assert run.last_round == 2
-    assert not run.finished
-
-
-def test_a_torn_line_elsewhere_is_an_error_with_its_number(tmp_path):
-    path = write_run(tmp_path / "a")
-    good = (path / "rounds.jsonl").read_text()
-    (path / "rounds.jsonl").write_text('{"round": 0, "met\n' + good)
-    with pytest.raises(RunError, match=r"rounds\.jsonl, line 1: not a round"):
-        load_run(path)
-
-
-@pytest.mark.parametrize("name", ["result.json", "client_accuracy.parquet"])
-def test_damaged_files_are_named(tmp_path, name):
-    path = write_run(tmp_path / "a")
-    (path / name).write_bytes(b"{ half of")
-    with pytest.raises(RunError, match=name):
-        load_run(path)
-
-
-def test_records_of_clients_are_read_from_all_parts(tmp_path):
-    path = write_run(tmp_path / "a")
-    folder = path / "clients.parquet"
-    folder.mkdir()
-    for part, rounds in enumerate(([1, 1], [2])):
-        pd.DataFrame({"round": rounds, "client": 7}).to_parquet(folder / f"part-{part}.parquet")
-    (folder / ".part-2.parquet.writing").write_bytes(b"half")
-    clients = load_run(path).clients
-    assert clients is not None
-    assert sorted(clients["round"]) == [1, 1, 2]
-
-
-def test_a_run_that_has_only_begun_can_be_read(tmp_path):
-    path = tmp_path / "a"
-    path.mkdir()
-    (path / "config.yaml").write_text("seed: 3\n")
-    run = load_run(path)
-    assert (run.last_round, run.finished, run.seed) == (None, False, 3)
-    assert isnan(run.last("val/accuracy"))
-    (row,) = comparison([run]).to_dict("records")
-    assert row["status"] == "no round yet"
-    assert isnan(row["rounds"])
-
-
-# ── finding
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_runs_are_found_below_sweeps_in_natural_order(tmp_path):
-    sweep = tmp_path / "sweep"
-    for name in ("t-10", "t-2", "t-1"):
-        write_run(sweep / "trials" / name)
-    (sweep / "sweep.yaml").write_text("base: {}\n")
-    # neither a tracker's copies nor what lies inside a run are further runs
-    write_run(sweep / "mlruns" / "0" / "copy")
-    write_run(sweep / ".tune" / "copy")
-    write_run(sweep / "trials" / "t-1" / "checkpoints" / "copy")
-    names = [path.name for path in find_runs([sweep])]
-    assert names == ["t-1", "t-2", "t-10"]
-    assert find_runs([tmp_path]) == find_runs([sweep])
-
-
-def test_a_run_given_twice_is_found_once(tmp_path):
-    one, two = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    assert find_runs([two, tmp_path, one]) == [two, one]
-
-
-def test_rounds_without_a_config_are_a_run(tmp_path):
-    path = write_run(tmp_path / "a")
-    (path / "config.yaml").unlink()
-    assert find_runs([tmp_path]) == [path]
-    assert label_runs([load_run(path)])[0].label == "a"
-
-
-def test_where_nothing_is_found_it_says_what_it_looked_at(tmp_path):
-    write_run(tmp_path / "good")
-    (tmp_path / "empty" / "inside").mkdir(parents=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"missing does not exist; .*empty holds inside; .*file is a file"):
-        find_runs([tmp_path / "missing", tmp_path / "good", tmp_path / "empty", tmp_path / "file"])
-    with pytest.raises(ConfigError, match="no directory was given"):
-        find_runs([])
-
-
-# ── labels
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def labels_of(tmp_path, *changes):
-    paths = [write_run(tmp_path / f"t{number}", change) for number, change in enumerate(changes)]
-    return [run.label for run in label_runs([load_run(path) for path in paths])]
-
-
-@pytest.mark.parametrize(
-    ("changes", "labels"),
-    [
-        ([{}], ["fedavg"]),
-        ([{"seed": 0}, {"seed": 1}], ["s0", "s1"]),
-        # options of one method do not tell it from another
-        ([{}, staged()], ["fedavg", "staged"]),
-        (
-            [{}, staged(threshold=0.5), staged(threshold=1.0)],
-            ["fedavg", "staged threshold=0.5", "staged threshold=1"],
-        ),
-        # an option that all have does
-        ([{}, staged(lr=0.3)], ["fedavg lr=0.1", "staged lr=0.3"]),
-        ([{"seed": 1}, staged() | {"seed": 2, "model": "mlp"}], ["fedavg cnn s1", "staged mlp s2"]),
-        (
-            [{"data.partition": {"kind": "iid"}}, {}, {"data.partition.alpha": 0.1}],
-            ["iid", "dirichlet alpha=0.5", "dirichlet alpha=0.1"],
-        ),
-        ([{}, {"clients.devices": {"phone": 1.0}}], ["devices=phone:0.6+laptop:0.4", "devices=phone:1"]),
-        # the same last part twice is written out
-        (
-            [{"data.name": "a", "clients.name": 1}, {"data.name": "b", "clients.name": 2}],
-            ["a clients.name=1", "b clients.name=2"],
-        ),
-        # where a run is computed and kept does not matter
-        ([{}, {"tracking.uri": "x", "clients.actors": 2, "data.root": "y"}], ["fedavg (t0)", "fedavg (t1)"]),
-        ([staged(stages=[1, 2]), staged(stages=None)], ["stages=1,2", "stages=none"]),
-    ],
-)
-def test_labels_name_what_differs(tmp_path, changes, labels):
-    assert labels_of(tmp_path, *changes) == labels
-
-
-def test_equal_runs_of_equal_name_are_labelled_by_path(tmp_path):
-    paths = [write_run(tmp_path / side / "run") for side in ("left", "right")]
-    assert [run.label for run in label_runs([load_run(p) for p in paths])] == [f"fedavg ({p})" for p in paths]
 
 
 # ── comparing
@@ -354,6 +111,13 @@ def test_unfinished_runs_are_rows_of_their_own(tmp_path):
     assert frame["val accuracy"].tolist() == [0.8, 0.4, 0.3]
     assert frame["up × FedAvg"].tolist()[0] == 1
     assert frame[["up × FedAvg", "test accuracy"]].iloc[1:].isna().all().all()
+
+
+def test_a_run_that_has_only_begun_is_a_row_without_numbers(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    (row,) = comparison([load_run(tmp_path)]).to_dict("records")
+    assert row["status"] == "no round yet"
+    assert isnan(row["rounds"])
 
 
 def test_another_number_of_rounds_is_marked(tmp_path):
@@ -454,75 +218,6 @@ def test_small_counts_are_shown_in_gflop(two):
     frame["client TFLOP"] = [0.0123, 0.004]
     assert "| client GFLOP |" in to_markdown(frame)
     assert "| 12.3 |" in to_markdown(frame)
-
-
-# ── pictures
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def settings_of(*paths):
-    return settings([load_run(path) for path in paths])
-
-
-def test_a_line_is_the_mean_over_seeds_where_all_were_measured(tmp_path):
-    one = write_run(tmp_path / "a", {"seed": 0}, (0.1, 0.5, 0.8), up=10)
-    two = write_run(tmp_path / "b", {"seed": 1}, (0.3, None, 0.6), up=20)
-    (look,) = figures.looks_of(settings_of(one, two))
-    curve = figures.curve_of(look, "total/bytes/up", "val/accuracy")
-    assert curve is not None
-    np.testing.assert_allclose(curve.x, [0, 30])
-    np.testing.assert_allclose(curve.mean, [0.2, 0.7])
-    np.testing.assert_allclose(curve.low, [0.1, 0.6])
-    np.testing.assert_allclose(curve.high, [0.3, 0.8])
-    assert figures.curve_of(look, "round", "no/metric") is None
-
-
-def test_fedavg_is_black_and_the_best_have_colours(tmp_path):
-    many = figures.MAX_NAMED + 3
-    paths = [write_run(tmp_path / "dense", accuracies=(0.1, 0.2))]
-    paths += [write_run(tmp_path / f"t{n}", staged(threshold=n), (0.1, 0.3 + n / 100)) for n in range(many)]
-    looks = figures.looks_of(settings_of(*paths))
-    named = [look for look in looks if look.name is not None]
-    assert [look.setting.label for look in looks[:4]] == [f"staged threshold={n}" for n in range(4)]
-    assert len(looks) - len(named) == 4
-    assert named[0].name == "fedavg" and named[0].color == figures.BLACK
-    assert len({(look.color, look.stroke) for look in named}) == figures.MAX_NAMED
-
-
-def test_density_of_clients_is_drawn_only_where_it_is_their_own(tmp_path):
-    paths = [write_run(tmp_path / name, {"model": name}) for name in ("shared", "own")]
-    for path, density in zip(paths, ((1.0, 0.5), (0.3, 0.3)), strict=True):
-        lines = lines_of((0.1, 0.5, 0.8), 1)
-        for line, server, client in zip(lines, (1.0, 0.5, 0.5), (None, *density), strict=True):
-            line["metrics"]["density/global"] = server
-            if client is not None:  # of the mask that the round began with
-                line["metrics"]["density/client_mean"] = client
-        (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shared, own = (
-        figures.curve_of(look, "round", "density/global") for look in figures.looks_of(settings_of(*paths))
-    )
-    assert shared is not None and own is not None
-    assert figures.density_of_clients(shared) is None
-    drawn = figures.density_of_clients(own)
-    assert drawn is not None
-    np.testing.assert_allclose(drawn.mean, [0.3, 0.3])
-
-
-@given(st.lists(st.tuples(st.floats(0, 100), st.floats(1, 5)), min_size=1, max_size=15))
-@examples(deadline=None, max_examples=50)
-def test_names_do_not_overlap_and_stay_in_order(things):
-    wanted = sorted(place for place, _ in things)
-    sizes = [size for _, size in things]
-    centres = figures.spread(wanted, sizes, 100.0)
-    for (a, b), (left, right) in zip(pairwise(sizes), pairwise(centres), strict=True):
-        assert right - left >= (a + b) / 2 - 1e-9
-    assert centres[0] >= -1e-9 and centres[-1] <= 100 + 1e-9
-
-
-def test_names_with_room_stay_where_they_want():
-    assert figures.spread([10, 50, 90], [4, 4, 4], 100) == [10, 50, 90]
-    assert figures.spread([50, 50], [4, 4], 100) == [48, 52]
-    assert figures.spread([100, 100], [4, 4], 100) == [96, 100]
 
 
 # ── writing

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -23,17 +22,14 @@ from torch import nn
 
 from fedray.errors import ConfigError
 from fedray.experiment import tracking
+from fedray.experiment.provenance import run_tags
 from fedray.experiment.tracking import (
     MLflowTracker,
     Store,
     check_uri,
-    config_hash,
     finish_parent,
-    flatten,
-    git_revision,
     parent_run,
     prepare_store,
-    run_tags,
     ui_command,
 )
 from fedray.models import build_model
@@ -196,7 +192,9 @@ def test_params_are_dotted_and_each_round_is_one_batch(
         batches.append(len(metrics))
         log_batch(self, run_id, metrics=metrics, **more)
 
-    tracker = tracker_of(store, tags=run_tags(CONFIG, method="frlp", dataset="mnist", model="cnn"))
+    tracker = tracker_of(
+        store, tags=run_tags(method="frlp", dataset="mnist", model="cnn", digest="0123456789ab")
+    )
     monkeypatch.setattr(type(client), "log_batch", counted)
     for round in range(4):
         tracker.log_round(report(round, **{"val/loss": float("nan"), "train/loss": float("inf")}))
@@ -216,7 +214,7 @@ def test_params_are_dotted_and_each_round_is_one_batch(
     history = client.get_metric_history(tracker.run_id, "bytes/up")
     assert [(m.step, m.value) for m in history] == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 30.0)]
     assert run.data.tags["method"] == "frlp" and run.data.tags["dataset"] == "mnist"
-    assert run.data.tags["config_hash"] == config_hash(CONFIG)
+    assert run.data.tags["config_digest"] == "0123456789ab"
     assert run.data.tags["fedray_version"]
 
 
@@ -492,48 +490,6 @@ def test_a_database_that_is_not_on_this_machine_is_not_made_there(tmp_path: Path
     (warning,) = tracker.warnings
     assert "not on this machine" in warning
     assert not list(tmp_path.iterdir())
-
-
-# ── what is recorded ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_flatten_and_hash() -> None:
-    assert flatten({"a": {"b": {"c": True}, "d": "text"}, "e": {}, "f": Path("x/y")}) == {
-        "a.b.c": "true",
-        "a.d": "text",
-        "e": "{}",
-        "f": "x/y",
-    }
-    assert config_hash({"a": 1, "b": {"c": 2}}) == config_hash({"b": {"c": 2}, "a": 1})
-    assert config_hash({"a": 1}) != config_hash({"a": 2})
-    assert len(config_hash({})) == 16
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_git_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*arguments: str) -> str:
-        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(
-            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "package.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.chdir(tmp_path)
-    assert git_revision() is None
-    git("init", "-q")
-    assert git_revision() is None  # no commit yet
-    (tmp_path / "package.py").write_text("1")
-    git("add", "."), git("commit", "-qm", "x"), git("tag", "v1")
-    commit = git("rev-parse", "HEAD")
-    assert git_revision() == commit
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "untracked").write_text("1")
-    assert git_revision() == commit
-    (tmp_path / "package.py").write_text("2")
-    assert git_revision() == f"{commit}-dirty"
-    monkeypatch.setenv("PATH", "")
-    assert git_revision() is None
 
 
 # ── the UI ───────────────────────────────────────────────────────────────────────────────────────────────

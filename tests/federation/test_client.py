@@ -95,7 +95,7 @@ def test_sgd_is_torch_sgd(options: dict[str, float], density: float, architectur
     params.flat[~params.layout.trainable_flat] = 1.0  # running variances are positive
     model = small.workplace(method, architecture=architecture).model
     expected = torch_sgd(client, model, params, mask, method)
-    assert_close(client.sgd(params, mask, loss=plain_loss).flat, expected, atol=1e-7)
+    assert_close(client.sgd(params, mask, loss=plain_loss).flat, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -149,7 +149,7 @@ def test_weights_that_share_a_gradient_are_trained_apart(options: dict[str, floa
     params, mask = start(client, density)
     model = small.workplace(method, architecture=SIBLINGS, prune_last=True).model
     expected = torch_sgd(client, model, params, mask, method)
-    assert_close(client.sgd(params, mask).flat, expected, atol=1e-7)
+    assert_close(client.sgd(params, mask).flat, expected, atol=1e-6)
 
 
 def test_a_loss_whose_gradient_is_the_same_everywhere_can_be_trained():
@@ -179,7 +179,7 @@ def test_frozen_weights_stay_as_they_are():
     assert torch.equal(trained["fc1.bias"], params["fc1.bias"])
     assert all(not gradient[params.layout.spans["fc1.bias"]].any() for gradient in gradients)
     expected = torch_sgd(client, small.workplace(method, architecture=frozen).model, params, mask, method)
-    assert_close(trained.flat, expected, atol=1e-7)
+    assert_close(trained.flat, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", SGDS, ids=str)
@@ -468,7 +468,7 @@ def test_a_proximal_term_is_a_loss(density: float):
 
     trained = client.sgd(params, mask, loss=proximal)
     expected = torch_sgd(client, small.workplace(method).model, params, mask, method, loss=distance)
-    assert_close(trained.flat, expected, atol=1e-7)
+    assert_close(trained.flat, expected, atol=1e-6)
     free = plain.sgd(params, mask)
     assert (trained.flat - origin.flat).norm() < 0.9 * (free.flat - origin.flat).norm()
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedray.costs.codec import Codec, extras_size
+from fedray.costs.codec import Codec
+from fedray.costs.extras import extras_size
 from fedray.data.datasets import Examples
 from fedray.errors import ClientError, MethodError
 from fedray.federation.aggregate import CohortUpdate
@@ -470,6 +471,21 @@ def test_only_clients_that_exist_can_be_asked(clients: tuple[int, ...], told: st
         ctx.ask(score, {k: Task(state.params, state.mask) for k in clients})
 
     with pytest.raises(MethodError, match=told):
+        small.server(Hooked(at_setup=ask)).setup()
+
+
+@pytest.mark.parametrize("wrong", ["params", "mask"])
+def test_a_task_of_another_layout_is_the_methods_mistake(wrong: str):
+    def ask(state: ServerState, ctx: ServerContext) -> None:
+        good = Task(state.params, state.mask)
+        renamed = replace(ctx.layout, names=tuple(f"{name}!" for name in ctx.layout.names))
+        if wrong == "params":
+            foreign = replace(good, params=Params(state.params.flat, renamed))
+        else:
+            foreign = replace(good, mask=Mask.full(renamed))
+        ctx.ask(score, {1: good, 2: foreign, 3: good})
+
+    with pytest.raises(MethodError, match=rf"the task for client 2 has (a )?{wrong} of another layout"):
         small.server(Hooked(at_setup=ask)).setup()
 
 

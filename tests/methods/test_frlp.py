@@ -281,6 +281,15 @@ def test_without_server_data_it_does_not_start() -> None:
         small.server(FRLP()).setup()
 
 
+def test_pruning_rounds_that_the_run_does_not_reach_are_refused() -> None:
+    tree = {"rounds": 10, "data": {"server_fraction": 0.1}, "tracking": {"uri": "none"}}
+    events = {"method": {"name": "frlp", "prune_rounds": [10, 11, 20]}}
+    with pytest.raises(ConfigError, match=r"method\.prune_rounds.* after round\(s\) 11, 20.* has 10 round"):
+        RunConfig.from_tree(tree | events)
+    assert FRLP(prune_rounds=(1, 10)).check(10, 10) is None
+    assert FRLP().check(10, 1) is None
+
+
 def test_an_event_at_which_everything_diverges_says_so() -> None:
     with pytest.raises(MethodError, match="fine-tuning diverged at all 2 sampled rates"):
         small.run(begin(FRLP(lr=1e30, pretrain_epochs=0, prune_rounds=(1,), **UNREACHABLE)))

@@ -1,0 +1,52 @@
+"""Where a run's numbers come from: what is recorded beside them, and by which runs are found again."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+
+def run_tags(*, method: str, dataset: str, model: str, digest: str) -> dict[str, str]:
+    """Return the tags by which runs are found and told apart; `git_revision` only where there is one.
+
+    Args:
+        method: name of the method.
+        dataset: name of the data set.
+        model: name of the model.
+        digest: the config's own, `RunConfig.digest`, as in `result.json`.
+    """
+    tags = {"method": method, "dataset": dataset, "model": model, "config_digest": digest}
+    tags["fedray_version"] = metadata.version("fedray")
+    revision = git_revision()
+    return tags if revision is None else tags | {"git_revision": revision}
+
+
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """Return dotted name → value as text: strings and paths as they are, everything else as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, str | Path)
+            text = str(value) if plain else json.dumps(value, default=str, ensure_ascii=False)
+            flat[f"{prefix}{key}"] = text
+    return flat
+
+
+def git_revision() -> str | None:
+    """Return the commit of the package's checkout, or else of the working directory's; None without any.
+
+    Ends in `-dirty` if tracked files have changed since.
+    """
+    # of the commit, never of a tag; and without git's lock, for another git may be at work here
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    for folder in (Path(__file__).parent, Path.cwd()):
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None
