@@ -68,9 +68,7 @@ def main() -> None:
         memory[population] = end.recv()
     first = arguments.populations[0]
     base = statistics.median(seconds[first])
-    print(
-        f"mlp, {COHORT} clients a round, {arguments.actors or 'no'} actors, medians of {arguments.rounds} rounds"
-    )
+    print(f"mlp, {COHORT} clients, {arguments.actors or 'no'} actors; medians of {arguments.rounds} rounds")
     print(f"{'registered':>12}{'seconds':>10}{'min … max':>18}{'×':>7}{'memory MB':>12}{'×':>7}")
     for population, times in seconds.items():
         median, spread = statistics.median(times), f"{min(times):.3f} … {max(times):.3f}"

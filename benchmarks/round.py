@@ -58,7 +58,7 @@ class PlainLoop:
             loader = DataLoader(TensorDataset(self.x[rows], self.y[rows]), batch_size=BATCH, shuffle=True)
             for x, y in loader:
                 optimiser.zero_grad()
-                nn.functional.cross_entropy(local(x), y).backward()
+                torch.autograd.backward(nn.functional.cross_entropy(local(x), y))
                 optimiser.step()
             for name, value in local.state_dict().items():
                 total[name] += value * len(rows)
@@ -139,9 +139,7 @@ def measure(model: str, rounds: int, warm_up: int) -> None:
     close()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     reference = medians["plain loop, 1 process"]
-    print(
-        f"\n{model}: {COHORT} of 1,000 clients a round, medians of {rounds} rounds after {warm_up}, interleaved"
-    )
+    print(f"\n{model}: {COHORT} of 1,000 clients; interleaved, medians of {rounds} rounds after {warm_up}")
     print(f"{'':26}{'seconds':>9}{'min … max':>18}{'× plain loop':>14}")
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.3f} … {max(seconds[name]):.3f}"

@@ -65,7 +65,7 @@ def _without_options(words: list[str]) -> tuple[list[str], list[str]]:
 
 def test_the_readme_names_every_verb():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     assert {verb for verb in verbs if not re.search(rf"\b{verb}\b", text)} == set()
 
 

@@ -141,10 +141,7 @@ class Method:
         return None
 
     def local_steps(self, num_examples: int) -> int:
-        """Return how many SGD steps a client with so many examples makes.
-
-        what over-selection predicts from.
-        """
+        """Return how many SGD steps a client makes; over-selection predicts from it."""
         return self.local_epochs * -(-num_examples // self.batch_size)
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
@@ -163,10 +160,7 @@ class Method:
         return ClientUpdate(client.sgd(task.params, task.mask), task.mask)
 
     def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
-        """Merge what came back.
-
-        the mask-aware mean. Where nobody holds a weight, the server's value stays.
-        """
+        """Merge what came back: the mask-aware mean, and the server's value where nobody holds a weight."""
         return replace(state, params=cohort.mean(otherwise=state.params))
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:

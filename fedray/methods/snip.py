@@ -1,15 +1,12 @@
-"""SNIP.
-
-Single-shot network pruning based on connection sensitivity.  Lee et al., ICLR 2019; here in a federation.
+"""SNIP: single-shot network pruning based on connection sensitivity.  Lee et al., ICLR 2019.
 
 Before the first round some clients compute the gradient of the loss at the initial weights on their own
 examples. The server adds the gradients up, scores each weight by |g·w|, keeps the best once, and the mask
 stays for the run.
 
-Differs from the paper: the batch is the union of the scorers' examples, seen one client at a time (sums of
-  gradients are sums over that
-union); initialisation is the model's own, not variance scaling; the score is global over all prunable
-weights, as in the paper.
+Differs from the paper: it runs in a federation, so the batch is the union of the scorers' examples, seen one
+client at a time (sums of gradients are sums over that union); initialisation is the model's own, not variance
+scaling; the score is global over all prunable weights, as in the paper.
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,4 @@
-"""Staged pruning.
-
-Prune a little, train on, prune again.  After Zhu and Gupta, "To prune, or not to prune", 2017, in a
-federation.
+"""Staged: prune a little, train on, prune again.  After Zhu and Gupta, "To prune, or not to prune", 2017.
 
 The model may be pruned before training; then, at a few stages spread over the first part of the run, the
 least important weights go. How many is set by a schedule of target densities, or by an importance
@@ -9,8 +6,9 @@ least important weights go. How many is set by a schedule of target densities, o
 training. Pruned weights stay pruned.
 
 Differs from the paper: stages are rounds of a federation instead of training steps; the threshold mode
-  follows Han et al., "Learning both
-weights and connections", NeurIPS 2015, where a layer's threshold is a multiple of its own scale.
+  follows
+Han et al., "Learning both weights and connections", NeurIPS 2015, where a layer's threshold is a multiple of
+its own scale.
 """
 
 from dataclasses import dataclass, replace

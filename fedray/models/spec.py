@@ -8,6 +8,7 @@ names of `state_dict`. Integer buffers (`num_batches_tracked`) stay with the mod
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +140,15 @@ def layout_of(module: nn.Module, *, prune_first: bool = True, prune_last: bool =
     )
 
 
+_SEEDING = Lock()
+"""Held while torch's global generator is borrowed.
+
+Two runs in threads of one process must not mix their draws.
+"""
+
+
 def _build(architecture: Architecture, input_shape: InputShape, num_classes: int, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which seeds the generators of all accelerators too
         torch.default_generator.manual_seed(seed)
         return architecture.build(input_shape, num_classes)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def plan(folder: Path, space, tune=None, uri=None, **base) -> Sweep:
     return Sweep.load(path)
 
 
-def results(path: Path) -> dict[str, dict]:
+def results(path: Path) -> dict[str, dict[str, Any]]:
     return {p.parent.name: json.loads(p.read_text()) for p in sorted(path.glob("trials/*/result.json"))}
 
 
@@ -99,6 +100,7 @@ FLAKY = '''
 """A method that breaks in round 3 as long as a file is missing."""
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from fedray.federation.method import Method
 from fedray.methods import METHODS
 

@@ -5,7 +5,7 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -166,7 +166,7 @@ def test_evaluation_has_the_same_bits_on_any_number_of_actors(ray_local):
 def test_device_classes_are_trained_by_actors_of_their_own(ray_local, tmp_path):
     fast = DeviceProfile("fast", 1e9, 1e6, 1e6, 0.0, 2.0**30)
     slow = replace(fast, name="slow", flops_per_s=1e3)
-    federation = {
+    federation: dict[str, Any] = {
         "clients": 8,
         "devices": [fast, slow],  # even and odd clients
         "schedule": Schedule(rounds=2, cohort=8, groups=("slow",)),
