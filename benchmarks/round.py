@@ -2,7 +2,7 @@
 
 A plain hand-written FedAvg loop, the same over two processes, fedray in process, fedray on Ray.
 
-    python -m benchmarks.round [--models mlp cnn] [--rounds 7]
+    python -m benchmarks.round [--models mlp cnn] [--rounds 15] [--warm-up-s 10]
 
 The four are interleaved in one call, so that a busy machine hits them alike; ratios of medians are printed.
 """
@@ -126,20 +126,26 @@ def contenders(model: str) -> tuple[dict[str, Callable[[int], Any]], Callable[[]
     return rounds, close
 
 
-def measure(model: str, rounds: int, warm_up: int) -> None:
-    """Print medians, spreads and ratios for a model."""
+def measure(model: str, rounds: int, warm_up_s: float) -> None:
+    """Print medians, spreads and ratios for a model.
+
+    The warm-up is long: Ray goes on starting processes of its own for some seconds after it is up.
+    """
     makers, close = contenders(model)
     seconds: dict[str, list[float]] = {name: [] for name in makers}
-    for number in range(warm_up + rounds):
+    started, number, warm = time.perf_counter(), 0, False
+    while len(seconds["plain loop, 1 process"]) < rounds:
+        warm = number >= 2 and time.perf_counter() - started > warm_up_s
         for name, make in makers.items():
             start = time.perf_counter()
             make(number)
-            if number >= warm_up:
+            if warm:
                 seconds[name].append(time.perf_counter() - start)
+        number += 1
     close()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     reference = medians["plain loop, 1 process"]
-    print(f"\n{model}: {COHORT} of 1,000 clients; interleaved, medians of {rounds} rounds after {warm_up}")
+    print(f"\n{model}: {COHORT} of 1,000 clients; interleaved, medians of {rounds} rounds")
     print(f"{'':26}{'seconds':>9}{'min … max':>18}{'× plain loop':>14}")
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.3f} … {max(seconds[name]):.3f}"
@@ -152,11 +158,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warm-up-s", type=float, default=10.0)
     arguments = parser.parse_args()
     for model in arguments.models:
-        measure(model, arguments.rounds, arguments.warm_up)
+        measure(model, arguments.rounds, arguments.warm_up_s)
 
 
 if __name__ == "__main__":
