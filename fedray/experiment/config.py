@@ -1,6 +1,6 @@
-"""One config path.
+"""One config path: defaults ← YAML `base:` ← dotted overrides.
 
-Defaults ← YAML `base:` ← dotted overrides. A command-line argument and a Tune sample are the same thing.
+A command-line argument and a Tune sample are the same thing.
 
 A config is validated in two goes, both before any process is started and before anything is written: field by
 field (keys, types, ranges), then as a whole (does the model take the data, is there server data for a method

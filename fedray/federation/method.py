@@ -5,7 +5,7 @@
 A method is a frozen dataclass that subclasses `Method` directly. Its fields are its hyper-parameters; what it
 must remember between rounds lives in `ServerState.memory` and `client.memory`, never in itself. It counts no
 byte and no FLOP: those are metered where tensors cross the wire or enter a gradient. It never sees the
-  config, the clock, the tracker or the test set.
+config, the clock, the tracker or the test set.
 """
 
 from collections.abc import Callable, Mapping, Sequence

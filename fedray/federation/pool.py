@@ -1,6 +1,4 @@
-"""Where clients train.
-
-In this process, or hosted by Ray actors. Either way the same worker code, and the same bits.
+"""Where clients train: in this process, or hosted by Ray actors. The same worker code, and the same bits.
 
 Thousands of clients are rows of state, not processes. `RayPool` keeps a few `ClientActor`s, broadcasts by one
 `ray.put` an exchange, and makes one call per actor: chunks in, partial sums out. An actor that dies is

@@ -393,10 +393,7 @@ def _identity(value: object) -> object:
 
 
 def _round_seconds(records: tuple[ClientRecord, ...], deadline_s: float | None) -> float:
-    """Return how long the server waits.
-
-    For the slowest that counts, or to the deadline if somebody is missing.
-    """
+    """Return how long the server waits: for the slowest, or to the deadline if somebody is missing."""
     if deadline_s is not None and any(r.fate in ("late", "dropped") for r in records):
         return deadline_s
     return max((r.cost.seconds for r in records if r.fate != "dropped"), default=0.0)

@@ -107,10 +107,7 @@ class Chunk:
 
 @dataclass
 class Answer:
-    """What came of some chunks.
-
-    partial folds by node of the tree, a record for each client, changed memories.
-    """
+    """What came of some chunks: partial folds by node of the tree, a record for each client, memories."""
 
     partials: dict[Node, Partial] = field(default_factory=dict)
     records: list[ClientRecord] = field(default_factory=list)

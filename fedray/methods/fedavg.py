@@ -1,6 +1,4 @@
-"""FedAvg.
-
-Communication-efficient learning of deep networks from decentralized data.  McMahan et al., AISTATS 2017.
+"""FedAvg: communication-efficient learning of deep networks from decentralized data.  McMahan et al., 2017.
 
 Clients train the broadcast model on their own examples; the server averages what comes back, weighted by
 numbers of examples. All of it is the defaults of `Method`.

@@ -6,9 +6,8 @@ least important weights go. How many is set by a schedule of target densities, o
 training. Pruned weights stay pruned.
 
 Differs from the paper: stages are rounds of a federation instead of training steps; the threshold mode
-  follows
-Han et al., "Learning both weights and connections", NeurIPS 2015, where a layer's threshold is a multiple of
-its own scale.
+follows Han et al., "Learning both weights and connections", NeurIPS 2015, where a layer's threshold is a
+multiple of its own scale.
 """
 
 from dataclasses import dataclass, replace
