@@ -39,7 +39,7 @@ format: setup    ## rewrite what `check` would refuse
 	$(BIN)/ruff check --fix .
 
 lock: setup      ## resolve pyproject.toml anew into requirements.lock
-	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --extra dev requirements.in pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --universal --generate-hashes --custom-compile-command 'make lock' --python-version 3.11 --extra dev requirements.in pyproject.toml -o requirements.lock
 
 clean:           ## forget .venv and the caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
