@@ -130,7 +130,8 @@ def ui(
     from fedray.experiment.tracking import ui_command
 
     command = ui_command(uri or TrackingConfig().uri, port)
-    out.print(f"MLflow's UI: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    out.print(f"MLflow's UI: http://127.0.0.1:{port}/#/experiments/1/runs (Ctrl-C ends it)")
+    out.print("Other experiments: choose Model training on its start page. Tick runs, then Compare.")
     process = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
