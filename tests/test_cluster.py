@@ -185,7 +185,8 @@ def node(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[str]:
     with open(log, "wb") as out, subprocess.Popen(command, env=env, stdout=out, stderr=out) as process:
         try:
             ends = time.monotonic() + START_S
-            while "Ray runtime started" not in (text := log.read_text(encoding="utf-8", errors="replace")):
+            # `--block` is said last: by then the address that others join by is printed too
+            while "--block" not in (text := log.read_text(encoding="utf-8", errors="replace")):
                 if process.poll() is not None or time.monotonic() > ends:
                     raise RuntimeError(f"{' '.join(command)} did not start a node:\n{text}")
                 time.sleep(0.1)
