@@ -114,7 +114,7 @@ def report(
     from fedray.experiment.settings import label_runs
 
     runs = label_runs([load_run(path) for path in find_runs(directories)])
-    out.print(render_table(comparison(runs, target=target)))
+    out.print(render_table(comparison(runs, target=target), out.width))
     written = write_report(directories, out_dir, target=target)
     for path in written.files:
         out.print(f"  {_short(path)}")
@@ -337,7 +337,7 @@ def _say_run(path: Path) -> None:
     from fedray.experiment.settings import label_runs
 
     loaded = load_run(path)
-    out.print(render_table(comparison(label_runs([loaded]))))
+    out.print(render_table(comparison(label_runs([loaded])), out.width))
     _say_warnings(path)
     out.print(f"Files: {_short(path)}   Pictures: fedray report {_short(path)}   MLflow: fedray ui")
 
@@ -349,7 +349,7 @@ def _say_sweep(result: Any) -> None:
 
     started = time.perf_counter()
     runs = label_runs([load_run(path) for path in find_runs([result.path])])
-    out.print(render_table(comparison(runs)))
+    out.print(render_table(comparison(runs), out.width))
     written = write_report([result.path])
     logging.getLogger(__name__).info("report written in %.1f s", time.perf_counter() - started)
     for trial in result.trials:

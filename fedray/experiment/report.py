@@ -177,11 +177,11 @@ def _fedavg_for(row: Setting, rows: Sequence[Setting]) -> Setting | None:
 # ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def render_table(frame: "pd.DataFrame") -> "Table":
-    """Return a comparison as a table for the terminal.
+def render_table(frame: "pd.DataFrame", width: int = 100) -> "Table":
+    """Return a comparison as a table for a terminal of `width` characters.
 
-    A wide one is cut in two, results above costs. Where `n`, `rounds` or `status` is the same in all rows, it
-    stands below.
+    A wider one is cut in two, results above costs. Where `n`, `rounds` or `status` is the same in all rows,
+    it stands below.
     """
     from rich.console import Console
     from rich.table import Table
@@ -191,7 +191,7 @@ def render_table(frame: "pd.DataFrame") -> "Table":
     same = [name for name in words if len(set(shown[name])) == 1]
     caption = " · ".join(words[name].format(shown.pop(name)[0]) for name in same)
     table = _table(shown, caption)
-    if Console(width=10 * TERMINAL).measure(table).maximum <= TERMINAL:
+    if Console(width=10 * width).measure(table).maximum <= width:
         return table
     above = {name: cells for name, cells in shown.items() if name in RESULTS}
     below = {name: cells for name, cells in shown.items() if name == "setting" or name not in RESULTS}
@@ -201,9 +201,6 @@ def render_table(frame: "pd.DataFrame") -> "Table":
     both.add_row(_table(below, caption))
     return both
 
-
-TERMINAL = 100
-"""Widest table in one piece, in characters."""
 
 TEXT_COLUMNS = ("setting", "status")
 RESULTS = ("setting", "n", "val accuracy", "test accuracy", "density", "rounds", "status")
