@@ -115,6 +115,26 @@ class Layout:
         return {name: self.__dict__[name] for name in ("names", "shapes", "prunable", "trainable")}
 
 
+@dataclass(frozen=True)
+class ChannelGroup:
+    """The channels between two layers of a model, and where each of them lies.
+
+    Args:
+        name: dotted name of the layer that makes them.
+        size: how many there are.
+        rows: tensors with one row or entry for each channel: that layer's weight first, then its bias and the
+            normalisation behind it.
+        columns: the weight that takes them in.
+        spread: how many of its columns each channel enters; more than 1 where images are flattened.
+    """
+
+    name: str
+    size: int
+    rows: tuple[str, ...]
+    columns: str
+    spread: int
+
+
 class _Flat(Mapping[str, Tensor]):
     """A flat vector with named views; what Params and Mask share."""
 
@@ -182,8 +202,8 @@ class Params(_Flat):
 class Mask(_Flat):
     """Which entries a model holds: one bool vector `.flat` (size,). Treat it as immutable.
 
-    A server's mask is True on everything that is not prunable. An update's mask says what the client vouches
-    for, and may be False anywhere.
+    A server's mask is True on everything that is not prunable, except in channels that it removed as a whole.
+    An update's mask says what the client vouches for, and may be False anywhere.
     """
 
     dtype = torch.bool

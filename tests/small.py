@@ -22,7 +22,7 @@ from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
 from fedray.data.partition import Dealt, Partition, QuantitySkew
 from fedray.federation.client import Client
-from fedray.federation.method import Method
+from fedray.federation.method import Method, Setting
 from fedray.federation.pool import ClientPool, LocalPool
 from fedray.federation.population import Population
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
@@ -162,6 +162,13 @@ def workplace(
         rules=rules,
         seed=seed,
     )
+
+
+def setting(
+    *, architecture: Architecture = MLP, rounds: int = 10, population: int = 10, cohort: int = 4
+) -> Setting:
+    """Return what a method is asked to check before anything starts."""
+    return Setting(ModelSpec.of("small", architecture, SHAPE, CLASSES), population, cohort, rounds)
 
 
 def server(

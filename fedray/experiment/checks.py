@@ -9,6 +9,7 @@ from fedray.data import DATASETS, DatasetSpec
 from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
 from fedray.experiment.tracking import check_uri
+from fedray.federation.method import Setting
 from fedray.models import MODELS, build_model
 
 if TYPE_CHECKING:
@@ -127,7 +128,13 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
             f"0, but {config.method.name} trains on the server's own examples; set it, e.g. "
             "data.server_fraction=0.02",
         )
-    problem = method.check(config.clients.population, config.rounds)
+    if method.optimizer == "adam" and method.momentum:
+        yield "method.momentum", f"{method.momentum:g}, but Adam has moments of its own; set it to 0"
+    spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
+    if spec is None or architecture is None or architecture.accepts(spec.input_shape):
+        return  # already reported
+    clients, model = config.clients, build_model(config.model, spec.input_shape, spec.num_classes)
+    problem = method.check(Setting(model, clients.population, clients.cohort, config.rounds))
     if problem:
         yield "method", problem
 

@@ -20,7 +20,10 @@ from fedray.costs.flops import FlopModel
 from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client, ClientFunction
+from fedray.models.spec import ModelSpec
+from fedray.pruning.shrink import removed_entries
 from fedray.types import (
+    ChannelGroup,
     ClientInfo,
     ClientUpdate,
     Layout,
@@ -37,13 +40,30 @@ Values = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a method is asked to run on, known before anything starts.
+
+    Args:
+        model: the model's structure, without weights.
+        population: registered clients.
+        cohort: clients whose training is asked for in a round.
+        rounds: planned rounds.
+    """
+
+    model: ModelSpec
+    population: int
+    cohort: int
+    rounds: int
+
+
+@dataclass(frozen=True)
 class ServerContext:
     """What a hook on the server may use beside the state.
 
     Args:
         round: the round of the call; 0 in `setup`.
         rounds: how many are planned.
-        layout: the model's layout.
+        model: the model's structure, without weights.
         flops: FLOPs of (model, mask).
         clients: all registered clients; looking one up is cheap, walking over all of them is not.
         rng: a generator of this hook in this round.
@@ -51,7 +71,7 @@ class ServerContext:
 
     round: int
     rounds: int
-    layout: Layout
+    model: ModelSpec
     flops: FlopModel
     clients: Sequence[ClientInfo]
     rng: np.random.Generator
@@ -59,6 +79,11 @@ class ServerContext:
     _ask: Callable[[ClientFunction, Mapping[int, Task], bool], CohortUpdate]
     _server: Callable[[], Client]
     _validate: Callable[[Params, Mask], tuple[float, float]]
+
+    @property
+    def layout(self) -> Layout:
+        """The model's layout."""
+        return self.model.layout
 
     def sample(self, count: int) -> tuple[int, ...]:
         """Draw up to `count` different clients that are available now; their ids, sorted."""
@@ -98,10 +123,12 @@ class Method:
 
     Args:
         local_epochs: passes of a client over its examples in a round.
-        lr: learning rate of a client's SGD.
+        lr: learning rate of a client.
+        lr_decay: factor of the learning rate from round to round.
+        optimizer: of a client; its state starts from zero in every round.
         batch_size: examples in a step; the last batch of an epoch may be smaller.
-        momentum: of a client's SGD; starts from zero in every round.
-        weight_decay: L2 penalty of a client's SGD.
+        momentum: of a client's SGD.
+        weight_decay: L2 penalty of a client's training.
         uplink_values: how a client's weights are written: exact, half precision, or 8 bits per tensor.
         downlink_values: the same for the server's.
     """
@@ -112,6 +139,8 @@ class Method:
 
     local_epochs: PositiveInt = 1
     lr: PositiveFloat = 0.05
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
     batch_size: PositiveInt = 20
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
@@ -133,8 +162,13 @@ class Method:
         """How updates are added up."""
         return Fold()
 
-    def check(self, num_clients: int, rounds: int) -> str | None:
-        """Return why this cannot run with so many clients and rounds, or None.
+    @property
+    def zero_policy(self) -> Literal["enforce", "regrow", "reprune"]:
+        """What clients do with pruned weights; recorded with the run."""
+        return "enforce"
+
+    def check(self, setting: Setting) -> str | None:
+        """Return why this cannot run in such a setting, beginning with the key to change; or None.
 
         Called before anything starts.
         """
@@ -172,16 +206,20 @@ class Method:
         return state.params
 
 
-def check_mask(mask: Mask, where: str) -> Mask:
-    """Return the mask if it holds all that is not prunable.
+def check_mask(mask: Mask, groups: Sequence[ChannelGroup], where: str) -> Mask:
+    """Return the mask if it holds all that is not prunable, channels aside that were removed as a whole.
 
     Raises:
         MethodError: otherwise, with how many entries are missing.
     """
-    missing = int((~mask.flat & ~mask.layout.prunable_flat).count_nonzero())
+    absent = ~mask.flat & ~mask.layout.prunable_flat
+    if bool(absent.any()):
+        absent &= ~removed_entries(mask, groups)
+    missing = int(absent.count_nonzero())
     if missing:
         raise MethodError(
             f"the mask that {where} returned is False on {missing:,} entries that are not prunable "
-            "(biases, norms, the last layer); a server's mask must be True there"
+            "(biases, norms, the last layer); a server's mask must be True there, except in channels that it "
+            "removed as a whole (`fedray.pruning.shrink.channel_mask`)"
         )
     return mask

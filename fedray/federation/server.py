@@ -129,7 +129,7 @@ class Server:
         """
         started, self._phase = time.perf_counter(), Phase()
         state = self.method.setup(self.state, self._context(purpose=0))
-        check_mask(state.mask, "setup")
+        check_mask(state.mask, self.place.model.channel_groups, "setup")
         self.checkpoint.state = replace(state, round=1)
         return self._report(0, None, started, evaluate=True)
 
@@ -159,7 +159,7 @@ class Server:
 
         # 5 PRUNE: only here the mask moves
         state = method.prune(state, update, self._context(purpose=1))
-        check_mask(state.mask, "prune")
+        check_mask(state.mask, self.place.model.channel_groups, "prune")
         self.checkpoint.state = replace(state, round=state.round + 1)
 
         # 6 REPORT
@@ -280,7 +280,7 @@ class Server:
         return ServerContext(
             round=state.round,
             rounds=self.schedule.rounds,
-            layout=place.model.layout,
+            model=place.model,
             flops=place.flops,
             clients=self.population,
             rng=rng,

@@ -178,6 +178,7 @@ class Worker:
             info=info,
             x=self.place.dataset.normalise(examples.x[rows]),
             y=torch.from_numpy(examples.y[rows]),
+            round=round,
             memory=memory,
             _engine=self.engine,
             _training=self.place.method,

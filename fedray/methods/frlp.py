@@ -23,7 +23,7 @@ from pydantic import Field
 
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
-from fedray.federation.method import Method, ServerContext
+from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.masks import support, top_k
 from fedray.pruning.policies import RateSearch, Solver, solve
 from fedray.pruning.scores import l2_distance, magnitude
@@ -96,17 +96,23 @@ class FRLP(Method):
     aggregation: Literal["mask", "nonzero"] = "mask"
 
     @property
+    def zero_policy(self) -> Literal["enforce", "regrow", "reprune"]:
+        """What `zeros` says."""
+        return self.zeros
+
+    @property
     def fold(self) -> Fold:
         """FedSA: the mask-aware mean, or its literal form."""
         return Fold(by=self.aggregation)
 
-    def check(self, num_clients: int, rounds: int) -> str | None:
+    def check(self, setting: Setting) -> str | None:
         """Refuse pruning rounds that the run never reaches."""
-        beyond = [event for event in self.prune_rounds or () if event > rounds]
+        beyond = [event for event in self.prune_rounds or () if event > setting.rounds]
         if beyond:
             late = ", ".join(map(str, beyond))
             return (
-                f"method.prune_rounds asks to prune after round(s) {late}, but the run has {rounds} round(s)"
+                f"method.prune_rounds asks to prune after round(s) {late}, "
+                f"but the run has {setting.rounds} round(s)"
             )
         return None
 

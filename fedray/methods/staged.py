@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
-from fedray.federation.method import Method, ServerContext
+from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.masks import at_least, top_k
 from fedray.pruning.schedules import SCHEDULES
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
@@ -73,7 +73,7 @@ class Staged(Method):
     start: Fraction = 0.1
     until: Fraction = 0.5
 
-    def check(self, num_clients: int, rounds: int) -> str | None:
+    def check(self, setting: Setting) -> str | None:
         """Refuse stages that run backwards, or a target above the start."""
         if self.start > self.until:
             return f"method.start={self.start} comes after method.until={self.until}"

@@ -8,6 +8,7 @@ batch of one example.
 
 from torch import nn
 
+from fedray.models.channels import Chain
 from fedray.models.spec import Architecture, InputShape
 
 SMALLEST = 8
@@ -26,6 +27,15 @@ def _build(input_shape: InputShape, num_classes: int) -> nn.Module:
     return module
 
 
+def _chains(module: nn.Module) -> list[Chain]:
+    """Return the inside of each residual block; what blocks add to each other must keep its width."""
+    return [
+        [(f"{name}.{part}", getattr(block, part)) for part in ("conv1", "bn1", "relu", "conv2")]
+        for name, block in module.named_modules()
+        if hasattr(block, "conv2")
+    ]
+
+
 def _accepts(input_shape: InputShape) -> str | None:
     _, height, width = input_shape
     if min(height, width) >= SMALLEST:
@@ -41,4 +51,5 @@ RESNET18 = Architecture(
     accepts=_accepts,
     source="He et al., CVPR 2016; torchvision, with the stem for small images",
     summary="conv 3×3-64, 8 residual blocks (64 to 512) with BatchNorm, mean, fc classes; ReLU",
+    chains=_chains,
 )

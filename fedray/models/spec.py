@@ -7,14 +7,16 @@ names of `state_dict`. Integer buffers (`num_batches_tracked`) stay with the mod
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from threading import Lock
 
 import torch
 from torch import Tensor, nn
 
 from fedray.errors import ConfigError
-from fedray.types import Layout, Params
+from fedray.models.channels import Chains, channel_groups, sequential
+from fedray.types import ChannelGroup, Layout, Params
 
 InputShape = tuple[int, int, int]
 """Channels, height and width of one example."""
@@ -30,12 +32,15 @@ class Architecture:
         accepts: input_shape → None, or the reason why such inputs are refused, without a full stop.
         source: who published it.
         summary: its layers in one line.
+        chains: where its channels can be followed from layer to layer, for structured pruning. The default
+            knows `nn.Sequential`, nested or not.
     """
 
     build: Callable[[InputShape, int], nn.Module]
     accepts: Callable[[InputShape], str | None]
     source: str
     summary: str
+    chains: Chains = sequential
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,37 @@ class ModelSpec:
         layout = layout_of(module, prune_first=prune_first, prune_last=prune_last)
         empty = {n: torch.empty(layout.shape_of[n], device="meta") for n in layout.names}
         return cls(name, input_shape, num_classes, architecture, layout, _with_tensors(module, empty))
+
+    @cached_property
+    def channel_groups(self) -> tuple[ChannelGroup, ...]:
+        """The channels that can be taken out as a whole; empty where none can be told apart."""
+        return channel_groups(self.architecture.chains(self.module))
+
+    @cached_property
+    def head(self) -> str:
+        """Dotted name of the classifier: the last linear layer.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        linear: list[str] = [name for name, m in self.module.named_modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise ConfigError(f"model: {self.name} has no linear layer that could be called its classifier")
+        return linear[-1]
+
+    def shrunken(self, layout: Layout) -> "ModelSpec":
+        """Return the same network with the smaller tensors of `layout`: fewer rows, fewer columns."""
+        module = _with_tensors(
+            self.module, {n: torch.empty(layout.shape_of[n], device="meta") for n in layout.names}
+        )
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.out_channels, layer.in_channels = layer.weight.shape[:2]
+            elif isinstance(layer, nn.Linear):
+                layer.out_features, layer.in_features = layer.weight.shape
+            elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.weight is not None:
+                layer.num_features = len(layer.weight)
+        return replace(self, layout=layout, module=module)
 
     def init(self, seed: int) -> Params:
         """Return a fresh initialisation, the architecture's own: the same seed gives the same bits.

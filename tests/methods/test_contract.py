@@ -21,6 +21,7 @@ from fedray.federation.pool import LocalPool
 from fedray.federation.server import Checkpoint, Schedule, Server
 from fedray.federation.worker import Answer, Chunk, Job, Rules, Workplace
 from fedray.methods import METHODS
+from fedray.pruning.shrink import removed_entries
 from fedray.types import RoundReport, ServerState, Task
 from tests import small
 
@@ -250,9 +251,11 @@ def test_the_servers_own_training_is_metered_if_it_declares_any(name: str) -> No
 
 
 @every_method
-def test_the_mask_holds_all_that_is_not_prunable(name: str) -> None:
+def test_the_mask_holds_all_that_is_not_prunable_but_whole_channels(name: str) -> None:
+    groups = run_of(name).server.place.model.channel_groups
     for state in run_of(name).states:
-        assert bool(state.mask.flat[~state.mask.layout.prunable_flat].all())
+        held = state.mask.flat | removed_entries(state.mask, groups)
+        assert bool(held[~state.mask.layout.prunable_flat].all())
         assert 0 < state.mask.density <= 1
 
 

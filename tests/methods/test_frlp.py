@@ -286,8 +286,8 @@ def test_pruning_rounds_that_the_run_does_not_reach_are_refused() -> None:
     events = {"method": {"name": "frlp", "prune_rounds": [10, 11, 20]}}
     with pytest.raises(ConfigError, match=r"method\.prune_rounds.* after round\(s\) 11, 20.* has 10 round"):
         RunConfig.from_tree(tree | events)
-    assert FRLP(prune_rounds=(1, 10)).check(10, 10) is None
-    assert FRLP().check(10, 1) is None
+    assert FRLP(prune_rounds=(1, 10)).check(small.setting(rounds=10)) is None
+    assert FRLP().check(small.setting(rounds=1)) is None
 
 
 def test_an_event_at_which_everything_diverges_says_so() -> None:

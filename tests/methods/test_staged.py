@@ -105,7 +105,7 @@ def test_stages_that_cannot_be_are_refused(options: dict[str, float], reason: st
 
 
 def test_with_a_threshold_the_target_does_not_matter() -> None:
-    assert Staged(threshold=0.1, initial_density=0.3, density=0.5).check(10, 10) is None
+    assert Staged(threshold=0.1, initial_density=0.3, density=0.5).check(small.setting(rounds=10)) is None
 
 
 # ── how far: to a target

@@ -1,0 +1,284 @@
+"""One model in working memory: a flat vector, and a module whose parameters are views of it.
+
+Whatever computes with weights goes through here: a gradient, a step, an evaluation. FLOPs are counted by the
+client that calls. Under a mask that removed whole channels, the engine hands over to a physically smaller
+one, whose results are the same to rounding; which one trains depends on the model, the mask and the options
+of the call alone, so a run keeps its bits.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedray.costs.flops import FlopModel
+from fedray.federation.chain import LinearChain
+from fedray.models.spec import ModelSpec
+from fedray.pruning.shrink import Shrunken, shrink
+from fedray.types import Layout, Mask, Params
+
+SMALLER_ENGINES = 8
+"""How many smaller models an engine keeps, the latest ones."""
+
+Weights = Mapping[str, Tensor]
+View = Callable[[Weights], Weights]
+Forward = Callable[[nn.Module, Weights, Tensor], Tensor]
+"""(module, name → weight, images) → logits: another way to compute them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch in the inner loop, as a custom loss sees it.
+
+    Args:
+        x: (batch, C, H, W) float32. y: (batch,) int64. logits: (batch, classes).
+        features: (batch, width), what the last linear layer, the classifier, was given.
+        weights: name → the leaf tensor that is being trained, for penalties on the weights.
+        index: 0 for the first step of the call.
+    """
+
+    x: Tensor
+    y: Tensor
+    logits: Tensor
+    features: Tensor
+    weights: Weights
+    index: int
+
+
+Loss = Callable[[Step], Tensor]
+
+
+class Training(Protocol):
+    """The options of a client's SGD that every method has."""
+
+    @property
+    def local_epochs(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def lr_decay(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def optimizer(self) -> Literal["sgd", "adam"]: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+class Engine:
+    """One model in working memory, bound to one flat vector; a worker has one and reuses it for every client.
+
+    Args:
+        model: its module is copied, and its parameters become views of `flat`.
+        flops: what a batch costs.
+        device: where it computes; what goes in and comes out is on the CPU.
+        part: for a smaller engine, where its entries lie in the whole model.
+    """
+
+    def __init__(
+        self, model: ModelSpec, flops: FlopModel, device: str = "cpu", part: Shrunken | None = None
+    ) -> None:
+        self.model, self.flops, self.device = model, flops, torch.device(device)
+        self.layout: Layout = model.layout
+        self.part = part
+        self.flat = torch.zeros(model.layout.size, device=self.device)
+        self.module: nn.Module = model.bind(self.flat)
+        self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.chain = LinearChain.of(self.module)
+        self._smaller: dict[bytes, Engine | None] = {}
+
+    def smaller(self, mask: Mask) -> "Engine":
+        """Return the engine of the physically smaller model under a mask; itself where that saves little."""
+        if mask.is_full or not self.model.channel_groups:
+            return self
+        if mask.digest not in self._smaller:
+            if len(self._smaller) >= SMALLER_ENGINES:
+                del self._smaller[next(iter(self._smaller))]  # the oldest
+            part = shrink(mask, self.model.channel_groups)
+            self._smaller[mask.digest] = (
+                None
+                if part is None
+                else Engine(self.model.shrunken(part.layout), self.flops, str(self.device), part)
+            )
+        return self._smaller[mask.digest] or self
+
+    def load(self, params: Params, mask: Mask) -> None:
+        """Copy `params ⊙ mask` into the working vector; the source stays as it is."""
+        with torch.no_grad():
+            flat = params.flat if mask.is_full else torch.where(mask.flat, params.flat, 0.0)
+            self.flat.copy_(flat if self.part is None else flat[self.part.index])
+
+    def unload(self, layout: Layout) -> Params:
+        """Return the working vector as weights of the whole model, in memory of their own."""
+        if self.part is None:
+            return Params(self.flat.to("cpu", copy=True), layout)
+        flat = torch.zeros(layout.size)
+        flat[self.part.index] = self.flat.cpu()
+        return Params(flat, layout)
+
+    def keep(self, mask: Mask) -> Tensor | None:
+        """Return the mask as a float32 factor for the working vector; None if it holds all of it."""
+        held = mask.flat if self.part is None else mask.flat[self.part.index]
+        return None if bool(held.all()) else held.to(self.device, torch.float32)
+
+    def batch(self, x: Tensor) -> Tensor:
+        """Return images as this engine computes them: on its device, for convolutions with channels last.
+
+        Convolutions and, above all, pooling are about a quarter faster that way on a CPU; values stay the
+        same.
+        """
+        if self.chain is not None:
+            return x.to(self.device)
+        n, channels, height, width = x.shape
+        # with one channel both orders are "contiguous", and only fresh memory has the strides that kernels
+        # look at
+        last = torch.empty((n, height, width, channels), device=self.device).permute(0, 3, 1, 2)
+        return last.copy_(x)
+
+    def gradient(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: int = 0,
+        loss: Loss | None = None,
+        view: View | None = None,
+        forward: Forward | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the loss of a batch and its gradient for each of `leaves`; zeros where a leaf has no part.
+
+        Args:
+            x: a batch, as `batch` returns it.
+            y: (batch,) int64, on this engine's device.
+            index: number of the step, for the loss.
+            loss: instead of the cross-entropy of the logits.
+            view: name → weight, differentiably mapped to what the forward pass uses.
+            forward: how logits are computed; the module's own way if None.
+        """
+        weights = self.leaves if view is None else dict(view(self.leaves))
+        features: list[Tensor] = []
+        with self._classifier_input(features) if loss is not None else nullcontext():
+            if forward is not None:
+                logits = forward(self.module, weights, x)
+            elif view is not None:
+                logits = torch.func.functional_call(self.module, weights, (x,))
+            else:
+                logits = self.module(x)
+        if loss is None:
+            value = cross_entropy(logits, y)
+        else:
+            value = loss(Step(x, y, logits, features[-1], self.leaves, index))
+        grads = torch.autograd.grad(value, tuple(self.leaves.values()), materialize_grads=True)
+        return value.detach(), grads
+
+    def dense(self, grads: tuple[Tensor, ...]) -> Tensor:
+        """Return gradients as one vector (size,) on the CPU; running statistics get zeros."""
+        flat = torch.zeros(self.layout.size, device=self.device)
+        for name, grad in zip(self.leaves, grads, strict=True):
+            flat[self.layout.spans[name]] = grad.reshape(-1)
+        return flat.cpu()
+
+    def optimizer(self, training: Training, weight_decay: float) -> "SGD | Adam":
+        """Return a fresh optimiser of the working vector: its state starts from zero."""
+        leaves = list(self.leaves.values())
+        if training.optimizer == "adam":
+            return Adam(leaves, weight_decay)
+        return SGD(leaves, training.momentum, weight_decay)
+
+    @contextmanager
+    def _classifier_input(self, seen: list[Tensor]) -> Iterator[None]:
+        """Note what the classifier is given."""
+        classifier = self.module.get_submodule(self.model.head)
+        hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def evaluate(self, params: Params, mask: Mask, x: Tensor, y: Tensor, batch: int = 250) -> "Outcome":
+        """Classify examples with `params ⊙ mask`: per example, right or wrong and the loss."""
+        self.load(params, mask)
+        self.module.eval()
+        logits = [self.module(self.batch(part)).cpu() for part in torch.split(x, batch)]
+        losses = [
+            cross_entropy(out, t, reduction="none")
+            for out, t in zip(logits, torch.split(y, batch), strict=True)
+        ]
+        right = [out.argmax(1) == t for out, t in zip(logits, torch.split(y, batch), strict=True)]
+        return Outcome(torch.cat(right).numpy(), torch.cat(losses).numpy())
+
+
+@dataclass
+class SGD:
+    """The step of torch.optim.SGD, fused over all tensors.
+
+    Args:
+        weights: the leaves, updated in place.
+        momentum: in [0, 1).
+        weight_decay: L2 penalty.
+    """
+
+    weights: list[Tensor]
+    momentum: float
+    weight_decay: float
+    _buffers: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def step(self, grads: tuple[Tensor, ...], lr: float) -> None:
+        """Move the weights against gradients."""
+        # never write into a gradient: autograd may give two weights the same one, or one that is expanded
+        gradients = list(grads)
+        if self.weight_decay:
+            gradients = list(torch._foreach_add(gradients, self.weights, alpha=self.weight_decay))
+        if self.momentum:
+            if not self._buffers:
+                self._buffers = [gradient.clone() for gradient in gradients]
+            else:
+                torch._foreach_mul_(self._buffers, self.momentum)
+                torch._foreach_add_(self._buffers, gradients)
+            gradients = self._buffers
+        torch._foreach_add_(self.weights, gradients, alpha=-lr)
+
+
+class Adam:
+    """torch.optim.Adam with its usual moments (0.9 and 0.999)."""
+
+    def __init__(self, weights: list[Tensor], weight_decay: float) -> None:
+        self._weights = weights
+        self._adam = torch.optim.Adam(weights, weight_decay=weight_decay, foreach=True)
+
+    def step(self, grads: tuple[Tensor, ...], lr: float) -> None:
+        """Move the weights against gradients."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        for weight, grad in zip(self._weights, grads, strict=True):
+            weight.grad = grad
+        self._adam.step()
+        for weight in self._weights:
+            weight.grad = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of each example: whether it was classified right (bool), and its cross-entropy (float32)."""
+
+    right: NDArray[np.bool_]
+    losses: NDArray[np.float32]
+
+    @property
+    def accuracy(self) -> float:
+        """Share classified right, in [0, 1]; NaN for no examples."""
+        return float(self.right.mean()) if len(self.right) else float("nan")
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy; NaN for no examples."""
+        return float(self.losses.mean(dtype=np.float64)) if len(self.losses) else float("nan")
