@@ -39,7 +39,9 @@ METRICS = (
     "flops/executed",
     "flops/server",
     "time/simulated_s",
+    "time/server_s",
     "time/wall_s",
+    "time/server_wall_s",
     "clients/selected",
     "clients/dropped",
 )

@@ -2,8 +2,9 @@
 
     header 32 B │ values of the held entries │ which entries are held │ extras
 
-Values are `fp32` (bit for bit), `fp16`, or `int8` (one byte each, and a scale and zero point per tensor). Of
-the ways to say which entries are held, the smallest is taken:
+Values are `fp32` (bit for bit), `fp16`, or `int8` (one byte each, and a scale and zero point per tensor); the
+few in vectors (biases, normalisation) may stay `fp32`. Of the ways to say which entries are held, the
+smallest is taken:
 
     dense     nothing: every entry is held
     known     8 bytes: the digest of a mask that the receiver holds already ("values only")
@@ -45,6 +46,8 @@ _GAPS = {3: "u1", 4: "<u2"}
 _RUNS = {5: "u1", 6: "<u2"}
 
 _MAGIC, _VERSION = b"FRAY", 1
+_EXACT_VECTORS = 128  # added to the value kind
+_COUNT = Struct("<I")
 _HEADER = Struct("<4sHBBQQQ")  # magic, version, value kind, position kind, entries, held, bytes of extras
 HEADER_BYTES = _HEADER.size
 DIGEST_BYTES = 8
@@ -81,12 +84,15 @@ class Codec:
             `int8`: 1 byte, affine over the held entries of each tensor as in FL-PQSU (IEEE Access 2021),
             over a range that includes 0; |x − x̂| ≤ scale = range / 255. A tensor that holds NaN or infinity
             arrives as NaN in all its held entries, so that the server sees it and leaves the update out.
+        exact_vectors: whether tensors of one dimension (biases, normalisation and its running statistics)
+            travel in `fp32` all the same. They are few, and a small variance that is rounded to 0 is ruinous.
 
     Raises:
         ConfigError: for an unknown kind of values.
     """
 
     values: ValueKind = "fp32"
+    exact_vectors: bool = False
 
     def __post_init__(self) -> None:
         if self.values not in _VALUES:
@@ -96,6 +102,11 @@ class Codec:
     def lossless(self) -> bool:
         """Whether the held weights arrive bit for bit."""
         return self.values == "fp32"
+
+    @property
+    def _apart(self) -> bool:
+        """Whether vectors are written apart from the rest."""
+        return self.exact_vectors and not self.lossless
 
     def encode(
         self, params: Params, mask: Mask, *, known: bytes | None = None, extras: Mapping[str, Extra] = {}
@@ -120,17 +131,19 @@ class Codec:
             raise ValueError(f"params have {params.layout.size} entries, the mask has {mask.layout.size}")
         flat = params.flat.numpy()
         index = None if mask.is_full else _index(mask, recurring=_is_known(mask, known))
-        values = _pack(self.values, flat if index is None else flat.take(index), index, mask.layout)
+        pack = _pack_apart if self._apart else _pack
+        values = pack(self.values, flat if index is None else flat.take(index), index, mask.layout)
         positions, where = _positions(mask, known, index)
         beside = encode_extras(extras)
-        kind = _VALUES.index(self.values)
+        kind = _VALUES.index(self.values) + _EXACT_VECTORS * self._apart
         header = _HEADER.pack(_MAGIC, _VERSION, kind, positions, mask.layout.size, mask.count, len(beside))
         return b"".join((header, *values, where, beside))  # the one copy of the values
 
     def size(self, mask: Mask, *, known: bytes | None = None, extras: Mapping[str, Extra] = {}) -> int:
         """Return the length in bytes of `encode(…)` for any weights under this mask without encoding them."""
         _, where = _positions(mask, known)
-        values_bytes = _values_bytes(self.values, mask.count, mask.layout)
+        exact = _held_in_vectors(mask) if self._apart else None
+        values_bytes = _values_bytes(self.values, mask.count, mask.layout, exact)
         return HEADER_BYTES + values_bytes + len(where) + extras_size(extras)
 
     def decode(self, payload: bytes, layout: Layout, *, known: Mapping[bytes, Mask] = {}) -> Decoded:
@@ -146,7 +159,8 @@ class Codec:
         """
         header = _read_header(payload, layout)
         rest = memoryview(payload)[HEADER_BYTES:]
-        values_bytes = _values_bytes(header.values, header.held, layout)
+        exact = _read_exact(header, rest)
+        values_bytes = _values_bytes(header.values, header.held, layout, exact)
         _expect(
             values_bytes + header.extras_bytes <= len(rest),
             "bytes after the header",
@@ -156,7 +170,8 @@ class Codec:
         # every length is known to fit the buffer, or the layout, before anything is allocated from it
         split = len(rest) - header.extras_bytes
         mask, index = _read_positions(header, rest[values_bytes:split], layout, known)
-        values = _unpack(header.values, rest[:values_bytes], index, layout)
+        unpack = _unpack if exact is None else _unpack_apart
+        values = unpack(header.values, rest[:values_bytes], index, layout)
         if index is not None:
             flat = np.zeros(layout.size, "<f4")
             flat[index] = values
@@ -167,6 +182,7 @@ class Codec:
 
 class _Header(NamedTuple):
     values: ValueKind
+    exact_vectors: bool
     positions: int
     held: int
     extras_bytes: int
@@ -182,11 +198,12 @@ def _read_header(payload: bytes, layout: Layout) -> _Header:
     magic, version, values, positions, entries, held, extras_bytes = _HEADER.unpack_from(payload)
     _expect(magic == _MAGIC, "magic", magic, _MAGIC)
     _expect(version == _VERSION, "version", version, _VERSION)
-    _expect(values < len(_VALUES), "kind of values", values, f"below {len(_VALUES)}")
+    apart, kind = divmod(values, _EXACT_VECTORS)
+    _expect(kind < len(_VALUES), "kind of values", values, f"below {len(_VALUES)}")
     _expect(positions < len(_POSITIONS), "kind of positions", positions, f"below {len(_POSITIONS)}")
     _expect(entries == layout.size, "entries of the model", entries, f"{layout.size} as in the layout")
     _expect(held <= entries, "held entries", held, f"at most {entries}")
-    return _Header(_VALUES[values], positions, held, extras_bytes)
+    return _Header(_VALUES[kind], bool(apart), positions, held, extras_bytes)
 
 
 def _is_known(mask: Mask, known: bytes | None) -> bool:
@@ -298,7 +315,20 @@ def _unpack_gaps(data: memoryview, dtype: str, entries: int) -> _Array:
     return index
 
 
-def _values_bytes(kind: ValueKind, held: int, layout: Layout) -> int:
+def _read_exact(header: _Header, rest: memoryview) -> int | None:
+    """Return how many entries are written exactly; None if the values are not in two parts."""
+    if not header.exact_vectors or not header.held:
+        return None
+    _expect(len(rest) >= _COUNT.size, "bytes after the header", len(rest), "a count: it is truncated")
+    exact: int = _COUNT.unpack_from(rest)[0]
+    _expect(exact <= header.held, "exact entries", exact, f"at most {header.held}")
+    return exact
+
+
+def _values_bytes(kind: ValueKind, held: int, layout: Layout, exact: int | None = None) -> int:
+    """Return the bytes of `held` values, `exact` of them (None: all are of one kind) apart in fp32."""
+    if exact is not None and held:
+        return _COUNT.size + 4 * exact + _values_bytes(kind, held - exact, layout)
     affine = _AFFINE_BYTES * len(layout.names) if kind == "int8" and held else 0
     return _VALUE_BYTES[kind] * held + affine
 
@@ -342,6 +372,44 @@ def _unpack(kind: ValueKind, data: memoryview, index: _Array | None, layout: Lay
             values[span] *= scales[tensor]
     # half a step beyond the largest weight may be beyond the largest float
     return np.clip(values, -_FLOAT_MAX, _FLOAT_MAX, out=values)
+
+
+def _in_vectors(index: _Array | None, layout: Layout) -> _Array:
+    """Return of each held entry whether it is in a tensor of one dimension, bool (held,)."""
+    flags = np.repeat([len(shape) == 1 for shape in layout.shapes], layout.sizes)
+    return flags if index is None else flags[index]
+
+
+def _held_in_vectors(mask: Mask) -> int:
+    return sum(
+        int(mask[name].count_nonzero()) for name, shape in mask.layout.shape_of.items() if len(shape) == 1
+    )
+
+
+def _pack_apart(
+    kind: ValueKind, values: _Array, index: _Array | None, layout: Layout
+) -> tuple[memoryview, ...]:
+    """Return a count, so many values of vectors in fp32, and the buffers of all others, as `_pack` does."""
+    if values.size == 0:
+        return ()
+    vector = _in_vectors(index, layout)
+    exact = np.ascontiguousarray(values[vector], "<f4")
+    rest = np.flatnonzero(~vector) if index is None else index[~vector]
+    return memoryview(_COUNT.pack(exact.size)), exact.data, *_pack(kind, values[~vector], rest, layout)
+
+
+def _unpack_apart(kind: ValueKind, data: memoryview, index: _Array | None, layout: Layout) -> _Array:
+    """Return the held values as a float32 array of its own (held,)."""
+    vector = _in_vectors(index, layout)
+    exact: int = _COUNT.unpack_from(data)[0]
+    found = int(np.count_nonzero(vector))
+    _expect(exact == found, "exact entries", exact, f"{found}, as many as are held in vectors")
+    split = _COUNT.size + 4 * exact
+    rest = np.flatnonzero(~vector) if index is None else index[~vector]
+    values = np.empty(vector.size, "<f4")
+    values[vector] = np.frombuffer(data[_COUNT.size : split], "<f4")
+    values[~vector] = _unpack(kind, data[split:], rest, layout)
+    return values
 
 
 def _held_spans(index: _Array | None, layout: Layout) -> Iterator[tuple[int, slice]]:

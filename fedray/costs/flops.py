@@ -10,6 +10,9 @@ Conventions:
   layer needs no gradient of its inputs; that is not deducted.
 * A gradient taken outside the mask, as regrowth needs it, is charged as dense: one forward pass under the
   mask and two dense ones. Evci et al. charge the gradient of the weights alone as dense.
+* A network with early exits (`models/fedlp_cnn.py`) is run whole, and its exits' heads cost nothing, unless
+  the mask holds nothing of its classifier. Then it is left early: what runs, on any device, are the layers
+  of which something is held, heads included.
 
 Sources: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix on FLOPs; for
 dense gradients the accounting in Huang et al., "FedRTS", NeurIPS 2025, arXiv 2501.19122.
@@ -39,11 +42,13 @@ class FlopModel:
     Args:
         layout: the model's layout.
         positions: name of a weight tensor → number of multiply-adds that each of its weights takes part in,
-            per example. Tensors that are not named cost nothing.
+            per example, in the order of a forward pass. Tensors that are not named cost nothing.
+        exits: the same for tensors that only an early exit runs.
     """
 
     layout: Layout
     positions: Mapping[str, int]
+    exits: Mapping[str, int] = field(default_factory=dict)
     _counted: dict[bytes, tuple[float, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -54,7 +59,8 @@ class FlopModel:
 
         Args:
             module: takes images (n, channels, height, width). On the CPU; tensors without values (on the meta
-                device) are taken as zeros.
+                device) are taken as zeros. Its attribute `exits`, if it has one, names the modules that each
+                early exit calls one after the other.
             input_shape: channels, height, width.
             layout: the module's layout.
 
@@ -67,7 +73,7 @@ class FlopModel:
         values = {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors if t.is_meta}
         probe = deepcopy(module, values).eval()
         names = {id(parameter): name for name, parameter in probe.named_parameters()}
-        positions: dict[str, int] = {}
+        counted: dict[str, int] = {}
 
         def count(layer: nn.Module, _: Any, output: Tensor) -> None:
             assert isinstance(layer, nn.Conv2d | nn.Linear)
@@ -75,18 +81,26 @@ class FlopModel:
             if name not in layout.spans:
                 raise ValueError(f"{name} is in the module, not in the layout; give the module's own layout")
             # a layer that is used twice, or shares its weight with another, counts twice
-            positions[name] = positions.get(name, 0) + output.numel() // layer.weight.shape[0]
+            counted[name] = counted.get(name, 0) + output.numel() // layer.weight.shape[0]
 
         for layer in probe.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.register_forward_hook(count)
+        exits: dict[str, int] = {}
         with torch.no_grad():
             probe(torch.zeros(1, *input_shape))
-        return cls(layout, positions)
+            positions = dict(counted)
+            for path in getattr(probe, "exits", ()):
+                counted.clear()
+                x = torch.zeros(1, *input_shape)
+                for name in path:
+                    x = probe.get_submodule(name)(x)
+                exits |= {name: n for name, n in counted.items() if name not in positions}
+        return cls(layout, positions, exits)
 
     def dense(self) -> float:
-        """Return the FLOPs of a forward pass with all weights."""
-        return 2.0 * sum(n * prod(self.layout.shape_of[name]) for name, n in self.positions.items())
+        """Return the FLOPs of a forward pass through the whole network with all weights."""
+        return self._all_of(self.positions)
 
     def forward(self, mask: Mask) -> float:
         """Return the FLOPs of a forward pass with the weights that are held: the theoretical count."""
@@ -108,7 +122,7 @@ class FlopModel:
             mask: the weights that are held.
             dense_gradient: whether gradients are taken for the masked weights too.
         """
-        return self._with_backward(self.forward(mask), dense_gradient)
+        return self._with_backward(self.forward(mask), mask, dense_gradient)
 
     def executed(self, mask: Mask, exploits: Exploits, *, dense_gradient: bool = False) -> float:
         """Return the FLOPs that a device really runs to train on one example: what drives its clock.
@@ -118,7 +132,7 @@ class FlopModel:
             exploits: which zeros the device can skip.
             dense_gradient: whether gradients are taken for the masked weights too.
         """
-        return self._with_backward(self.executed_forward(mask, exploits), dense_gradient)
+        return self._with_backward(self.executed_forward(mask, exploits), mask, dense_gradient)
 
     def executed_forward(self, mask: Mask, exploits: Exploits) -> float:
         """Return the FLOPs that a device really runs in a forward pass, per example.
@@ -128,11 +142,20 @@ class FlopModel:
             exploits: which zeros the device can skip.
         """
         if exploits == "nothing":
-            return self.dense()
+            return self._all_of(self._run(mask))
         return self.structured(mask) if exploits == "structured" else self.forward(mask)
 
-    def _with_backward(self, forward: float, dense_gradient: bool) -> float:
-        return forward + 2 * (self.dense() if dense_gradient else forward)
+    def _with_backward(self, forward: float, mask: Mask, dense_gradient: bool) -> float:
+        return forward + 2 * (self._all_of(self._run(mask)) if dense_gradient else forward)
+
+    def _run(self, mask: Mask) -> Mapping[str, int]:
+        """Return the positions of what a forward pass runs: the whole network, or what is held of it."""
+        if not self.exits or bool(mask[list(self.positions)[-1]].any()):
+            return self.positions
+        return {name: n for name, n in {**self.positions, **self.exits}.items() if bool(mask[name].any())}
+
+    def _all_of(self, positions: Mapping[str, int]) -> float:
+        return 2.0 * sum(n * prod(self.layout.shape_of[name]) for name, n in positions.items())
 
     def _count(self, mask: Mask) -> tuple[float, float]:
         """Return the unstructured and the structured count of a forward pass."""
@@ -141,7 +164,7 @@ class FlopModel:
         if mask.digest in self._counted:
             return self._counted[mask.digest]
         weights = structured = 0
-        for name, positions in self.positions.items():
+        for name, positions in self._run(mask).items():
             _, channels, *kernel = self.layout.shape_of[name]
             held = mask[name].flatten(1).numpy()  # (out, in · kernel)
             rows_kept = int(held.any(axis=1).sum())

@@ -9,7 +9,7 @@ whose other settings agree.
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan, sqrt
 from pathlib import Path
@@ -88,7 +88,14 @@ MEASURES = {
 }
 """Column of the table → metric, and what it is divided by."""
 
-AGAINST_FEDAVG = {"up MB": "up × FedAvg", "down MB": "down × FedAvg"}
+AGAINST_FEDAVG = {
+    "up MB": "up × FedAvg",
+    "down MB": "down × FedAvg",
+    "client TFLOP": "FLOP × FedAvg",
+    "simulated s": "simulated × FedAvg",
+}
+DIFFERENCE = "test − FedAvg"
+"""Column of the table: points of test accuracy, paired by seed."""
 
 Cells = dict[str, Any]
 """Column → what stands there, for one row."""
@@ -98,13 +105,14 @@ def comparison(runs: Sequence[RunData], target: float | None = None) -> "pd.Data
     """Return a table with a row per setting: final accuracies, density, and what all rounds cost together.
 
     Each measure has its mean over seeds and, beside it in `… ±`, half of the 95 % t-interval (NaN for one
-    seed). `up × FedAvg` and `down × FedAvg` divide by the FedAvg row whose settings outside `method` agree
-    (and, if there are several, whose method options agree too) after as many rounds; NaN where there is none.
+    seed). `… × FedAvg` divides by the FedAvg row whose settings outside `method` agree (if there are several,
+    the one that sends exact values; else the one whose method options agree too) after as many rounds; NaN
+    where there is none. `test − FedAvg` is the mean difference over the seeds that both have, in points.
 
     Args:
         runs: at least one.
         target: a validation accuracy in (0, 1]; adds rounds, MB sent up and simulated seconds until it was
-            reached, NaN where a run of the row never did.
+            reached (NaN where a run of the row never did), and how many of the row's runs did.
 
     Raises:
         ConfigError: if `target` is out of range.
@@ -130,8 +138,12 @@ def _row(row: Setting, rows: Sequence[Setting], usual_rounds: int | None, target
             if reference is not None:
                 base, _ = mean_and_interval([run.last(metric) / unit for run in reference.runs])
             cells[AGAINST_FEDAVG[column]] = mean / base if base else nan
+    if reference is not None and reference is not row:
+        cells[DIFFERENCE], cells[f"{DIFFERENCE} ±"] = mean_and_interval(_differences(row, reference))
+    else:
+        cells[DIFFERENCE] = cells[f"{DIFFERENCE} ±"] = nan
     if target is not None:
-        cells |= _until(row, target)
+        cells |= _until(row, reference, target)
     cells["rounds"] = nan if row.last_round is None else row.last_round
     notes = list(row.notes)
     if row.status == "finished" and row.last_round != usual_rounds:
@@ -139,15 +151,38 @@ def _row(row: Setting, rows: Sequence[Setting], usual_rounds: int | None, target
     return cells | {"status": "; ".join([row.progress, *notes])}
 
 
-def _until(row: Setting, target: float) -> Cells:
-    reached = [accuracy_at(run, target) for run in row.runs]
-    there = [r for r in reached if r is not None]
-    complete = len(there) == len(reached)
-    return {
-        f"rounds to {target:.2f}": fmean(r.round for r in there) if complete else nan,
-        f"up MB to {target:.2f}": fmean(r.up_bytes / MEGA for r in there) if complete else nan,
-        f"seconds to {target:.2f}": fmean(r.simulated_s for r in there) if complete else nan,
-    }
+def _differences(row: Setting, reference: Setting) -> list[float]:
+    """Return test accuracy minus FedAvg's, in points, for each seed that both have."""
+    base = {run.seed: run.last("test/accuracy") for run in reference.runs}
+    return [100 * (run.last("test/accuracy") - base[run.seed]) for run in row.runs if run.seed in base]
+
+
+def _until(row: Setting, reference: Setting | None, target: float) -> Cells:
+    """Return what it took to reach the target, on average over runs that all did."""
+
+    def reached(setting: Setting) -> list[Reached]:
+        found = [accuracy_at(run, target) for run in setting.runs]
+        return [r for r in found if r is not None]
+
+    there, base = reached(row), reached(reference) if reference is not None else []
+    cells: Cells = {f"reached {target:.2f}": len(there)}
+    for column, value in UNTIL.items():
+        name = f"{column} to {target:.2f}"
+        complete = len(there) == len(row.runs)
+        mean, half = mean_and_interval([value(r) for r in there]) if complete else (nan, nan)
+        cells |= {name: mean, f"{name} ±": half}
+        if column == "seconds":
+            whole = reference is not None and len(base) == len(reference.runs)
+            cells[f"{name} × FedAvg"] = mean / fmean(value(r) for r in base) if whole else nan
+    return cells
+
+
+UNTIL: dict[str, Callable[[Reached], float]] = {
+    "rounds": lambda reached: float(reached.round),
+    "up MB": lambda reached: reached.up_bytes / MEGA,
+    "seconds": lambda reached: reached.simulated_s,
+}
+"""Column of a target → what it holds."""
 
 
 def _fedavg_for(row: Setting, rows: Sequence[Setting]) -> Setting | None:
@@ -168,9 +203,14 @@ def _fedavg_for(row: Setting, rows: Sequence[Setting]) -> Setting | None:
         and (other.status, other.last_round) == (row.status, row.last_round)
         and outside(other.flat) == outside(row.flat)
     ]
+    exact = [o for o in candidates if {options(o.flat).get(key) for key in VALUES} <= {"fp32", None}]
     agreeing = [o for o in candidates if options(o.flat).items() <= options(row.flat).items()]
-    chosen = agreeing or candidates
+    chosen = exact if len(exact) == 1 else agreeing or candidates
     return chosen[0] if len(chosen) == 1 else None
+
+
+VALUES = ("method.uplink_values", "method.downlink_values")
+"""Options that say how values are written; FedAvg with coarse ones is a row to compare, not the reference."""
 
 
 # ── showing
@@ -228,8 +268,8 @@ def _in_two_lines(header: str) -> str:
 
 
 def to_markdown(frame: "pd.DataFrame") -> str:
-    """Return a comparison as a table in Markdown."""
-    shown = _shown(frame)
+    """Return a comparison as a table in Markdown, with an interval wherever there is one."""
+    shown = _shown(frame, intervals=True)
     rows = [
         list(shown),
         ["---" if name in TEXT_COLUMNS else "---:" for name in shown],
@@ -239,11 +279,12 @@ def to_markdown(frame: "pd.DataFrame") -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
-def _shown(frame: "pd.DataFrame") -> dict[str, list[str]]:
+def _shown(frame: "pd.DataFrame", *, intervals: bool = False) -> dict[str, list[str]]:
     """Return header → cells as text: interval and ratio stand in the cell of what they belong to."""
     shown: dict[str, list[str]] = {}
+    beside = {*AGAINST_FEDAVG.values(), DIFFERENCE}
     for column in map(str, frame.columns):
-        if column.endswith(" ±") or column in AGAINST_FEDAVG.values():
+        if column.endswith((" ±", " × FedAvg")) or column in beside or column.startswith("reached "):
             continue
         values = list(frame[column])
         if column in TEXT_COLUMNS:
@@ -251,16 +292,42 @@ def _shown(frame: "pd.DataFrame") -> dict[str, list[str]]:
         elif column.endswith("accuracy"):
             halves = frame[f"{column} ±"]
             shown[column] = [_accuracy(mean, half) for mean, half in zip(values, halves, strict=True)]
-        elif column in AGAINST_FEDAVG:
-            ratios = frame[AGAINST_FEDAVG[column]]
-            shown[f"{column} (× FedAvg)"] = [
-                f"{_number(value)} ({_ratio(ratio)})" for value, ratio in zip(values, ratios, strict=True)
-            ]
-        elif column == "client TFLOP" and not frame[column].max() >= 1:
-            shown["client GFLOP"] = [_number(1000 * value) for value in values]
         else:
-            shown[column] = [_number(value) for value in values]
+            name, cells = _cost_cells(frame, column, intervals)
+            shown[name] = cells
+        if column == "test accuracy" and intervals and frame[DIFFERENCE].notna().any():
+            pairs = zip(frame[DIFFERENCE], frame[f"{DIFFERENCE} ±"], strict=True)
+            shown[DIFFERENCE] = [_points(mean, half) for mean, half in pairs]
     return shown
+
+
+def _cost_cells(frame: "pd.DataFrame", column: str, intervals: bool) -> tuple[str, list[str]]:
+    """Return header and cells of a column of numbers: `mean ± half (ratio×)`."""
+    values, scale, header = frame[column], 1.0, column
+    if column == "client TFLOP" and not values.max() >= 1:
+        scale, header = 1000.0, "client GFLOP"
+    cells = [_number(scale * value) for value in values]
+    if intervals and f"{column} ±" in frame and column != "density":
+        halves = frame[f"{column} ±"]
+        cells = [
+            f"{cell} ±{_number(scale * half)}" if isfinite(half) and half else cell
+            for cell, half in zip(cells, halves, strict=True)
+        ]
+    ratio = AGAINST_FEDAVG.get(column, f"{column} × FedAvg")
+    if ratio in frame:
+        header += " (× FedAvg)"
+        cells = [f"{cell} ({_ratio(value)})" for cell, value in zip(cells, frame[ratio], strict=True)]
+    target = column.partition(" to ")[2]
+    if column.startswith("seconds to ") and f"reached {target}" in frame:
+        reached = zip(values, frame[f"reached {target}"], frame["n"], cells, strict=True)
+        cells = [cell if isfinite(v) else f"— ({there} of {n})" for v, there, n, cell in reached]
+    return header, cells
+
+
+def _points(mean: float, half: float) -> str:
+    if not isfinite(mean):
+        return "—"
+    return f"{mean:+.1f}" if not isfinite(half) else f"{mean:+.1f} ±{half:.1f}"
 
 
 def _accuracy(mean: float, half: float) -> str:
@@ -287,8 +354,8 @@ LEGEND = """
 Accuracies: share of right answers of the final model on the validation and the test examples; ± is half of
 the 95 % t-interval over n seeds. Bytes, FLOPs (masked weights are free) and simulated seconds are totals from
 the start, set-up included; × FedAvg divides by the FedAvg row whose other settings agree, after as many
-rounds. `table.csv` has the intervals of all columns. A dash: not measured, not reached by every seed, or
-nothing to compare with.
+rounds; test − FedAvg is the difference in points, paired by seed. A dash: not measured, not reached by every
+seed (with how many did), or nothing to compare with.
 """
 
 

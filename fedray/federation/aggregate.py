@@ -31,13 +31,15 @@ class Fold:
 
     Args:
         weight: a client counts by its number of examples, or like every other.
-        by: who holds a coordinate: the update's mask, or (FRLP's literal text) whoever has `w ≠ 0` there.
+        by: who counts for a coordinate: who holds it by the update's mask; (FRLP's literal text) whoever has
+            `w ≠ 0` there; or everyone who sent anything, an absent weight being a zero (plain FedAvg of
+            sparse models).
         keep_updates: keep each model beside the sum, for the rare method that needs them; costs a model per
             client.
     """
 
     weight: Literal["examples", "uniform"] = "examples"
-    by: Literal["mask", "nonzero"] = "mask"
+    by: Literal["mask", "nonzero", "everyone"] = "mask"
     keep_updates: bool = False
 
 
@@ -66,11 +68,13 @@ class Partial:
     def add(self, client: int, num_examples: int, update: ClientUpdate) -> None:
         """Add one client's update, which must be finite under its mask."""
         weight = float(num_examples) if self.fold.weight == "examples" else 1.0
-        mask = update.mask
+        params, mask = update.params, update.mask
         if self.fold.by == "nonzero":
-            mask = Mask(mask.flat & (update.params.flat != 0), self.layout)
+            mask = Mask(mask.flat & (params.flat != 0), self.layout)
+        if self.fold.by == "everyone" and mask.count and not mask.is_full:
+            params, mask = params.masked(mask), Mask.full(self.layout)
         if mask.count:  # a silent client adds nothing, and must not make a common mask a vector
-            self._add_params(update.params, mask, weight)
+            self._add_params(params, mask, weight)
         for name, value in update.sums.items():
             # votes travel as bool or uint8, and add up to more than these can hold
             array = value.detach().numpy().astype(np.float32 if value.is_floating_point() else np.int64)

@@ -7,6 +7,7 @@ terms, distillation, sums of gradients, other views of the weights) are argument
 nothing can train past the meter.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,16 +26,22 @@ __all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "St
 
 @dataclass
 class Meter:
-    """What a client has computed so far in this call."""
+    """What a client has computed so far in this call; `wall_s` is measured, not simulated.
+
+    `loss` is the mean over the examples that the last `sgd` saw, `last_loss` that of its last batch alone.
+    """
 
     flops: float = 0.0
     executed_flops: float = 0.0
+    wall_s: float = 0.0
     loss: float = float("nan")
+    last_loss: float = float("nan")
 
-    def charge(self, flops: float, executed_flops: float) -> None:
-        """Add FLOPs: the theoretical count, and what the device really runs."""
+    def charge(self, flops: float, executed_flops: float, started: float) -> None:
+        """Add FLOPs (the theoretical count, and what the device really runs) and the time since `started`."""
         self.flops += flops
         self.executed_flops += executed_flops
+        self.wall_s += time.perf_counter() - started
 
 
 @dataclass
@@ -128,6 +135,7 @@ class Client:
             raise MethodError("client.sgd takes epochs or steps, not both")
         if not self.num_examples:
             raise MethodError(f"client {self.id} has no examples to train on")
+        started = time.perf_counter()
         training, rate = self._training, self.lr if lr is None else lr
         plain = loss is None and on_grad is None and view is None and forward is None
         engine = self._engine.smaller(mask) if plain and on_step is None else self._engine
@@ -137,7 +145,7 @@ class Client:
         simple = plain and training.optimizer == "sgd" and not training.momentum
         chain = engine.chain if simple else None
         optimizer = engine.optimizer(training, training.weight_decay)
-        total, seen = torch.zeros((), device=engine.device), 0
+        total, value, seen = torch.zeros((), device=engine.device), torch.tensor(float("nan")), 0
         rng = self.rng if seed is None else self._generator(seed)
         for index, rows in enumerate(self._batches(rng, epochs, steps)):
             x, y = self._batch(rows)
@@ -156,8 +164,9 @@ class Client:
                 with torch.no_grad():
                     engine.flat.mul_(keep)
             total, seen = total.add_(value, alpha=len(rows)), seen + len(rows)
-        self._charge(seen, mask, dense_gradient=on_grad is not None)
+        self._charge(seen, mask, started, dense_gradient=on_grad is not None)
         self.meter.loss = float(total) / seen if seen else float("nan")
+        self.meter.last_loss = float(value)
         return engine.unload(self._engine.layout)
 
     def grad(
@@ -174,6 +183,7 @@ class Client:
             loss: instead of the cross-entropy of the logits.
             batches: look at so many batches of the method's size, drawn at random; None: at all examples.
         """
+        started = time.perf_counter()
         self._engine.load(params, mask)
         self._engine.module.train()
         total, seen = torch.zeros(self._engine.layout.size), 0
@@ -186,15 +196,17 @@ class Client:
             _, grads = self._engine.gradient(x, y, 0, loss)
             total.add_(self._engine.dense(grads), alpha=len(rows))
             seen += len(rows)
-        self._charge(seen, mask, dense_gradient=True)
+        self._charge(seen, mask, started, dense_gradient=True)
         return total / seen
 
     def evaluate(self, params: Params, mask: Mask) -> Outcome:
         """Classify this client's examples with `params ⊙ mask`; one forward pass is charged."""
-        flops = self._engine.flops
+        started = time.perf_counter()
+        outcome = self._engine.evaluate(params, mask, self.x, self.y)
+        flops, n = self._engine.flops, self.num_examples
         executed = flops.executed_forward(mask, self.info.profile.exploits)
-        self.meter.charge(flops.forward(mask) * self.num_examples, executed * self.num_examples)
-        return self._engine.evaluate(params, mask, self.x, self.y)
+        self.meter.charge(flops.forward(mask) * n, executed * n, started)
+        return outcome
 
     def _batches(self, rng: np.random.Generator, epochs: int | None, steps: int | None) -> Iterator[Tensor]:
         size, given = self._training.batch_size, steps is not None
@@ -213,10 +225,11 @@ class Client:
         x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
         return self._engine.batch(x), y.to(self._engine.device)
 
-    def _charge(self, examples: int, mask: Mask, *, dense_gradient: bool) -> None:
+    def _charge(self, examples: int, mask: Mask, started: float, *, dense_gradient: bool) -> None:
         flops = self._engine.flops
         executed = flops.executed(mask, self.info.profile.exploits, dense_gradient=dense_gradient)
-        self.meter.charge(flops.train(mask, dense_gradient=dense_gradient) * examples, executed * examples)
+        theoretical = flops.train(mask, dense_gradient=dense_gradient)
+        self.meter.charge(theoretical * examples, executed * examples, started)
 
 
 ClientFunction = Callable[[Task, Client], ClientUpdate]

@@ -32,6 +32,7 @@ from fedray.federation.population import draw_cohort, sample
 from fedray.federation.worker import Chunk, Job, Memory, Order, Worker, Workplace, reject_unknown
 from fedray.randomness import generator
 from fedray.types import (
+    METRICS,
     ClientInfo,
     ClientRecord,
     Cost,
@@ -43,6 +44,9 @@ from fedray.types import (
     ServerState,
     Task,
 )
+
+TOTALS = (*(n for n in METRICS if n.startswith(("bytes/", "flops/", "time/"))), "clients/dropped")
+"""What is added up over a run."""
 
 SERVER = -1
 """The server's id where it acts as a client of its own."""
@@ -323,6 +327,7 @@ class Server:
             "flops/executed": clients.executed_flops,
             "flops/server": server.flops,
             "time/simulated_s": simulated_s + server.seconds,
+            "time/server_s": server.seconds,
             "clients/selected": float(len(records)),
             "clients/dropped": float(sum(r.fate != "folded" for r in records)),
         }
@@ -336,10 +341,9 @@ class Server:
             outcome = self.evaluate(self.side.validation)
             metrics |= {"val/accuracy": outcome.accuracy, "val/loss": outcome.loss}
         metrics["time/wall_s"] = time.perf_counter() - started
+        metrics["time/server_wall_s"] = self._phase.server.meter.wall_s if self._phase.server else 0.0
         totals = self.checkpoint.totals
-        for name in ("bytes/up", "bytes/down", "flops/clients", "flops/executed", "flops/server"):
-            totals[name] = totals.get(name, 0.0) + metrics[name]
-        for name in ("time/simulated_s", "time/wall_s", "clients/dropped"):
+        for name in TOTALS:
             totals[name] = totals.get(name, 0.0) + metrics[name]
         metrics |= {f"total/{name}": value for name, value in totals.items()}
         return RoundReport(round, metrics, records, _notes(records))

@@ -11,7 +11,8 @@ Differs from the paper (readings of unclear points, with the flag that restores 
 * pruning "before training" in round t+1 is pruning at the end of round t;
 * clients keep zeros at zero (`zeros="enforce"`); literal regrowth is `regrow`, re-pruning before the upload
   `reprune`;
-* FedSA reads who holds a weight from the mask; the literal `w ≠ 0` is `aggregation="nonzero"`;
+* FedSA reads who holds a weight from the mask; the literal `w ≠ 0` is `aggregation="nonzero"`, the paper's
+  FedAvg of sparse models `aggregation="everyone"`;
 * the process is solved by line search, which its optimal policy is; a trained agent takes the solver's place.
 """
 
@@ -71,7 +72,8 @@ class FRLP(Method):
         winit: what the distance is measured from: the random initialisation, the pre-trained model, or the
             model before each event.
         zeros: what clients do with pruned weights.
-        aggregation: who holds a weight: by the mask, or whoever has `w ≠ 0`.
+        aggregation: who counts for a weight: who holds it by the mask (FedSA), whoever has `w ≠ 0` (FedSA to
+            the letter), or everyone (plain FedAvg, the paper's partner of FedSA).
     """
 
     citation: ClassVar[str] = "Nie et al., CSA 33(5), 2024"
@@ -93,7 +95,7 @@ class FRLP(Method):
     broadcast_finetuned: bool = True
     winit: Literal["random", "pretrained", "preprune"] = "random"
     zeros: Literal["enforce", "regrow", "reprune"] = "enforce"
-    aggregation: Literal["mask", "nonzero"] = "mask"
+    aggregation: Literal["mask", "nonzero", "everyone"] = "mask"
 
     @property
     def zero_policy(self) -> Literal["enforce", "regrow", "reprune"]:
@@ -102,7 +104,7 @@ class FRLP(Method):
 
     @property
     def fold(self) -> Fold:
-        """FedSA: the mask-aware mean, or its literal form."""
+        """FedSA: the mask-aware mean, or its literal form; or plain FedAvg."""
         return Fold(by=self.aggregation)
 
     def check(self, setting: Setting) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from fedray.errors import ConfigError, unknown
 from fedray.models.cnn import CNN
+from fedray.models.fedlp_cnn import FEDLP_CNN, FEDLP_CNN_EXITS
 from fedray.models.lenet import LENET5
 from fedray.models.mlp import MLP
 from fedray.models.resnet import RESNET18
@@ -26,6 +27,8 @@ MODELS: dict[str, Architecture] = {
     "vgg11": VGG11,
     "vgg19_bn": VGG19_BN,
     "resnet18": RESNET18,
+    "fedlp_cnn": FEDLP_CNN,
+    "fedlp_cnn_exits": FEDLP_CNN_EXITS,
 }
 """Name in a config → architecture."""
 

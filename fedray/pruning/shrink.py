@@ -5,14 +5,16 @@ layer that takes it in, and all of these entries are then False in the mask, pru
 an ordinary smaller network, and `shrink` says where each of its entries lies in the whole one.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod, sqrt
 
 import torch
 from torch import Tensor
 
-from fedray.types import ChannelGroup, Layout, Mask
+from fedray.errors import MethodError
+from fedray.types import ChannelGroup, Layout, Mask, Params
 
 WORTHWHILE = 0.75
 """A model is trained as a smaller one if at most this share of its entries is left."""
@@ -38,11 +40,51 @@ def best_channels(scores: Tensor, share: float) -> Tensor:
     Args:
         scores: (n,).
         share: of the channels that are kept, in (0, 1].
+
+    Raises:
+        MethodError: if a score is NaN.
     """
-    count = max(1, ceil(share * len(scores) - 1e-9))
+    if count := int(scores.isnan().sum()):
+        raise MethodError(f"{count:,} of {len(scores):,} channels score NaN: they cannot be ranked")
     kept = torch.zeros(len(scores), dtype=torch.bool)
-    kept[scores.sort(descending=True, stable=True).indices[:count]] = True
+    kept[scores.sort(descending=True, stable=True).indices[: channels_at(share, len(scores))]] = True
     return kept
+
+
+def channels_at(share: float, size: int) -> int:
+    """Return ⌈share · size⌉, how many of `size` channels a share in [0, 1] is; at least one."""
+    return max(1, ceil(share * size - 1e-9))  # not 8 of 10 where the share is 0.7 and a rounding error
+
+
+def density_at(share: float, layout: Layout, groups: Sequence[ChannelGroup]) -> float:
+    """Return the share of the prunable weights that is left if each group keeps a share of its channels.
+
+    Args:
+        share: in [0, 1]; at 0 a channel of each group is left.
+        layout: the model's layout.
+        groups: the model's.
+    """
+    kept = {group.name: channels_at(share, group.size) for group in groups}
+    shapes = _shapes(layout, groups, kept)
+    prunable = layout.prunable_count
+    return sum(prod(shapes[name]) for name in layout.prunable_names) / prunable if prunable else 1.0
+
+
+def share_for(density: float, layout: Layout, groups: Sequence[ChannelGroup]) -> float:
+    """Return the share of channels, the same in each group, whose `density_at` is nearest to a density.
+
+    Found by bisection: the density grows with the share, in steps, and only at shares k / size of a group. Of
+    two that are as near, the smaller is returned.
+
+    Args:
+        density: share of the prunable weights, in (0, 1].
+        layout: the model's layout.
+        groups: the model's, at least one.
+    """
+    shares = sorted({k / group.size for group in groups for k in range(1, group.size + 1)})
+    above = bisect_left(shares, density, key=lambda share: density_at(share, layout, groups))
+    near = shares[max(0, above - 1) : above + 1]
+    return min(near, key=lambda share: abs(density_at(share, layout, groups) - density))
 
 
 def channel_mask(
@@ -82,6 +124,26 @@ def removed_entries(mask: Mask, groups: Sequence[ChannelGroup]) -> Tensor:
     return gone
 
 
+def as_initialised(params: Params, mask: Mask, groups: Sequence[ChannelGroup]) -> Params:
+    """Return initial weights in the scale of the smaller model's own initialisation.
+
+    PyTorch draws a layer's weights and biases from ±1/√fan_in. A layer that lost input channels has a smaller
+    fan_in, so its weights and bias are multiplied by √(fan_in before / fan_in after).
+
+    Args:
+        params: of the whole model, as they were drawn.
+        mask: the whole model's, without the removed channels; some of each group are left.
+        groups: the model's.
+    """
+    scaled = params.clone()
+    for group in groups:
+        left = group.size - int(removed_channels(mask, group).count_nonzero())
+        bias = f"{group.columns.removesuffix('weight')}bias"
+        for name in {group.columns, bias} & scaled.keys():
+            scaled[name].mul_(sqrt(group.size / left))
+    return scaled
+
+
 @dataclass(frozen=True)
 class Shrunken:
     """A physically smaller model.
@@ -98,7 +160,8 @@ class Shrunken:
 def shrink(mask: Mask, groups: Sequence[ChannelGroup]) -> Shrunken | None:
     """Return the smaller model without the removed channels, or None if that would save too little.
 
-    Entries that the mask does not hold in channels that stay are kept; they have to be masked there too.
+    None also where a group lost all its channels: there are no layers of width zero. Entries that the mask
+    does not hold in channels that stay are kept; they have to be masked there too.
 
     Args:
         mask: of the whole model.
@@ -106,16 +169,24 @@ def shrink(mask: Mask, groups: Sequence[ChannelGroup]) -> Shrunken | None:
     """
     gone = removed_entries(mask, groups)
     left = mask.layout.size - int(gone.count_nonzero())
-    if left > WORTHWHILE * mask.layout.size:
+    kept = {g.name: g.size - int(removed_channels(mask, g).count_nonzero()) for g in groups}
+    if left > WORTHWHILE * mask.layout.size or 0 in kept.values():
         return None
-    shapes = {name: list(shape) for name, shape in mask.layout.shape_of.items()}
-    for group in groups:
-        count = int(removed_channels(mask, group).count_nonzero())
-        for name in group.rows:
-            shapes[name][0] -= count
-        shapes[group.columns][1] -= count * group.spread
-    layout = replace(mask.layout, shapes=tuple(tuple(shapes[name]) for name in mask.layout.names))
+    shapes = _shapes(mask.layout, groups, kept)
+    layout = replace(mask.layout, shapes=tuple(shapes[name] for name in mask.layout.names))
     return Shrunken(layout, (~gone).nonzero().squeeze(1))
+
+
+def _shapes(
+    layout: Layout, groups: Sequence[ChannelGroup], kept: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Return name → shape when each group keeps so many channels."""
+    shapes = {name: list(shape) for name, shape in layout.shape_of.items()}
+    for group in groups:
+        for name in group.rows:
+            shapes[name][0] = kept[group.name]
+        shapes[group.columns][1] -= (group.size - kept[group.name]) * group.spread
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _entries(layout: Layout, group: ChannelGroup, channels: Tensor) -> Tensor:

@@ -177,14 +177,44 @@ def test_markdown(two):
     table = to_markdown(comparison([load_run(p) for p in find_runs([two])], target=0.8))
     head, rule, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
     assert head[:5] == ["setting", "n", "val accuracy", "test accuracy", "density"]
-    assert head[5:9] == ["up MB (× FedAvg)", "down MB (× FedAvg)", "client TFLOP", "simulated s"]
-    assert head[9:] == ["rounds to 0.80", "up MB to 0.80", "seconds to 0.80", "rounds", "status"]
+    costs = ["up MB", "down MB", "client TFLOP", "simulated s"]
+    assert head[5:9] == [f"{cost} (× FedAvg)" for cost in costs]
+    until = ["rounds to 0.80", "up MB to 0.80", "seconds to 0.80 (× FedAvg)"]
+    assert head[9:] == [*until, "rounds", "status"]
     assert rule == ["---", *["---:"] * 12, "---"]
     done, going_on = rows
     assert done[:5] == ["fedavg", "2", "0.805 ±0.064", "0.750 ±0.000", "1"]
-    assert done[5:] == ["100 (1×)", "200 (1×)", "2", "20", "2", "100", "20", "2", "finished"]
+    assert done[5:9] == ["100 (1×)", "200 (1×)", "2 (1×)", "20 (1×)"]
+    assert done[9:] == ["2", "100", "20 (1×)", "2", "finished"]
     assert going_on[:5] == ["staged", "1", "0.400", "—", "1"]
-    assert going_on[5:] == ["617 (—)", "1,234 (—)", "1", "10", "—", "—", "—", "1", "unfinished at round 1"]
+    assert going_on[5:9] == ["617 (—)", "1,234 (—)", "1 (—)", "10 (—)"]
+    assert going_on[9:] == ["—", "—", "— (0 of 1)", "1", "unfinished at round 1"]
+
+
+def test_markdown_has_differences_and_intervals(tmp_path):
+    for seed, (test, up) in enumerate([(0.70, 40e6), (0.74, 60e6)]):
+        write_run(tmp_path / f"d{seed}", {"seed": seed}, test=test, up=up)
+        write_run(tmp_path / f"p{seed}", staged() | {"seed": seed}, test=test + 0.01 * (1 + seed), up=up / 4)
+    frame = comparison([load_run(p) for p in find_runs([tmp_path])])
+    rows = frame.set_index("setting")
+    # +1 and +2 points: mean 1.5, sd 0.7071, t(1) = 12.706, half = 12.706 · 0.7071 / √2
+    assert rows.loc["staged", "test − FedAvg"] == pytest.approx(1.5)
+    assert rows.loc["staged", "test − FedAvg ±"] == pytest.approx(6.353, abs=1e-3)
+    assert rows["test − FedAvg"].isna().tolist() == [True, False]
+    assert rows.loc["staged", "FLOP × FedAvg"] == 1
+    table = to_markdown(frame)
+    assert "| +1.5 ±6.4 |" in table
+    assert "| 25 ±63.5 (0.25×) |" in table  # 20 and 30 MB
+
+
+def test_fedavg_with_coarse_values_is_compared_and_not_the_reference(tmp_path):
+    coarse = {"method.uplink_values": "int8"}
+    rows = rows_of(
+        write_run(tmp_path / "a", {"method.uplink_values": "fp32"}, up=100e6),
+        write_run(tmp_path / "b", coarse, up=25e6),
+        write_run(tmp_path / "c", staged(**{"uplink_values": "int8"}), up=10e6),
+    )
+    assert rows["up × FedAvg"].tolist() == pytest.approx([1, 0.25, 0.1])
 
 
 def test_a_bar_in_a_label_does_not_end_a_cell(tmp_path):
@@ -216,8 +246,8 @@ def test_what_all_rows_share_stands_below(tmp_path):
 def test_small_counts_are_shown_in_gflop(two):
     frame = comparison([load_run(p) for p in find_runs([two])])
     frame["client TFLOP"] = [0.0123, 0.004]
-    assert "| client GFLOP |" in to_markdown(frame)
-    assert "| 12.3 |" in to_markdown(frame)
+    assert "| client GFLOP (× FedAvg) |" in to_markdown(frame)
+    assert "| 12.3 " in to_markdown(frame)
 
 
 # ── writing

@@ -113,6 +113,21 @@ def test_by_nonzero_leaves_zeros_out_of_the_mean():
     assert values(literal.mean(update(-1, -2, -3, -4).params)) == [4, 2, 7, -4]
 
 
+def test_by_everyone_an_absent_weight_is_a_zero():
+    updates = update(1, 2, 3, 4, held=mask(1, 0, 1, 1)), update(5, 6, 7, NAN, held=mask(1, 1, 0, 0))
+    folded = partial(*updates, fold=Fold(by="everyone"))
+    assert values(folded.mean()) == [(1 + 3 * 5) / 4, 3 * 6 / 4, 3 / 4, 1.0]
+    silent = partial(updates[0], update(9, 9, 9, 9, held=mask(0, 0, 0, 0)), fold=Fold(by="everyone"))
+    assert values(silent.mean()) == [1, 0, 3, 4]
+
+
+def test_by_everyone_is_by_mask_where_all_hold_the_same():
+    held = mask(1, 0, 1, 1)
+    updates = update(0.1, 0, 0.7, 0.3, held=held), update(0.2, 0, 0.9, 1.3, held=held)
+    folds = [partial(*updates, fold=Fold(by=by)).mean() for by in ("mask", "everyone")]
+    assert values(folds[0]) == values(folds[1])
+
+
 def test_by_nonzero_takes_nothing_from_outside_the_mask():
     folded = partial(update(5, 7, 3, 4, held=mask(0, 1, 1, 1)), n=[1], fold=Fold(by="nonzero"))
     assert values(folded.mean()) == [0, 7, 3, 4]

@@ -36,7 +36,7 @@ from tests import small
 
 WEIGHTS = 163
 DENSE = 2 * (8 * 16 + 3 * 8)
-CLOCKS = ("time/wall_s", "total/time/wall_s")
+CLOCKS = tuple(f"{total}time/{clock}" for total in ("", "total/") for clock in ("wall_s", "server_wall_s"))
 
 
 class SpyPool(LocalPool):
@@ -133,6 +133,7 @@ def test_a_round_by_hand():
             "flops/executed": 4 * flops,
             "flops/server": 0,
             "time/simulated_s": slowest_s,
+            "time/server_s": 0,
             "clients/selected": 2,
             "clients/dropped": 0,
             "train/loss": math.log(3),
@@ -144,6 +145,7 @@ def test_a_round_by_hand():
             "total/flops/executed": 4 * flops,
             "total/flops/server": 0,
             "total/time/simulated_s": slowest_s,
+            "total/time/server_s": 0,
             "total/clients/dropped": 0,
         }.items()
     }
