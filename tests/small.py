@@ -27,6 +27,7 @@ from fedray.federation.pool import ClientPool, LocalPool
 from fedray.federation.population import Population
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Worker, Workplace
+from fedray.models.norms import Norm
 from fedray.models.spec import Architecture, InputShape, ModelSpec
 from fedray.types import DeviceProfile, RoundReport
 
@@ -129,6 +130,7 @@ def workplace(
     rules: Rules = RULES,
     server_rows: int = 0,
     architecture: Architecture = MLP,
+    norm: Norm = "average",
     prune_last: bool = False,
     data: Dataset | None = None,
     partition: Partition | None = None,
@@ -143,6 +145,7 @@ def workplace(
         rules: which updates count.
         server_rows: examples that are kept from the clients, for the server.
         architecture: MLP, CNN, LINEAR or another one.
+        norm: the policy for its batch normalisation.
         prune_last: whether the last layer's weights may be pruned.
         data: what is learnt; `dataset()` if None.
         partition: who has which examples of it.
@@ -152,7 +155,9 @@ def workplace(
     if partition is None:
         rows = np.arange(server_rows, len(data.train) - VALIDATION)
         partition = QuantitySkew(alpha=5.0).split(data.train.y, None, rows, clients, seed)
-    model = ModelSpec.of("small", architecture, data.input_shape, data.num_classes, prune_last=prune_last)
+    model = ModelSpec.of(
+        "small", architecture, data.input_shape, data.num_classes, norm=norm, prune_last=prune_last
+    )
     return Workplace(
         model=model,
         flops=FlopModel.trace(model.bind(model.init(seed).flat), data.input_shape, model.layout),

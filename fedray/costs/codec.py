@@ -375,14 +375,14 @@ def _unpack(kind: ValueKind, data: memoryview, index: _Array | None, layout: Lay
 
 
 def _in_vectors(index: _Array | None, layout: Layout) -> _Array:
-    """Return of each held entry whether it is in a tensor of one dimension, bool (held,)."""
-    flags = np.repeat([len(shape) == 1 for shape in layout.shapes], layout.sizes)
+    """Return of each held entry whether it is in a tensor of one dimension (or none), bool (held,)."""
+    flags = np.repeat([len(shape) < 2 for shape in layout.shapes], layout.sizes)
     return flags if index is None else flags[index]
 
 
 def _held_in_vectors(mask: Mask) -> int:
     return sum(
-        int(mask[name].count_nonzero()) for name, shape in mask.layout.shape_of.items() if len(shape) == 1
+        int(mask[name].count_nonzero()) for name, shape in mask.layout.shape_of.items() if len(shape) < 2
     )
 
 

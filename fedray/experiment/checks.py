@@ -25,7 +25,7 @@ Problem = tuple[str, str]
 def problems(config: "RunConfig") -> list[Problem]:
     """Return everything that keeps a well-formed config from running."""
     found: list[Problem] = []
-    for check in (_clients, _devices, _data, _model, _method, _tracking):
+    for check in (_clients, _devices, _data, _model, _norm, _method, _tracking):
         found += check(config)
     return found
 
@@ -105,7 +105,7 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
     if reason:
         yield "model", f"{config.model} does not take {config.data.name}: {reason}"
         return
-    size = build_model(config.model, spec.input_shape, spec.num_classes).layout.size
+    size = build_model(config.model, spec.input_shape, spec.num_classes, norm=config.norm).layout.size
     for name in config.clients.devices:
         try:
             device = devices.profile(name)
@@ -118,6 +118,23 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
                 f"{name} has {device.memory_bytes / 2**20:,.0f} MiB for training, but {config.model} needs "
                 f"{need / 2**20:,.0f} MiB; take it out of the mix or use a smaller model",
             )
+
+
+def _norm(config: "RunConfig") -> Iterator[Problem]:
+    spec = DATASETS.get(config.data.name)
+    if config.norm == "average" or spec is None:
+        return
+
+    def has_batch_norm(model: str) -> bool:
+        return bool(build_model(model, spec.input_shape, spec.num_classes).norms.names)
+
+    able = [name for name, other in MODELS.items() if other.accepts(spec.input_shape) is None]
+    if config.model in able and not has_batch_norm(config.model):
+        yield (
+            "norm",
+            f"{config.norm}, but {config.model} has no BatchNorm, so there is nothing to choose; leave it at "
+            f"average, or take a model that has one: {', '.join(filter(has_batch_norm, able)) or 'none'}",
+        )
 
 
 def _method(config: "RunConfig") -> Iterator[Problem]:
@@ -133,7 +150,8 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
     if spec is None or architecture is None or architecture.accepts(spec.input_shape):
         return  # already reported
-    clients, model = config.clients, build_model(config.model, spec.input_shape, spec.num_classes)
+    clients = config.clients
+    model = build_model(config.model, spec.input_shape, spec.num_classes, norm=config.norm)
     problem = method.check(Setting(model, clients.population, clients.cohort, config.rounds))
     if problem:
         yield "method", problem

@@ -36,6 +36,7 @@ from fedray.experiment.messages import Where, explain, line, shortened
 from fedray.experiment.plugins import import_modules
 from fedray.federation.method import Method
 from fedray.methods import METHODS
+from fedray.models import Norm
 from fedray.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Tree = dict[str, Any]
@@ -235,6 +236,8 @@ class RunConfig(Section):
         eval_every: rounds between evaluations on validation data.
         checkpoint_every: rounds between checkpoints.
         model: a model of the table.
+        norm: what becomes of its batch normalisation: averaged like weights, kept by each client (FedBN),
+            asked for before evaluation (static, HeteroFL), or replaced by GroupNorm.
         imports: Python files that add methods, models or data sets to the tables.
     """
 
@@ -243,6 +246,7 @@ class RunConfig(Section):
     eval_every: PositiveInt = 1
     checkpoint_every: PositiveInt = 10
     model: str = "mlp"
+    norm: Norm = "average"
     imports: tuple[Annotated[Path, AfterValidator(_absolute)], ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
@@ -304,6 +308,8 @@ class RunConfig(Section):
         tree = self.to_tree()
         del tree["tracking"], tree["imports"], tree["checkpoint_every"], tree["data"]["root"]
         del tree["clients"]["actors"]
+        if tree["norm"] == "average":  # what all runs had before they could choose
+            del tree["norm"]
         if not tree["clients"]["resources"]["by_device"]:  # which decides what clients are folded together
             del tree["clients"]["resources"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

@@ -5,9 +5,27 @@ import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedray.experiment.config import RunConfig
 
 
-def run_tags(*, method: str, dataset: str, model: str, digest: str) -> dict[str, str]:
+def declared(config: "RunConfig") -> dict[str, str | float]:
+    """Return what else must be known to compare two runs; in `result.json`, and among the tags.
+
+    `norm`, the policy for batch normalisation; `zero_policy`, what clients do with pruned weights;
+    `server_data`, the share of the training examples that the server trains on.
+    """
+    method = config.method.options
+    return {
+        "norm": config.norm,
+        "zero_policy": method.zero_policy,
+        "server_data": config.data.server_fraction if method.uses_server_data else 0.0,
+    }
+
+
+def run_tags(*, method: str, dataset: str, model: str, digest: str, **more: object) -> dict[str, str]:
     """Return the tags by which runs are found and told apart; `git_revision` only where there is one.
 
     Args:
@@ -15,8 +33,10 @@ def run_tags(*, method: str, dataset: str, model: str, digest: str) -> dict[str,
         dataset: name of the data set.
         model: name of the model.
         digest: the config's own, `RunConfig.digest`, as in `result.json`.
+        **more: what was `declared`.
     """
     tags = {"method": method, "dataset": dataset, "model": model, "config_digest": digest}
+    tags |= {name: str(value) for name, value in more.items()}
     tags["fedray_version"] = metadata.version("fedray")
     revision = git_revision()
     return tags if revision is None else tags | {"git_revision": revision}

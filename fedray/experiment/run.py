@@ -22,7 +22,7 @@ from fedray.errors import ConfigError, FedrayError
 from fedray.experiment.config import RunConfig
 from fedray.experiment.files import RunFiles, check_free, numbered
 from fedray.experiment.placement import pool_for
-from fedray.experiment.provenance import run_tags
+from fedray.experiment.provenance import declared, run_tags
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
@@ -101,7 +101,7 @@ class Federation:
         fleet = devices.draw(
             clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
         )
-        model = build_model(config.model, dataset.input_shape, dataset.num_classes)
+        model = build_model(config.model, dataset.input_shape, dataset.num_classes, norm=config.norm)
         place = Workplace(
             model=model,
             flops=FlopModel.trace(model.bind(model.init(seed).flat), dataset.input_shape, model.layout),
@@ -276,9 +276,7 @@ def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str
     clients = federation.sampled_clients()
     partition = federation.place.population.partition
     rows = [partition.rows(client) for client in clients]
-    own = server.evaluate(_rows(federation.dataset.train, np.concatenate(rows)))
-    ends = np.cumsum([len(r) for r in rows])
-    accuracy = [float(part.mean()) for part in np.split(own.right, ends[:-1])]
+    accuracy = _own_accuracy(federation, server, clients, rows)
     population = federation.place.population
     files.write_client_accuracy(
         {
@@ -299,11 +297,24 @@ def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str
         "clients/accuracy_worst_decile": float(np.mean(np.sort(accuracy)[: -(-len(accuracy) // 10)])),
         "rounds": last["round"],
         "weights_sha256": server.model.sha256,
+        **declared(federation.config),
         "config_digest": federation.config.digest,
         "status": "finished",
     }
     files.write_json("result.json", result)
     return result
+
+
+def _own_accuracy(
+    federation: Federation, server: Server, clients: Sequence[int], rows: Sequence[np.ndarray]
+) -> list[float]:
+    """Return the model's accuracy on the examples of each client, with the norms it keeps if it keeps any."""
+    train = federation.dataset.train
+    if federation.place.model.norms.private:
+        return [server.evaluate(_rows(train, r), k).accuracy for k, r in zip(clients, rows, strict=True)]
+    own = server.evaluate(_rows(train, np.concatenate(rows)))
+    ends = np.cumsum([len(r) for r in rows])
+    return [float(part.mean()) for part in np.split(own.right, ends[:-1])]
 
 
 def _tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTracker:
@@ -315,7 +326,11 @@ def _tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTr
         run_name=tracking.name or files.path.name,
         params=config.to_tree(),
         tags=run_tags(
-            method=config.method.name, dataset=config.data.name, model=config.model, digest=config.digest
+            method=config.method.name,
+            dataset=config.data.name,
+            model=config.model,
+            digest=config.digest,
+            **declared(config),
         ),
         parent_run_id=tracking.parent,
         resume=known.get("run_id"),

@@ -21,7 +21,7 @@ from fedray.federation.engine import Engine, Forward, Loss, Outcome, Step, Train
 from fedray.models.spec import ModelSpec
 from fedray.types import ClientInfo, ClientUpdate, Mask, Params, Task
 
-__all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "Step"]
+__all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "Step", "norm_statistics"]
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Client:
         Args:
             params: where to start; not changed.
             mask: which entries are trained and kept.
-            epochs: passes over the examples; the method's `local_epochs` if neither this nor `steps` is
+            epochs: passes over the examples; what the method's options say if neither this nor `steps` is
                 given.
             steps: number of batches instead, starting a new pass whenever one is used up.
             lr: another learning rate than the method's; or number of the step → learning rate.
@@ -137,6 +137,8 @@ class Client:
             raise MethodError(f"client {self.id} has no examples to train on")
         started = time.perf_counter()
         training, rate = self._training, self.lr if lr is None else lr
+        if epochs is None and steps is None:
+            steps = training.steps
         plain = loss is None and on_grad is None and view is None and forward is None
         engine = self._engine.smaller(mask) if plain and on_step is None else self._engine
         engine.load(params, mask)
@@ -203,10 +205,18 @@ class Client:
         """Classify this client's examples with `params ⊙ mask`; one forward pass is charged."""
         started = time.perf_counter()
         outcome = self._engine.evaluate(params, mask, self.x, self.y)
-        flops, n = self._engine.flops, self.num_examples
-        executed = flops.executed_forward(mask, self.info.profile.exploits)
-        self.meter.charge(flops.forward(mask) * n, executed * n, started)
+        self._charge_forward(mask, started)
         return outcome
+
+    def norm_statistics(self, params: Params, mask: Mask) -> Tensor:
+        """Return the statistics (s,) of each BatchNorm under `params ⊙ mask`; one forward pass is charged.
+
+        Means over batches of the method's size, at the entries `model.norms.statistics`.
+        """
+        started = time.perf_counter()
+        found = self._engine.statistics(params, mask, self.x, self._training.batch_size)
+        self._charge_forward(mask, started)
+        return found
 
     def _batches(self, rng: np.random.Generator, epochs: int | None, steps: int | None) -> Iterator[Tensor]:
         size, given = self._training.batch_size, steps is not None
@@ -231,6 +241,17 @@ class Client:
         theoretical = flops.train(mask, dense_gradient=dense_gradient)
         self.meter.charge(theoretical * examples, executed * examples, started)
 
+    def _charge_forward(self, mask: Mask, started: float) -> None:
+        flops, n = self._engine.flops, self.num_examples
+        executed = flops.executed_forward(mask, self.info.profile.exploits)
+        self.meter.charge(flops.forward(mask) * n, executed * n, started)
+
 
 ClientFunction = Callable[[Task, Client], ClientUpdate]
 """What runs on a device: `method.client_update`, or a function that was asked."""
+
+
+def norm_statistics(task: Task, client: Client) -> ClientUpdate:
+    """ON THE DEVICE: the model's BatchNorm statistics, summed over the client's examples."""
+    total = client.norm_statistics(task.params, task.mask) * client.num_examples
+    return ClientUpdate(task.params, Mask.none(task.mask.layout), sums={"statistics": total})

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from fedray.costs.flops import FlopModel
 from fedray.federation.chain import LinearChain
+from fedray.models.norms import batch_norms
 from fedray.models.spec import ModelSpec
 from fedray.pruning.shrink import Shrunken, shrink
 from fedray.types import Layout, Mask, Params
@@ -60,6 +61,8 @@ class Training(Protocol):
     @property
     def local_epochs(self) -> int: ...
     @property
+    def steps(self) -> int | None: ...
+    @property
     def lr(self) -> float: ...
     @property
     def lr_decay(self) -> float: ...
@@ -93,6 +96,7 @@ class Engine:
         self.module: nn.Module = model.bind(self.flat)
         self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.chain = LinearChain.of(self.module)
+        self._tracked = [(n, norm) for n, norm in batch_norms(self.module) if n in model.norms.tracked]
         self._smaller: dict[bytes, Engine | None] = {}
 
     def smaller(self, mask: Mask) -> "Engine":
@@ -204,9 +208,14 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, params: Params, mask: Mask, x: Tensor, y: Tensor, batch: int = 250) -> "Outcome":
-        """Classify examples with `params ⊙ mask`: per example, right or wrong and the loss."""
+        """Classify examples with `params ⊙ mask`: per example, right or wrong and the loss.
+
+        A BatchNorm of whose running statistics the mask holds nothing normalises by those of the batch.
+        """
         self.load(params, mask)
         self.module.eval()
+        for name, norm in self._tracked:
+            norm.train(not bool(mask[f"{name}.running_var"].any()))
         logits = [self.module(self.batch(part)).cpu() for part in torch.split(x, batch)]
         losses = [
             cross_entropy(out, t, reduction="none")
@@ -214,6 +223,25 @@ class Engine:
         ]
         right = [out.argmax(1) == t for out, t in zip(logits, torch.split(y, batch), strict=True)]
         return Outcome(torch.cat(right).numpy(), torch.cat(losses).numpy())
+
+    @torch.no_grad()
+    def statistics(self, params: Params, mask: Mask, x: Tensor, batch: int) -> Tensor:
+        """Return the statistics (s,) of each BatchNorm under `params ⊙ mask`, at `model.norms.statistics`.
+
+        Means over batches, each counting by its examples and normalised, as in training, by its own.
+        """
+        self.load(params, mask)
+        self.module.eval()
+        seen = 0
+        for part in torch.split(x, batch):
+            seen += len(part)
+            for _, norm in self._tracked:
+                norm.train()
+                norm.track_running_stats, norm.momentum = True, len(part) / seen
+            self.module(self.batch(part))
+        for _, norm in self._tracked:
+            norm.track_running_stats = False
+        return self.flat.cpu()[self.model.norms.statistics]
 
 
 @dataclass

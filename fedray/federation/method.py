@@ -123,6 +123,7 @@ class Method:
 
     Args:
         local_epochs: passes of a client over its examples in a round.
+        steps: mini-batches of a client in a round, in place of `local_epochs`.
         lr: learning rate of a client.
         lr_decay: factor of the learning rate from round to round.
         optimizer: of a client; its state starts from zero in every round.
@@ -138,6 +139,7 @@ class Method:
     citation: ClassVar[str] = ""
 
     local_epochs: PositiveInt = 1
+    steps: PositiveInt | None = None
     lr: PositiveFloat = 0.05
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -176,7 +178,7 @@ class Method:
 
     def local_steps(self, num_examples: int) -> int:
         """Return how many SGD steps a client makes; over-selection predicts from it."""
-        return self.local_epochs * -(-num_examples // self.batch_size)
+        return self.steps or self.local_epochs * -(-num_examples // self.batch_size)
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Once, before round 1: initial pruning, exploration, pre-training."""

@@ -237,7 +237,7 @@ class RayPool:
             for worker, part in zip(workers, dealt, strict=True):
                 if part:
                     calls[worker] = ("run", (job_ref, own[part.start : part.stop]))
-        answer, masks = Answer(), masks_of(job.tasks)
+        answer, masks = Answer(), masks_of(self.place.model, job.tasks)
         for _, part_of in sorted(self._call_all(calls).items()):
             for partial in part_of.partials.values():
                 partial.arrived(self.place.model.layout, masks)

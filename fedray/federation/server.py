@@ -25,11 +25,21 @@ from fedray.costs.devices import seconds
 from fedray.data.datasets import Examples
 from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate, cut, merge_all
-from fedray.federation.client import Client, ClientFunction, Outcome
+from fedray.federation.client import Client, ClientFunction, Outcome, norm_statistics
 from fedray.federation.method import ServerContext, check_mask
 from fedray.federation.pool import ClientPool, one_thread
 from fedray.federation.population import draw_cohort, sample
-from fedray.federation.worker import Chunk, Job, Memory, Order, Worker, Workplace, reject_unknown
+from fedray.federation.worker import (
+    OWN_NORMS,
+    Chunk,
+    Job,
+    Memory,
+    Order,
+    Worker,
+    Workplace,
+    reject_unknown,
+)
+from fedray.models.norms import Norms, overlaid
 from fedray.randomness import generator
 from fedray.types import (
     METRICS,
@@ -159,28 +169,35 @@ class Server:
         update = self._exchange(method.client_update, tasks, training=True)
 
         # 4 AGGREGATE: the mask-aware mean of the updates that count
-        state = method.aggregate(state, update)
+        state = self._keep_norms(state, method.aggregate(state, update))
 
         # 5 PRUNE: only here the mask moves
         state = method.prune(state, update, self._context(purpose=1))
         check_mask(state.mask, self.place.model.channel_groups, "prune")
-        self.checkpoint.state = replace(state, round=state.round + 1)
 
-        # 6 REPORT
-        last = state.round == self.schedule.rounds
-        return self._report(
-            state.round, update, started, evaluate=last or state.round % self.schedule.eval_every == 0
-        )
+        # 6 REPORT: the last round is evaluated in any case
+        evaluate = state.round % self.schedule.eval_every == 0 or state.round == self.schedule.rounds
+        if evaluate:
+            state = self._with_statistics(state, update)
+        self.checkpoint.state = replace(state, round=state.round + 1)
+        return self._report(state.round, update, started, evaluate=evaluate)
 
     @property
     @one_thread()
     def model(self) -> Params:
         """The model as it is evaluated and saved: `eval_params ⊙ mask`."""
-        return self.method.eval_params(self.state).masked(self.state.mask)
+        params, norms = self.method.eval_params(self.state), self.place.model.norms
+        if norms.queried:
+            params = overlaid(params, norms.statistics, self.state.params.flat[norms.statistics])
+        return params.masked(self.state.mask)
 
-    def evaluate(self, examples: Examples) -> Outcome:
-        """Classify examples with the model."""
-        return self.pool.evaluate(Task(self.model, self.state.mask), examples)
+    def evaluate(self, examples: Examples, client: int | None = None) -> Outcome:
+        """Classify examples with the model; if given, with the norms that a client keeps for itself."""
+        params, mask, norms = self.model, self.state.mask, self.place.model.norms
+        own = None if client is None else self.checkpoint.memories.get(client, {}).get(OWN_NORMS)
+        if own is None:
+            return self.pool.evaluate(Task(params, norms.global_mask(mask)), examples)
+        return self.pool.evaluate(Task(overlaid(params, norms.entries, own, mask), mask), examples)
 
     # ── what the six steps stand on ──────────────────────────────────────────────────────────────────────
 
@@ -209,6 +226,7 @@ class Server:
     def _send(self, tasks: Mapping[int, Task]) -> tuple[tuple[Task, ...], dict[int, Order]]:
         """Encode each different task once; say what reaching each client costs, given the mask it holds."""
         codec, layout, holds = self.method.downlink, self.place.model.layout, self.checkpoint.holds
+        norms = self.place.model.norms
         numbers: dict[tuple[object, ...], int] = {}
         sent: list[Task] = []
         orders: dict[int, Order] = {}
@@ -222,14 +240,14 @@ class Server:
             if key not in numbers:
                 _check_layout(task, layout, client)
                 numbers[key] = len(sent)
-                sent.append(_as_received(codec, replace(task, params=task.params.masked(task.mask))))
-            number, digest = numbers[key], task.mask.digest
-            knows = holds.get(client) == digest
+                sent.append(_as_received(codec, norms, task))
+            number, mask = numbers[key], norms.sent_mask(task.mask)
+            knows = holds.get(client) == mask.digest
             if (number, knows) not in sizes:
-                known = digest if knows else None
-                sizes[number, knows] = codec.size(task.mask, known=known, extras=task.extras)
+                known = mask.digest if knows else None
+                sizes[number, knows] = codec.size(mask, known=known, extras=task.extras)
             orders[client] = Order(client, number, sizes[number, knows])
-            holds[client] = digest
+            holds[client] = mask.digest
         return tuple(sent), orders
 
     def _chunks(self, orders: Mapping[int, Order]) -> list[Chunk]:
@@ -257,15 +275,40 @@ class Server:
         """Predict a client's part from its profile, its number of examples and the mask it will get."""
         info, method = self.population[client], self.method
         mask = method.configure(self.state, info).mask
-        known = mask.digest if self.checkpoint.holds.get(client) == mask.digest else None
-        down = method.downlink.size(mask, known=known)
-        up = method.uplink.size(mask, known=mask.digest)
+        sent = self.place.model.norms.sent_mask(mask)
+        known = sent.digest if self.checkpoint.holds.get(client) == sent.digest else None
+        down = method.downlink.size(sent, known=known)
+        up = method.uplink.size(sent, known=sent.digest)
         steps_per_epoch = -(-info.num_examples // method.batch_size)
         epochs, steps = divmod(method.local_steps(info.num_examples), steps_per_epoch)
         # only the last batch of an epoch is short
         examples = epochs * info.num_examples + steps * method.batch_size
         flops = self.place.flops.executed(mask, info.profile.exploits) * examples
         return seconds(Cost(bytes_down=down, bytes_up=up, executed_flops=flops), info.profile)
+
+    def _keep_norms(self, before: ServerState, after: ServerState) -> ServerState:
+        """Return the state after aggregation, with the server's norms as before if clients keep theirs."""
+        norms = self.place.model.norms
+        if not norms.private:
+            return after
+        kept = overlaid(after.params, norms.entries, before.params.flat[norms.entries])
+        return replace(after, params=kept)
+
+    def _with_statistics(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+        """Return the state with the BatchNorm statistics of the model to be evaluated, where these are asked.
+
+        Those clients answer whose updates counted in the round; it is charged like all that is asked.
+        """
+        norms = self.place.model.norms
+        if not norms.queried or not cohort.folded:
+            return state
+        task = Task(self.method.eval_params(state), state.mask)
+        answer = self._exchange(norm_statistics, {record.client: task for record in cohort.folded})
+        self._phase.asked += answer.cost
+        if not answer.folded:
+            return state
+        mean = answer.sum("statistics") / answer.num_examples
+        return replace(state, params=overlaid(state.params, norms.statistics, mean, state.mask))
 
     def _context(self, purpose: int) -> ServerContext:
         """Return what a hook may use in this round; `purpose` tells apart the generators of two hooks."""
@@ -278,7 +321,8 @@ class Server:
             return answer
 
         def validate(params: Params, mask: Mask) -> tuple[float, float]:
-            outcome = self.pool.evaluate(Task(params.masked(mask), mask), self.side.validation)
+            task = Task(params.masked(mask), place.model.norms.global_mask(mask))
+            outcome = self.pool.evaluate(task, self.side.validation)
             return outcome.accuracy, outcome.loss
 
         return ServerContext(
@@ -384,12 +428,12 @@ def _check_layout(task: Task, layout: Layout, client: int) -> None:
             )
 
 
-def _as_received(codec: Codec, task: Task) -> Task:
-    """Return a task as a device decodes it: the same bits, unless the codec rounds."""
+def _as_received(codec: Codec, norms: Norms, task: Task) -> Task:
+    """Return a task as a device decodes it: the same bits under the mask, unless the codec rounds."""
     if codec.lossless:
-        return task
-    decoded = codec.decode(codec.encode(task.params, task.mask), task.params.layout)
-    return replace(task, params=decoded.params)
+        return replace(task, params=task.params.masked(task.mask))
+    payload = codec.encode(norms.sent(task.params), norms.sent_mask(task.mask))
+    return replace(task, params=norms.received(codec.decode(payload, norms.sent_layout).params))
 
 
 def _identity(value: object) -> object:

@@ -9,10 +9,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedray.costs.devices import seconds
 from fedray.costs.flops import FlopModel
@@ -22,11 +24,15 @@ from fedray.federation.aggregate import Node, Partial, merge_within
 from fedray.federation.client import Client, ClientFunction, Engine, Outcome
 from fedray.federation.method import Method
 from fedray.federation.population import Population
+from fedray.models.norms import overlaid
 from fedray.models.spec import ModelSpec
 from fedray.randomness import generator
 from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Extra, Fate, Mask, Task
 
 Memory = dict[str, Any]
+
+OWN_NORMS = "own norms"
+"""Where a client's memory keeps the BatchNorm that stays with it; methods do not see it."""
 
 EVALUATION_SHARD = 500
 """Examples in one shard of an evaluation; fixed, so that sums have the same bits on any number of workers."""
@@ -151,13 +157,14 @@ class Worker:
         Raises:
             ClientError: if the method's code raised, or returned what cannot be sent; with client and round.
         """
-        task, info = job.tasks[order.task], self.place.population[order.client]
-        client = self.client(
-            info, self.place.population.partition.rows(order.client), job.round, deepcopy(memory)
-        )
+        info, memory = self.place.population[order.client], deepcopy(memory)
+        own_norms = memory.pop(OWN_NORMS, None)
+        task = self._with_norms(job.tasks[order.task], own_norms)
+        client = self.client(info, self.place.population.partition.rows(order.client), job.round, memory)
         versions = _versions(task)
         try:
-            trained = self._judge(job, order, task, client, job.function(task, client))
+            update = job.function(task, client)
+            trained = self._judge(job, order, task, client, update)
         except FedrayError as error:
             raise ClientError(order.client, job.round, str(error)) from error
         except Exception as error:
@@ -169,6 +176,8 @@ class Worker:
                 "it wrote into the params, mask or extras of its task, which the next client would receive; "
                 "work on a copy",
             )
+        if trained.memory is not None:
+            self._keep_norms(trained.memory, update, own_norms)
         return trained
 
     def client(self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory) -> Client:
@@ -195,6 +204,30 @@ class Worker:
             outcomes.append(self.engine.evaluate(task.params, task.mask, x, y))
         return outcomes
 
+    @cached_property
+    def _first_norms(self) -> Tensor:
+        """The norms that every client has at first, without being sent them."""
+        return self.place.model.init(self.place.seed).flat[self.place.model.norms.entries]
+
+    def _with_norms(self, task: Task, own: Tensor | None) -> Task:
+        """Return a task as a client holds it: with norms of its own, where they stay with the clients."""
+        norms = self.place.model.norms
+        if not norms.private:
+            return task
+        own = self._first_norms if own is None else own
+        return replace(task, params=overlaid(task.params, norms.entries, own, task.mask))
+
+    def _keep_norms(self, memory: Memory, update: ClientUpdate, own: Tensor | None) -> None:
+        """Let a client remember the norms that it trained and vouches for."""
+        norms = self.place.model.norms
+        if not norms.private:
+            return
+        before = self._first_norms if own is None else own
+        after = update.params.flat[norms.entries]
+        after = torch.where(update.mask.flat[norms.entries] & after.isfinite(), after, before)
+        if own is not None or not torch.equal(after, before):
+            memory[OWN_NORMS] = after
+
     def _judge(self, job: Job, order: Order, task: Task, client: Client, update: ClientUpdate) -> Trained:
         """Send an update over the wire, read the clock, and decide whether it counts."""
         place, info = self.place, client.info
@@ -219,15 +252,17 @@ class Worker:
 
     def _transmit(self, task: Task, update: ClientUpdate) -> tuple[ClientUpdate, int]:
         """Return the update as the server reads it, and the bytes it took."""
-        codec, known = self.place.method.uplink, task.mask.digest
+        codec, norms = self.place.method.uplink, self.place.model.norms
+        mask, known = norms.sent_mask(update.mask), norms.sent_mask(task.mask)
+        vouched = replace(update, mask=norms.shared_mask(update.mask))
         extras: dict[str, Extra] = {f"sums.{name}": value for name, value in update.sums.items()}
         extras |= {f"each.{name}": value for name, value in update.each.items()}
         extras |= {f"metrics.{name}": value for name, value in update.metrics.items()}
         if codec.lossless:  # decoding gives back the very bits: the size is enough
-            return update, codec.size(update.mask, known=known, extras=extras)
-        payload = codec.encode(update.params, update.mask, known=known, extras=extras)
-        decoded = codec.decode(payload, self.place.model.layout, known={known: task.mask})
-        return replace(update, params=decoded.params), len(payload)
+            return vouched, codec.size(mask, known=known.digest, extras=extras)
+        payload = codec.encode(norms.sent(update.params), mask, known=known.digest, extras=extras)
+        decoded = codec.decode(payload, norms.sent_layout, known={known.digest: known})
+        return replace(vouched, params=norms.received(decoded.params)), len(payload)
 
     def _fate(self, job: Job, info: ClientInfo, cost: Cost, update: ClientUpdate | None) -> Fate:
         """Decide whether an update counts: does it arrive, in time, well formed (else None) and finite?"""
@@ -250,7 +285,7 @@ class Worker:
 def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:
     """Fold clients' answers in order; `results` is any iterable of Trained."""
     fold = replace(place.method.fold, keep_updates=job.keep_updates or place.method.fold.keep_updates)
-    partial = Partial(place.model.layout, fold, masks_of(job.tasks))
+    partial = Partial(place.model.layout, fold, masks_of(place.model, job.tasks))
     answer = Answer({(0, index): partial})
     for trained in results:
         record = trained.record
@@ -262,9 +297,10 @@ def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:
     return answer
 
 
-def masks_of(tasks: Sequence[Task]) -> dict[bytes, Mask]:
-    """Return the tasks' masks by digest."""
-    return {task.mask.digest: task.mask for task in tasks}
+def masks_of(model: ModelSpec, tasks: Sequence[Task]) -> dict[bytes, Mask]:
+    """Return the masks, by digest, that updates have under the tasks' own."""
+    masks = [model.norms.shared_mask(task.mask) for task in tasks]
+    return {mask.digest: mask for mask in masks}
 
 
 def client_generator(seed: int, round: int, client: int) -> Callable[..., np.random.Generator]:

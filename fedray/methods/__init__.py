@@ -1,14 +1,30 @@
 """The table of methods. One file each; none imports another. A new one takes its file and one line here."""
 
 from fedray.federation.method import Method
+from fedray.methods.ceafl import CEAFL
 from fedray.methods.fedavg import FedAvg
+from fedray.methods.fedavg_server import FedAvgServer
+from fedray.methods.fedavg_small import FedAvgSmall
+from fedray.methods.fedlp import FedLP
+from fedray.methods.fedmef import FedMef
 from fedray.methods.frlp import FRLP
+from fedray.methods.pqsu import PQSU
+from fedray.methods.prunefl import PruneFL
+from fedray.methods.random_mask import RandomMask
 from fedray.methods.snip import SNIP
 from fedray.methods.staged import Staged
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
+    "fedavg_server": FedAvgServer,
+    "fedavg_small": FedAvgSmall,
+    "random_mask": RandomMask,
     "staged": Staged,
     "snip": SNIP,
     "frlp": FRLP,
+    "prunefl": PruneFL,
+    "fedlp": FedLP,
+    "pqsu": PQSU,
+    "ceafl": CEAFL,
+    "fedmef": FedMef,
 }

@@ -10,15 +10,16 @@ Your own network is an `Architecture` too; pass `{**MODELS, "mine": Architecture
 from collections.abc import Mapping
 
 from fedray.errors import ConfigError, unknown
-from fedray.models.cnn import CNN
+from fedray.models.cnn import CNN, CONV2
 from fedray.models.fedlp_cnn import FEDLP_CNN, FEDLP_CNN_EXITS
 from fedray.models.lenet import LENET5
 from fedray.models.mlp import MLP
+from fedray.models.norms import Norm
 from fedray.models.resnet import RESNET18
 from fedray.models.spec import Architecture, InputShape, ModelSpec, layout_of
 from fedray.models.vgg import VGG11, VGG19_BN
 
-__all__ = ["MODELS", "Architecture", "InputShape", "ModelSpec", "build_model", "layout_of"]
+__all__ = ["MODELS", "Architecture", "InputShape", "ModelSpec", "Norm", "build_model", "layout_of"]
 
 MODELS: dict[str, Architecture] = {
     "mlp": MLP,
@@ -27,6 +28,7 @@ MODELS: dict[str, Architecture] = {
     "vgg11": VGG11,
     "vgg19_bn": VGG19_BN,
     "resnet18": RESNET18,
+    "conv2": CONV2,
     "fedlp_cnn": FEDLP_CNN,
     "fedlp_cnn_exits": FEDLP_CNN_EXITS,
 }
@@ -39,6 +41,7 @@ def build_model(
     num_classes: int,
     models: Mapping[str, Architecture] = MODELS,
     *,
+    norm: Norm = "average",
     prune_first: bool = True,
     prune_last: bool = False,
 ) -> ModelSpec:
@@ -49,6 +52,7 @@ def build_model(
         input_shape: channels, height and width of an example.
         num_classes: number of logits.
         models: name → architecture.
+        norm: the policy for its batch normalisation, if it has any: see `norms.py`.
         prune_first: whether the weights of the first convolution or linear layer may be pruned.
         prune_last: whether those of the last one (the classifier) may be pruned.
 
@@ -64,5 +68,11 @@ def build_model(
             f"model: {reason}. Models that take {'×'.join(map(str, input_shape))}: {able or 'none'}"
         )
     return ModelSpec.of(
-        name, architecture, input_shape, num_classes, prune_first=prune_first, prune_last=prune_last
+        name,
+        architecture,
+        input_shape,
+        num_classes,
+        norm=norm,
+        prune_first=prune_first,
+        prune_last=prune_last,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedray.errors import ConfigError
 from fedray.models.channels import Chains, channel_groups, sequential
+from fedray.models.norms import Norm, Norms, under_policy
 from fedray.types import ChannelGroup, Layout, Params
 
 InputShape = tuple[int, int, int]
@@ -55,6 +56,7 @@ class ModelSpec:
         layout: where each tensor lies in the flat vector.
         module: the structure. What the layout names is on torch's meta device and has no values, so that the
             module weighs nothing and cannot be mistaken for a trained one; `bind` gives it values.
+        norm: the policy for its batch normalisation.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ModelSpec:
     architecture: Architecture = field(repr=False)
     layout: Layout = field(repr=False)
     module: nn.Module = field(compare=False, repr=False)
+    norm: Norm = "average"
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class ModelSpec:
         input_shape: InputShape,
         num_classes: int,
         *,
+        norm: Norm = "average",
         prune_first: bool = True,
         prune_last: bool = False,
     ) -> "ModelSpec":
@@ -82,21 +86,28 @@ class ModelSpec:
             architecture: what to build.
             input_shape: channels, height, width.
             num_classes: number of logits.
+            norm: the policy for its batch normalisation.
             prune_first: whether the weights of the first convolution or linear layer may be pruned.
             prune_last: whether those of the last one (the classifier) may be pruned.
 
         Raises:
-            ConfigError: if the module holds floating-point tensors that are not float32.
+            ConfigError: if the module holds floating-point tensors that are not float32, or if the policy
+                does not fit it.
         """
-        module = _build(architecture, input_shape, num_classes, seed=0)
+        module = _build(architecture, input_shape, num_classes, norm, seed=0)
         layout = layout_of(module, prune_first=prune_first, prune_last=prune_last)
         empty = {n: torch.empty(layout.shape_of[n], device="meta") for n in layout.names}
-        return cls(name, input_shape, num_classes, architecture, layout, _with_tensors(module, empty))
+        return cls(name, input_shape, num_classes, architecture, layout, _with_tensors(module, empty), norm)
 
     @cached_property
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
         """The channels that can be taken out as a whole; empty where none can be told apart."""
         return channel_groups(self.architecture.chains(self.module))
+
+    @cached_property
+    def norms(self) -> Norms:
+        """Where its batch normalisation lies, and what of it is shared."""
+        return Norms.of(self.module, self.layout, self.norm)
 
     @cached_property
     def head(self) -> str:
@@ -132,7 +143,8 @@ class ModelSpec:
         Args:
             seed: in [0, 2⁶⁴).
         """
-        tensors = dict(_tensors(_build(self.architecture, self.input_shape, self.num_classes, seed)))
+        module = _build(self.architecture, self.input_shape, self.num_classes, self.norm, seed)
+        tensors = dict(_tensors(module))
         return Params(torch.cat([tensors[n].detach().flatten() for n in self.layout.names]), self.layout)
 
     def bind(self, flat: Tensor) -> nn.Module:
@@ -183,11 +195,13 @@ Two runs in threads of one process must not mix their draws.
 """
 
 
-def _build(architecture: Architecture, input_shape: InputShape, num_classes: int, seed: int) -> nn.Module:
+def _build(
+    architecture: Architecture, input_shape: InputShape, num_classes: int, norm: Norm, seed: int
+) -> nn.Module:
     with _SEEDING, torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which seeds the generators of all accelerators too
         torch.default_generator.manual_seed(seed)
-        return architecture.build(input_shape, num_classes)
+        return under_policy(architecture.build(input_shape, num_classes), norm)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Masks from scores: what is kept at a density, above a threshold, or at random.
+"""Masks from scores: what is kept at a density, above a threshold, or at random; what is grown again.
 
 Every function returns a `Mask` that is True on all that is not prunable. Scores are flat float32 vectors
 (size,) in the layout of the model; only their prunable entries are looked at. Ties go to the lower index, so
@@ -58,6 +58,34 @@ def at_least(
     kept = (scores >= threshold) & candidates
     mask = _with_kept(kept, layout)
     return mask if mask.density >= min_density else top_k(scores, min_density, layout, within=within)
+
+
+def grow(scores: Tensor, count: int, layout: Layout, *, within: Mask) -> Mask:
+    """Keep all of `within`, and add the highest-scored prunable entries outside it.
+
+    Args:
+        scores: (size,), higher is added first.
+        count: how many are added, at least 0; if fewer are outside, all of them are.
+        layout: the model's layout.
+        within: entries that stay.
+
+    Raises:
+        MethodError: if a score is NaN among entries that have to be ranked.
+    """
+    outside = layout.prunable_flat & ~within.flat
+    return _with_kept(within.flat | _highest(scores, outside, count), layout)
+
+
+def grow_per_layer(scores: Tensor, counts: Mapping[str, int], layout: Layout, *, within: Mask) -> Mask:
+    """Keep all of `within`, and add to each prunable tensor its own number of highest-scored entries.
+
+    A tensor that `counts` does not name gets none.
+    """
+    kept = within.flat.clone()
+    for name in layout.prunable_names:
+        span = layout.spans[name]
+        kept[span] |= _highest(scores[span], ~within.flat[span], counts.get(name, 0))
+    return _with_kept(kept, layout)
 
 
 def random(layout: Layout, densities: float | Mapping[str, float], rng: np.random.Generator) -> Mask:

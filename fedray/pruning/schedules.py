@@ -29,6 +29,21 @@ def geometric(progress: float, initial: float, final: float) -> float:
     return final if progress == 1 else float(initial * (final / initial) ** progress)
 
 
+def adjust_rate(round: int, stop: float, initial: float) -> float:
+    """Return the share of its held weights that a layer exchanges for others in a round of dynamic pruning.
+
+        f(t) = initial/2 · (1 + cos(π t / stop))
+
+    Args:
+        round: t, ≥ 0.
+        stop: round from which nothing is exchanged any more, > 0.
+        initial: share at round 0, in [0, 1].
+
+    Source: Evci et al., "Rigging the Lottery", ICML 2020, after Dettmers and Zettlemoyer, 2019.
+    """
+    return cosine(round / stop, initial, 0.0)
+
+
 def _clip(progress: float) -> float:
     return min(1.0, max(0.0, progress))
 

@@ -1,10 +1,12 @@
 """How much each weight matters. Every score is a flat float32 vector (size,), higher is more important."""
 
-from math import sqrt
+from math import inf, sqrt
+from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
-from fedray.types import Mask, Params
+from fedray.types import Layout, Mask, Params
 
 
 def magnitude(params: Params) -> Tensor:
@@ -36,6 +38,57 @@ def in_units_of_layer(scores: Tensor, mask: Mask) -> Tensor:
         if mean > 0:
             scaled[span] /= mean
     return scaled
+
+
+def loss_deviation(before: Params, after: Params) -> Tensor:
+    """Return (after − before)²: how far training on some examples has pulled each weight.
+
+    Its mean over clients is the guidance of AutoFLIP, Internò et al., 2024, before it is scaled.
+    """
+    return (after.flat - before.flat).square()
+
+
+def scaled_per_layer(scores: Tensor, layout: Layout, scaling: Literal["minmax", "robust"]) -> Tensor:
+    """Bring the scores of each prunable tensor to a common range.
+
+    A tensor whose scores are all equal, as in a layer that did not move, gets infinity: nothing tells its
+    entries apart, and to remove all of them would cut the network in two.
+
+    Args:
+        scores: (size,), finite; what is not prunable stays as it is.
+        layout: the model's layout.
+        scaling: `minmax`: (s − min) / (max − min), in [0, 1]; `robust`: (s − median) / IQR, without bounds,
+            over max − min instead where the quartiles coincide.
+    """
+    scaled = scores.clone()
+    for name in layout.prunable_names:
+        span = layout.spans[name]
+        low, high = (float(bound) for bound in scores[span].aminmax())
+        if low == high:
+            scaled[span] = inf
+        elif scaling == "minmax":
+            scaled[span] = (scores[span] - low) / (high - low)
+        else:
+            q1, median, q3 = np.quantile(scores[span].numpy(), (0.25, 0.5, 0.75)).tolist()
+            scaled[span] = (scores[span] - median) / (q3 - q1 or high - low)
+    return scaled
+
+
+def above_quantile(scores: Tensor, share: float) -> Tensor:
+    """Return a bool vector (n,): the scores above their quantile.
+
+    Without ties, ⌊share · (n − 1)⌋ + 1 scores are not above it. All that tie with it are not above, unless
+    they are the highest: at least one score always is. Infinite scores are above, and do not count.
+
+    Args:
+        scores: (n,).
+        share: of the quantile, in [0, 1).
+    """
+    finite = scores[scores.isfinite()]
+    if not len(finite):
+        return scores == inf
+    cut = finite.kthvalue(1 + int(share * (len(finite) - 1))).values
+    return (scores > cut) | (scores == finite.max())
 
 
 def l2_distance(first: Params, second: Params) -> float:

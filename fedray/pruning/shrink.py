@@ -124,6 +124,30 @@ def removed_entries(mask: Mask, groups: Sequence[ChannelGroup]) -> Tensor:
     return gone
 
 
+def cannot_narrow(model: str, layout: Layout, groups: Sequence[ChannelGroup], density: float) -> str | None:
+    """Return why no channels can be removed down to a density, beginning with the key to change; or None.
+
+    Args:
+        model: its name.
+        layout: its layout.
+        groups: its channels.
+        density: share of the prunable weights that shall be left; 1 asks for channels to remove, no more.
+    """
+    if not groups:
+        return (
+            f"model={model} has no channels that can be removed as a whole: none go from one layer to the "
+            "next without a sum or a GroupNorm between them. They do in mlp, lenet5, cnn, vgg11, and with "
+            "BatchNorm in vgg19_bn and resnet18"
+        )
+    narrowest = density_at(0, layout, groups)
+    if narrowest > density:
+        return (
+            f"method.density={density} cannot be reached: with a single channel left in each layer that can "
+            f"lose any, {model} has {narrowest:.3g} of its prunable weights"
+        )
+    return None
+
+
 def as_initialised(params: Params, mask: Mask, groups: Sequence[ChannelGroup]) -> Params:
     """Return initial weights in the scale of the smaller model's own initialisation.
 

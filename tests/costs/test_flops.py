@@ -103,6 +103,40 @@ def test_stride_padding_groups_and_a_layer_used_twice():
     assert traced(tied, (1, 3, 4)).positions == {"0.weight": 3 + 3}  # a linear layer over 3 positions, twice
 
 
+class Exits(nn.Module):
+    """4 → linear 3 → linear 2, and a head of 5 behind the first layer."""
+
+    exits = (("one", "early"), ("one", "last"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.early, self.last = nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.one(x))
+        return out
+
+
+def test_an_exits_head_costs_where_nothing_of_the_classifier_is_held():
+    flops = traced(Exits(), (1, 1, 4))
+    assert flops.positions == {"one.weight": 1, "last.weight": 1}
+    assert flops.exits == {"early.weight": 1}
+    mask = Mask.full(flops.layout)
+    whole, early = 2 * (12 + 6), 2 * (12 + 15)
+    assert flops.dense() == flops.forward(mask) == whole
+    mask["one.weight"][0, 0] = False
+    mask = Mask(mask.flat, flops.layout)
+    assert flops.forward(mask) == whole - 2  # the head is held, and not run
+    left = Mask(mask.flat.clone(), flops.layout)
+    left["last.weight"].zero_()
+    assert flops.forward(left) == early - 2
+    assert flops.structured(left) == flops.executed_forward(left, "nothing") == early
+    assert flops.train(left, dense_gradient=True) == early - 2 + 2 * early
+    left = Mask(left.flat.clone(), flops.layout)
+    left["early.weight"].zero_()
+    assert flops.executed_forward(left, "nothing") == 2 * 12  # no device runs a layer that is not there
+
+
 def test_tracing_leaves_the_module_alone():
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     module.train()

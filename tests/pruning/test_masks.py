@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedray.errors import MethodError
-from fedray.pruning.masks import at_least, erk, random, support, top_k, top_k_per_layer, union
+from fedray.pruning.masks import (
+    at_least,
+    erk,
+    grow,
+    grow_per_layer,
+    random,
+    support,
+    top_k,
+    top_k_per_layer,
+    union,
+)
 from fedray.types import Layout, Mask, Params
 
 NAN, INF = float("nan"), float("inf")
@@ -213,6 +223,57 @@ def test_a_threshold_refuses_nan_rather_than_prune_it():
     with pytest.raises(MethodError, match="1 of 8 scores are NaN"):
         at_least(scores, 2.0, SMALL, within=Mask.full(SMALL))
     assert kept(at_least(scores, 2.0, SMALL, within=Mask(~scores.isnan(), SMALL))) == {0, 2, 3, 6, 8}
+
+
+# ------------------------------------------------------------------------------------------------ growing
+
+
+def test_grow_by_hand():
+    scores = torch.tensor([9.0, 1.0, 2.0, 2.0, 90.0, 90.0, 3.0, 0.0, 2.0, -7.0])
+    within = top_k(scores, 1 / 8, SMALL)
+    assert kept(within) == {0}
+    assert kept(grow(scores, 1, SMALL, within=within)) == {0, 6}
+    assert kept(grow(scores, 3, SMALL, within=within)) == {0, 6, 2, 3}  # of three 2s the first ones
+    assert grow(scores, 0, SMALL, within=within) == within
+    assert grow(scores, 99, SMALL, within=within).is_full
+    # entries of `within` stay however little they score
+    assert kept(grow(scores, 2, SMALL, within=Mask(scores < 0, SMALL))) == {9, 0, 6}
+
+
+@PROPERTY
+@given(scored(), st.integers(0, 30))
+def test_grow_adds_the_best_of_the_rest(problem, count):
+    layout, scores, within = problem
+    before = scores.clone(), within.clone()
+    mask = grow(scores, count, layout, within=within)
+    outside = kept(Mask.full(layout)) - kept(within)
+    assert kept(mask) == kept(within) | best(scores, outside, count)
+    assert holds_all_else(mask)
+    assert torch.equal(scores, before[0]) and within == before[1]
+
+
+@PROPERTY
+@given(scored(), st.data())
+def test_grow_per_layer_grows_each_tensor_by_itself(problem, data):
+    layout, scores, within = problem
+    some = data.draw(st.lists(st.sampled_from(layout.prunable_names), unique=True))
+    counts = {name: data.draw(st.integers(0, 9)) for name in some}
+    before = within.clone()
+    mask = grow_per_layer(scores, counts, layout, within=within)
+    for name in layout.prunable_names:
+        held, entries = kept(within), span(layout, name)
+        grown = best(scores, entries - held, counts.get(name, 0))
+        assert kept(mask) & entries == held & entries | grown
+    assert holds_all_else(mask) and within == before
+
+
+def test_growing_refuses_nan_only_where_it_would_have_to_be_ranked():
+    scores = torch.tensor([NAN, 1.0, NAN, 3.0, NAN, NAN, 4.0, 5.0, 6.0, 7.0])
+    within = Mask(torch.tensor([True, *[False] * 9]), SMALL)
+    with pytest.raises(MethodError, match="1 of 7 scores are NaN"):
+        grow(scores, 2, SMALL, within=within)
+    assert kept(grow_per_layer(scores, {"v": 2}, SMALL, within=within)) == {0, 8, 9}
+    assert grow(scores, 7, SMALL, within=within).is_full
 
 
 # ------------------------------------------------------------------------------------------------ random

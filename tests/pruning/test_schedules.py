@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.pruning.schedules import SCHEDULES, cosine, cubic, geometric, linear
+from fedray.pruning.schedules import SCHEDULES, adjust_rate, cosine, cubic, geometric, linear
 
 PROPERTY = settings(deadline=None, max_examples=50)
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -72,3 +72,15 @@ def test_what_tells_the_four_apart(at, final):
     # cosine starts slower than linear and makes up for it
     early = min(at, 1 - at)
     assert cosine(early, 1, final) >= linear(early, 1, final) - ULP
+
+
+def test_the_adjust_rate_by_hand():
+    assert [adjust_rate(t, 300, 0.2) for t in (0, 100, 150, 200)] == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    assert adjust_rate(300, 300, 0.2) == adjust_rate(301, 300, 0.2) == 0
+
+
+@PROPERTY
+@given(st.integers(0, 500), st.floats(0.1, 600), progress)
+def test_the_adjust_rate_only_falls(round, stop, initial):
+    now, then = adjust_rate(round, stop, initial), adjust_rate(round + 1, stop, initial)
+    assert 0 <= then <= now <= initial

@@ -1,0 +1,225 @@
+"""AutoFLIP: automated federated learning by informed pruning.  Internò et al., arXiv 2405.10271, 2024.
+
+Before round 1 clients explore: each trains the initial model on its own examples for some epochs and reports
+how far that pulled each weight. The mean of the squared movements, scaled to [0, 1] in each tensor, is the
+guidance; weights below its quantile T_p go, and with them neurons and filters that no incoming weight is left
+of. The mask follows those who take part: it is rebuilt after each round from what its clients found.
+
+Differs from the paper, of whose later versions (2025, 2026) only the abstracts were read, beside the code of
+2024 (readings, with the flag that restores the other one):
+* each explorer starts from the same model; in that code they train one model in turn, and only the last
+  one's movement counts: `scouts="aliased"`. There the rounds start from that trained model: `warm_start`;
+* exploration is charged as round 0, and far shorter than its 150 epochs: `explore_epochs=150`;
+* biases and the classifier are not prunable, and the mask is one of zeros and ones in every round;
+* a tensor that did not move stays whole, where min-max divides 0 by 0 and prunes all of it;
+* how channels go, and client agreement (`agreement`, off), are interpretations: the code has neither;
+* a weight that comes back resumes from its last value; the server has no momentum: `server_momentum=0.9`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedray.errors import MethodError
+from fedray.federation.aggregate import CohortUpdate
+from fedray.federation.client import Client
+from fedray.federation.method import Method, ServerContext, Setting
+from fedray.models.spec import ModelSpec
+from fedray.pruning.scores import above_quantile, loss_deviation, scaled_per_layer
+from fedray.pruning.shrink import channel_mask
+from fedray.types import (
+    ClientUpdate,
+    Density,
+    Fraction,
+    Layout,
+    Mask,
+    Params,
+    PositiveInt,
+    ServerState,
+    Task,
+)
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class AutoFLIPMemory:
+    """What the server remembers.
+
+    Args:
+        scouts: explorer → squared movement of each prunable weight; empty where the mask stays.
+        velocity: (size,), the server's momentum; None before it has moved.
+    """
+
+    scouts: Mapping[int, Tensor] = field(default_factory=dict)
+    velocity: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoFLIP(Method):
+    """Let clients explore first, then prune what moved least.
+
+    Args:
+        explorers: share of the clients that explore, of those available before round 1.
+        explore_epochs: of an explorer, at most; None: a twentieth of the run's rounds, from 1 to 150.
+        patience: an explorer stops after so many epochs whose last batch has no smaller loss than all before.
+        scouts: explorers start from the same model, or train one model in turn, and the last one counts.
+        scaling: of the guidance in each tensor: by its range, or by its median and quartiles.
+        threshold: share of the guidance's quantile; what is not above it is pruned (T_p).
+        quantile: of all prunable weights together, or of each tensor.
+        structured: remove neurons and filters without incoming weights as a whole.
+        agreement: share of the score that is how many explorers would keep the weight, each by its own
+            guidance; the rest is the guidance.
+        mask_from: the mask is rebuilt after each round from the movements of the round's clients, or made
+            once from those of all explorers, as it always is if `explorers` is below 1 or `scouts` aliased.
+        warm_start: begin with the model that aliased scouts have trained.
+        server_momentum: β of the server's step, v ← β v + (1 − β)(mean − w).
+    """
+
+    citation: ClassVar[str] = "Internò et al., arXiv 2405.10271, 2024"
+
+    explorers: Density = 1.0
+    explore_epochs: PositiveInt | None = None
+    patience: PositiveInt = 40
+    scouts: Literal["independent", "aliased"] = "independent"
+    scaling: Literal["minmax", "robust"] = "minmax"
+    threshold: Share = 0.3
+    quantile: Literal["global", "layer"] = "global"
+    structured: bool = True
+    agreement: Fraction = 0.0
+    mask_from: Literal["participants", "all"] = "participants"
+    warm_start: bool = False
+    server_momentum: Share = 0.0
+
+    @property
+    def follows(self) -> bool:
+        """Whether the mask follows the clients of each round."""
+        every = self.explorers == 1 and self.scouts == "independent"
+        return every and self.mask_from == "participants"
+
+    def check(self, setting: Setting) -> str | None:
+        """Refuse to start from a model that nobody trains."""
+        if self.warm_start and self.scouts == "independent":
+            return "method.warm_start=true needs method.scouts=aliased: there is no one model to start from"
+        return None
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Let clients explore; make the first mask from what all of them found."""
+        epochs = self.explore_epochs or max(1, min(150, ctx.rounds // 20))
+        explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
+        if self.scouts == "aliased":
+            before = after = state.params
+            for client in explorers:
+                task = Task(after, state.mask, extras={"epochs": epochs})
+                before, after = after, ctx.ask(self.take_turn, {client: task}).mean(otherwise=after)
+            moved = loss_deviation(before, after)[ctx.layout.prunable_flat]
+            params = after if self.warm_start else state.params
+            mask = self.mask_from_scouts([moved], ctx.model)
+            return replace(state, params=params, mask=mask, memory=AutoFLIPMemory())
+        task = Task(state.params, state.mask, extras={"epochs": epochs})
+        found = ctx.ask(self.scout, dict.fromkeys(explorers, task))
+        if not found.folded:
+            raise MethodError(f"all {len(explorers)} explorers diverged; lower method.lr")
+        if self.follows:
+            scouts = {client: sent["movement"] for client, sent in found.each.items()}
+            mask = self.mask_from_scouts(list(scouts.values()), ctx.model)
+            return replace(state, mask=mask, memory=AutoFLIPMemory(scouts))
+        moved = found.sum("movement") / len(found.folded)
+        votes = found.sum("votes") / len(found.folded) if self.agreement else torch.zeros_like(moved)
+        return replace(state, mask=self.mask_of(moved, votes, ctx.model), memory=AutoFLIPMemory())
+
+    def explore(self, task: Task, client: Client) -> Params:
+        """ON THE DEVICE: train for some epochs, or until the loss has not fallen for a while."""
+        params, best, waited = task.params, inf, 0
+        for _ in range(int(task.extras["epochs"])):
+            params = client.sgd(params, task.mask, epochs=1)
+            waited = 0 if client.meter.last_loss < best else waited + 1
+            best = min(best, client.meter.last_loss)
+            if waited == self.patience:
+                break
+        return params
+
+    def take_turn(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: explore, and hand the model on."""
+        return ClientUpdate(self.explore(task, client), task.mask)
+
+    def scout(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: explore, and say how far each prunable weight moved."""
+        layout, nothing = task.mask.layout, Mask.none(task.mask.layout)
+        moved = loss_deviation(task.params, self.explore(task, client))[layout.prunable_flat]
+        if self.follows:
+            return ClientUpdate(task.params, nothing, each={"movement": moved})
+        if not self.agreement:
+            return ClientUpdate(task.params, nothing, sums={"movement": moved})
+        return ClientUpdate(task.params, nothing, sums={"movement": moved, "votes": self.vote(moved, layout)})
+
+    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+        """Take the mean, or a step with momentum towards it."""
+        if not self.server_momentum or not cohort.folded:
+            return super().aggregate(state, cohort)
+        params, mean = state.params, cohort.mean(otherwise=state.params)
+        past = 0.0 if state.memory.velocity is None else state.memory.velocity
+        velocity = self.server_momentum * past + (1 - self.server_momentum) * (mean.flat - params.flat)
+        # a pruned weight forgets its momentum; running statistics have none
+        moves = state.mask.flat & params.layout.trainable_flat
+        velocity = torch.where(moves, velocity, 0.0)
+        flat = torch.where(moves, params.flat + velocity, mean.flat)
+        memory = replace(state.memory, velocity=velocity)
+        return replace(state, params=Params(flat, params.layout), memory=memory)
+
+    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+        """Rebuild the mask from what the round's clients found when they explored."""
+        scouts = state.memory.scouts
+        present = [scouts[record.client] for record in cohort.folded if record.client in scouts]
+        if not present:
+            return state
+        return replace(state, mask=self.mask_from_scouts(present, ctx.model))
+
+    def mask_from_scouts(self, scouts: Sequence[Tensor], model: ModelSpec) -> Mask:
+        """Return the mask of some explorers, each given as the squared movement of prunable weights."""
+        moved, votes = torch.zeros_like(scouts[0]), torch.zeros_like(scouts[0])
+        for scout in scouts:
+            moved += scout / len(scouts)
+            if self.agreement:
+                votes += self.vote(scout, model.layout) / len(scouts)
+        return self.mask_of(moved, votes, model)
+
+    def vote(self, moved: Tensor, layout: Layout) -> Tensor:
+        """Return which prunable weights an explorer would keep by itself: bool, like the movement."""
+        return self.keep(self.guidance(moved, layout), layout).flat[layout.prunable_flat]
+
+    def mask_of(self, moved: Tensor, votes: Tensor, model: ModelSpec) -> Mask:
+        """Return the mask for a mean movement and a mean vote of each prunable weight."""
+        layout = model.layout
+        guidance, agreed = self.guidance(moved, layout), torch.zeros(layout.size)
+        agreed[layout.prunable_flat] = votes.float()
+        scores = (1 - self.agreement) * guidance + self.agreement * agreed
+        mask = self.keep(torch.where(guidance.isinf(), guidance, scores), layout)
+        for group in model.channel_groups if self.structured else ():
+            # in order: a removed channel may leave a row of the next layer empty
+            alive = mask[group.rows[0]].reshape(group.size, -1).any(1)
+            if bool(alive.any()):  # a layer that lost all its weights keeps its biases, to pass something on
+                mask = channel_mask(layout, (group,), {group.name: alive}, within=mask)
+        return mask
+
+    def guidance(self, moved: Tensor, layout: Layout) -> Tensor:
+        """Return the scaled movement as a score (size,) of each weight."""
+        scores = torch.zeros(layout.size)
+        scores[layout.prunable_flat] = moved
+        return scaled_per_layer(scores, layout, self.scaling)
+
+    def keep(self, scores: Tensor, layout: Layout) -> Mask:
+        """Keep what scores above the quantile, of all tensors or of its own."""
+        kept, prunable = torch.ones(layout.size, dtype=torch.bool), layout.prunable_flat
+        if self.quantile == "global":
+            kept[prunable] = above_quantile(scores[prunable], self.threshold)
+            return Mask(kept, layout)
+        for name in layout.prunable_names:
+            span = layout.spans[name]
+            kept[span] = above_quantile(scores[span], self.threshold)
+        return Mask(kept, layout)

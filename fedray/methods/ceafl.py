@@ -1,0 +1,272 @@
+"""CEAFL: communication-efficient adaptive federated pruning, a RECONSTRUCTION.  Pei et al., 2026.
+
+Clients score the weights of the untrained model by gradient importance, and the server prunes it once before
+round 1. Then, every few rounds, it prunes on: the further, the more the loss has fallen since the last time,
+and not at all if that would spoil the model. A part of what goes is grown again where gradients are large.
+After such an event clients fine-tune for an epoch, taught by an ensemble of the cohort's classifiers.
+
+Differs from the paper: that cannot be said, since only its abstract was read (Journal of Chinese Computer
+Systems 47(5), 1225-1235). The abstract states an initial and an adaptive stage, both by gradient importance,
+and a fine-tuning that reuses an ensemble of classifiers and knows how data are distributed. The rest is ours:
+* importance is |g·w|: `importance`; in the second stage g is how a weight moved, without a backward pass;
+* how far an event goes: `kappa`, `kappa0`, `min_density`; when it is undone: `rollback`;
+* growing where the gradient of one batch is largest: `regrow`;
+* a class's row of a classifier counts by the client's examples of that class: `alpha`; the ensemble is
+  distilled: `kd_weight`, `temperature`.
+
+An ensemble Σ_k α_k,c (W_k φ + b_k)_c of linear classifiers IS one linear classifier, with the rows
+Σ_k α_k,c W_k,c. So this one is what clients are sent, and all that the server needs for it are sums.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedray.federation.aggregate import CohortUpdate
+from fedray.federation.client import Client, Step
+from fedray.federation.method import Method, ServerContext, Setting
+from fedray.pruning.masks import grow, top_k
+from fedray.pruning.recovery import classifier, classify, distillation, ensemble
+from fedray.pruning.scores import sensitivity
+from fedray.pruning.votes import cast, tally
+from fedray.types import (
+    ClientInfo,
+    ClientUpdate,
+    Density,
+    Extra,
+    Fraction,
+    Mask,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    ServerState,
+    Task,
+)
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class CEAFLMemory:
+    """What the server remembers.
+
+    Args:
+        events: the rounds after which it may prune; their step is the interval.
+        losses: mean training loss of each round of the last two intervals.
+        finetune: the round after the last event, in which clients recover; 0 before the first.
+        teacher: (classes, width + 1), weights and bias of the ensemble, for that round.
+    """
+
+    events: range
+    losses: tuple[float, ...] = ()
+    finetune: int = 0
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CEAFL(Method):
+    """Prune before training, then on as the loss falls, and fine-tune with an ensemble of classifiers.
+
+    Args:
+        importance: of a weight: |g·w|, |g| or g².
+        initial_density: share of the prunable weights that is kept before round 1.
+        scorers: clients that are asked for the importance in the untrained model.
+        scorer_batches: on which each of them computes it.
+        interval: rounds between events; None: a tenth of the run, at most 10.
+        until: last event, as a share of the run's rounds.
+        min_density: the model is never pruned below this.
+        kappa: an event lowers the density by this times the share by which the loss fell in an interval.
+        kappa0: and by this share anyway.
+        mu: share of what a client remembers in its running mean of importance.
+        rollback: an event is undone that raises the validation loss by a larger share.
+        regrow: weights that an event grows, as a share of those that it removes.
+        finetune_epochs: of a client after an event, before its local ones; 0 for no fine-tuning.
+        kd_weight: of the distillation in its loss; 0 for no ensemble.
+        temperature: of the distillation.
+        alpha: how a client's classifier counts: for each class by the client's examples, or like every other.
+    """
+
+    citation: ClassVar[str] = "Pei et al., Journal of Chinese Computer Systems 47(5), 2026"
+
+    importance: Literal["gw", "g", "g2"] = "gw"
+    initial_density: Density = 0.7
+    scorers: PositiveInt = 10
+    scorer_batches: PositiveInt = 4
+    interval: PositiveInt | None = None
+    until: Fraction = 0.6
+    min_density: Density = 0.3
+    kappa: NonNegativeFloat = 1.0
+    kappa0: Fraction = 0.02
+    mu: Share = 0.9
+    rollback: NonNegativeFloat = 0.05
+    regrow: Share = 0.2
+    finetune_epochs: NonNegativeInt = 1
+    kd_weight: Fraction = 0.5
+    temperature: PositiveFloat = 2.0
+    alpha: Literal["class", "uniform"] = "class"
+
+    @property
+    def taught(self) -> bool:
+        """Whether an ensemble teaches."""
+        return self.finetune_epochs > 0 and self.kd_weight > 0
+
+    def check(self, setting: Setting) -> str | None:
+        """Refuse a floor above the start, and fine-tuning of a model without a classifier."""
+        if self.min_density > self.initial_density:
+            above = f"method.initial_density={self.initial_density}"
+            return f"method.min_density={self.min_density} is above {above}"
+        if self.finetune_epochs and not any(isinstance(m, nn.Linear) for m in setting.model.module.modules()):
+            return (
+                f"method.finetune_epochs must be 0: {setting.model.name} has no linear layer as a classifier"
+            )
+        return None
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Stage 1: ask some clients what matters in the untrained model, and prune it."""
+        every = self.interval or max(1, min(10, ctx.rounds // 10))
+        events = range(every, int(self.until * ctx.rounds) + 1, every)
+        task = Task(state.params, state.mask)
+        scored = ctx.ask(self.first_scores, {client: task for client in ctx.sample(self.scorers)})
+        mask = top_k(self.scores(scored, state.mask), self.initial_density, ctx.layout)
+        return replace(state, mask=mask, memory=CEAFLMemory(events))
+
+    def first_scores(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: the importance of each weight in the untrained model."""
+        gradient = client.grad(task.params, task.mask, batches=self.scorer_batches)
+        scores = self.shares(self.score(task.params, gradient), task.mask, client)
+        return ClientUpdate(task.params, Mask.none(task.mask.layout), sums={"importance": scores})
+
+    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+        """Say what a client does beside training: keep scores, send them, recover from the last event."""
+        memory, extras = state.memory, dict[str, Extra]()
+        if memory.events and state.round <= memory.events[-1]:
+            extras["track"] = True
+        removed, grown = self.plan(state)
+        if removed:
+            extras["grow"] = grown
+        if self.finetune_epochs and state.round == memory.finetune:
+            extras["finetune"] = True
+            if memory.teacher is not None:
+                extras["teacher"] = memory.teacher
+        return Task(state.params, state.mask, extras=extras)
+
+    def plan(self, state: ServerState) -> tuple[int, int]:
+        """Return how many weights this round's event removes, and how many others it grows; 0, 0 if none.
+
+        Clients vote for what grows while they train, so it goes by the losses up to the round before.
+        """
+        memory, layout = state.memory, state.mask.layout
+        if state.round not in memory.events:
+            return 0, 0
+        every = memory.events.step
+        last, before = memory.losses[-every:], memory.losses[-2 * every : -every]
+        fall = 1 - (sum(last) / len(last)) / (sum(before) / len(before)) if sum(before) else 0.0
+        wanted = state.mask.density * (1 - self.kappa * min(1.0, max(0.0, fall)) - self.kappa0)
+        size = layout.prunable_count
+        held = round(state.mask.density * size)
+        fewer = held - round(max(self.min_density, wanted) * size)
+        # what grows takes the place of others that are removed: the density is the wanted one all the same
+        grown = min(round(fewer * self.regrow / (1 - self.regrow)), size - held, held - fewer)
+        return fewer + grown, grown
+
+    def client_update(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: recover if the model was just pruned, train, keep scores, and send them if asked."""
+        start = self.finetune(task, client) if "finetune" in task.extras else task.params
+        params, mask = client.sgd(start, task.mask), task.mask
+        if "track" not in task.extras:
+            client.memory.clear()
+            return ClientUpdate(params, mask)
+        metrics = {"loss": client.meter.loss}
+        scores = self.remember(start, params, mask, client)
+        if "grow" not in task.extras:
+            return ClientUpdate(params, mask, metrics=metrics)
+        sums = {"importance": self.shares(scores, mask, client)} | self.lesson(params, client)
+        count = int(task.extras["grow"])
+        vote = cast(client.grad(params, mask, batches=1), count, mask) if count else {}
+        return ClientUpdate(params, mask, sums=sums, each=vote, metrics=metrics)
+
+    def score(self, params: Params, gradient: Tensor) -> Tensor:
+        """Return the importance (size,) of each weight."""
+        if self.importance == "gw":
+            return sensitivity(params, gradient)
+        return gradient.abs() if self.importance == "g" else gradient.square()
+
+    def shares(self, scores: Tensor, mask: Mask, client: Client) -> Tensor:
+        """Return the scores of prunable weights held, as shares of their sum, times the client's examples."""
+        held = scores[mask.flat & mask.layout.prunable_flat]
+        return held * (client.num_examples / held.sum().clamp_min(1e-30))
+
+    def remember(self, before: Params, after: Params, mask: Mask, client: Client) -> Tensor:
+        """Return the client's mean importance (size,) of each weight over its rounds, this one included."""
+        steps = self.local_steps(client.num_examples)
+        now = self.score(after, (before.flat - after.flat) / (client.lr * steps))
+        past = client.memory.get("importance", now)
+        # a weight without a past is new: its mean starts with this round, or it would be the first to go
+        mean = torch.where(past > 0, self.mu * past + (1 - self.mu) * now, now)
+        client.memory["importance"] = torch.where(mask.flat, mean, 0.0)
+        return mean
+
+    def lesson(self, params: Params, client: Client) -> dict[str, Tensor]:
+        """Return the client's classifier, its rows times their weights in the ensemble; and these weights."""
+        if not self.taught:
+            return {}
+        rows = classifier(params, client.model.head)
+        weights = torch.bincount(client.y, minlength=len(rows)).float()
+        if self.alpha == "uniform":
+            weights = torch.ones(len(rows))
+        return {"classifiers": rows * weights[:, None], "weights": weights}
+
+    def finetune(self, task: Task, client: Client) -> Params:
+        """ON THE DEVICE: recover, taught by the ensemble; the classifier rests in the first half."""
+        teacher, head = task.extras.get("teacher"), client.model.head
+        resting = self.finetune_epochs * ceil(client.num_examples / self.batch_size) // 2
+
+        def loss(step: Step) -> Tensor:
+            logits = step.logits
+            if step.index < resting and step.features.requires_grad:  # else the classifier is all there is
+                logits = classify(classifier(step.weights, head).detach(), step.features)
+            value = cross_entropy(logits, step.y)
+            if not isinstance(teacher, Tensor):
+                return value
+            taught = classify(teacher.to(logits.device), step.features)
+            apart = distillation(logits, taught, self.temperature)
+            return (1 - self.kd_weight) * value + self.kd_weight * apart
+
+        return client.sgd(task.params, task.mask, epochs=self.finetune_epochs, loss=loss)
+
+    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+        """Stage 2: at an event prune, grow, and go back if that spoilt the model. Keep the losses."""
+        if "loss" not in cohort.metrics:  # nobody answered, or the last event is over
+            return state
+        removed, grown = self.plan(state)
+        losses = (*state.memory.losses, cohort.metrics["loss"])[-2 * state.memory.events.step :]
+        state = replace(state, memory=replace(state.memory, losses=losses))
+        if not removed:
+            return state
+        density = state.mask.density - removed / ctx.layout.prunable_count
+        kept = top_k(self.scores(cohort, state.mask), density, ctx.layout, within=state.mask)
+        votes = [(ctx.clients[k].num_examples, vote) for k, vote in sorted(cohort.each.items())]
+        mask = grow(tally(votes, state.mask), grown, ctx.layout, within=kept)
+        params = state.params.masked(state.mask)  # what grows starts from zero
+        before, after = (ctx.validate(params, held)[1] for held in (state.mask, mask))
+        if after > (1 + self.rollback) * before:
+            return state
+        teacher = None
+        if self.taught:
+            own = classifier(params, ctx.model.head)
+            teacher = ensemble(cohort.sum("classifiers"), cohort.sum("weights"), otherwise=own)
+        memory = replace(state.memory, finetune=state.round + 1, teacher=teacher)
+        return replace(state, params=params, mask=mask, memory=memory)
+
+    def scores(self, cohort: CohortUpdate, mask: Mask) -> Tensor:
+        """Return the cohort's importance (size,) of the weights held, up to a factor."""
+        scores = torch.zeros(mask.layout.size)
+        scores[mask.flat & mask.layout.prunable_flat] = cohort.sum("importance")
+        return scores

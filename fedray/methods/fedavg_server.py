@@ -1,0 +1,74 @@
+"""FedAvg with server data: the control for FRLP.  McMahan et al., 2017; Nie et al., 2024.
+
+FRLP trains on examples that its rivals do not have: before round 1, and again at each pruning round. Here the
+server does that very work and nothing is pruned, so that the difference between the two is the pruning, and
+what this one wins over FedAvg is what the server's examples are worth.
+
+Differs from the paper: FRLP's has no such control. An event has one fine-tune, of the model that is sent on,
+where FRLP makes one for each candidate of its search. The models are those of an FRLP whose candidates all
+keep every weight, bit for bit.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fedray.federation.aggregate import CohortUpdate
+from fedray.federation.method import Method, ServerContext, Setting
+from fedray.types import Fraction, NonNegativeInt, PositiveInt, ServerState
+
+
+@dataclass(frozen=True)
+class FedAvgServerMemory:
+    """The rounds after which the server fine-tunes."""
+
+    events: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgServer(Method):
+    """FedAvg whose server trains on its own examples when FRLP's does.
+
+    Args:
+        finetune_rounds: rounds after which the server fine-tunes; None: every `interval` up to `until`.
+        interval: rounds between events; None: a fifth of the run, at most 20.
+        until: last event, as a share of the run's rounds.
+        pretrain_epochs: of the server on its own data before round 1.
+        finetune_epochs: of the server at each event.
+    """
+
+    citation: ClassVar[str] = "McMahan et al., AISTATS 2017; Nie et al., CSA 33(5), 2024"
+    uses_server_data: ClassVar[bool] = True
+
+    finetune_rounds: tuple[PositiveInt, ...] | None = None
+    interval: PositiveInt | None = None
+    until: Fraction = 0.6
+    pretrain_epochs: NonNegativeInt = 5
+    finetune_epochs: NonNegativeInt = 1
+
+    def check(self, setting: Setting) -> str | None:
+        """Refuse rounds that the run never reaches."""
+        beyond = [event for event in self.finetune_rounds or () if event > setting.rounds]
+        if beyond:
+            late = ", ".join(map(str, beyond))
+            return (
+                f"method.finetune_rounds asks to fine-tune after round(s) {late}, "
+                f"but the run has {setting.rounds} round(s)"
+            )
+        return None
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Pre-train on the server's data; fix the events as FRLP does."""
+        trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
+        every = self.interval or max(1, min(20, ctx.rounds // 5))
+        events = self.finetune_rounds
+        if events is None:
+            events = tuple(range(every, int(self.until * ctx.rounds) + 1, every))
+        return replace(state, params=trained, memory=FedAvgServerMemory(events))
+
+    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+        """At an event, fine-tune the averaged model; the mask stays full."""
+        if state.round not in state.memory.events:
+            return state
+        # the seed of FRLP's candidates: the same examples in the same order
+        tuned = ctx.server.sgd(state.params, state.mask, epochs=self.finetune_epochs, seed=state.round)
+        return replace(state, params=tuned)

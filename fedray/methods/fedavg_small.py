@@ -1,0 +1,48 @@
+"""FedAvg of a narrower dense model: the control that a pruned model has to beat.  Liu et al., ICLR 2019.
+
+The model has the same layers with fewer channels, as many as bring it to the parameter count of a pruned one.
+It starts from its own random initialisation and is trained as FedAvg trains any model. Nothing is scored,
+searched or masked: what a pruned model gains over this one is what choosing its weights is worth.
+
+Differs from the paper (Liu et al., "Rethinking the value of network pruning"; trained as by McMahan et al.,
+AISTATS 2017): it runs in a federation; every layer keeps the same share of its channels, theirs those that a
+pruned model has; it trains for as many rounds as the pruned model, not for as many FLOPs. Inside fedray the
+narrower model is the first channels of the whole one, under a mask that removes the others: it trains, and
+travels, as a physically smaller model.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedray.federation.method import Method, ServerContext, Setting
+from fedray.pruning.shrink import as_initialised, cannot_narrow, channel_mask, channels_at, share_for
+from fedray.types import Density, ServerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgSmall(Method):
+    """FedAvg of the same model with fewer channels.
+
+    Args:
+        density: share of the whole model's prunable weights that the narrower model has; met to the nearest
+            number of channels, the share of channels being the same in all layers that can lose some.
+    """
+
+    citation: ClassVar[str] = "Liu et al., ICLR 2019; McMahan et al., AISTATS 2017"
+
+    density: Density = 0.25
+
+    def check(self, setting: Setting) -> str | None:
+        """Refuse models that cannot be made so narrow."""
+        model = setting.model
+        return cannot_narrow(model.name, model.layout, model.channel_groups, self.density)
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Keep the first channels of each layer, in the scale that a model of that width starts from."""
+        groups = ctx.model.channel_groups
+        share = share_for(self.density, ctx.layout, groups)
+        kept = {g.name: torch.arange(g.size) < channels_at(share, g.size) for g in groups}
+        mask = channel_mask(ctx.layout, groups, kept)
+        return replace(state, params=as_initialised(state.params, mask, groups), mask=mask)

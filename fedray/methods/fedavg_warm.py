@@ -1,0 +1,55 @@
+"""FedAvg from a warm start: the control for AutoFLIP.  McMahan et al., 2017; Internò et al., 2024.
+
+In AutoFLIP's published code the explorers train one model in turn, each for many epochs on its own examples,
+and the rounds of the federation start from that model, while FedAvg, with which it is compared, starts from
+random weights. Here FedAvg gets the very same start and nothing is pruned, so that the difference between the
+two is the pruning, and what this one wins over FedAvg is what the start is worth.
+
+Differs from the paper: AutoFLIP's has no such control. The start is charged as round 0, one client after the
+other. It is that of an AutoFLIP with `scouts="aliased"` and `warm_start`, bit for bit: the same clients in
+the same order, the same examples in each batch.
+"""
+
+from dataclasses import dataclass, replace
+from math import inf
+from typing import ClassVar
+
+from fedray.federation.client import Client
+from fedray.federation.method import Method, ServerContext
+from fedray.types import ClientUpdate, Density, PositiveInt, ServerState, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgWarm(Method):
+    """FedAvg from a model that clients have trained in turn.
+
+    Args:
+        explorers: share of the clients that train it, of those available before round 1.
+        explore_epochs: of each of them, at most; None: a twentieth of the run's rounds, from 1 to 150.
+        patience: one stops after so many epochs whose last batch has no smaller loss than all before.
+    """
+
+    citation: ClassVar[str] = "McMahan et al., AISTATS 2017; Internò et al., arXiv 2405.10271, 2024"
+
+    explorers: Density = 1.0
+    explore_epochs: PositiveInt | None = None
+    patience: PositiveInt = 40
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Hand one model from client to client."""
+        epochs, params = self.explore_epochs or max(1, min(150, ctx.rounds // 20)), state.params
+        for client in ctx.sample(max(1, round(self.explorers * len(ctx.clients)))):
+            task = Task(params, state.mask, extras={"epochs": epochs})
+            params = ctx.ask(self.take_turn, {client: task}).mean(otherwise=params)
+        return replace(state, params=params)
+
+    def take_turn(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: train for some epochs, or until the loss has not fallen for a while."""
+        params, best, waited = task.params, inf, 0
+        for _ in range(int(task.extras["epochs"])):
+            params = client.sgd(params, task.mask, epochs=1)
+            waited = 0 if client.meter.last_loss < best else waited + 1
+            best = min(best, client.meter.last_loss)
+            if waited == self.patience:
+                break
+        return ClientUpdate(params, task.mask)

@@ -1,0 +1,186 @@
+"""FedLP: federated layer-wise pruning of what is exchanged.  Zhu et al., ICC 2023.
+
+Homogeneous: every client trains the whole model, and before the upload it keeps each layer with the
+layer-preserving rate (LPR), by a coin of its own. Heterogeneous: a client has the first blocks of the model
+only, as many as it can afford, and trains them through an exit with a head of its own. Either way the server
+takes the mean of each layer over those who sent it, and keeps its own where nobody did. Uploads are dropped,
+weights are not: the final model is dense.
+
+Differs from the paper (readings, with the flag that restores the other one):
+* a layer is a convolution or linear layer with its bias and the normalisation behind it; the published code
+  draws for each tensor by itself: `unit="tensor"`;
+* every client counts alike, as in that code: `weighting="examples"` for the other;
+* a client goes on with the head it has trained; in that code every round starts from the head's initial
+  weights: `heads="restarted"`; in both it never leaves the client, unless `heads="shared"`;
+* the paper's Hetero(3) are clients of which 60 % have complexity 3: `preference`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedray.federation.aggregate import Fold
+from fedray.federation.client import Client
+from fedray.federation.method import Method, ServerContext, Setting
+from fedray.models import MODELS
+from fedray.models.fedlp_cnn import along, exits_of
+from fedray.models.spec import ModelSpec
+from fedray.types import ClientInfo, ClientUpdate, Fraction, Layout, Mask, PositiveInt, ServerState, Task
+
+SPEEDS = 1000
+"""Clients whose speed the others are compared with, about."""
+
+
+@dataclass(frozen=True)
+class FedLPMemory:
+    """The sub-models, and what decides who has which.
+
+    Args:
+        masks: what clients of each complexity exchange, shallowest first.
+        seed: of the draws.
+        speeds: FLOP/s of some clients, in order.
+    """
+
+    masks: tuple[Mask, ...]
+    seed: int
+    speeds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedLP(Method):
+    """Drop layers from uploads, or give clients a model of fewer layers.
+
+    Args:
+        mode: `homo`: whole models, uploads without some layers; `hetero`: sub-models of different depth,
+            which needs a model with exits.
+        preserve: probability with which a layer is uploaded (LPR), in (0, 1]; `homo` only.
+        unit: what is kept or dropped together: a layer with its normalisation, or each tensor by itself.
+        weighting: a client counts like every other, or by its number of examples.
+        complexity: how many blocks a client has: drawn from all depths alike, by its speed among all clients,
+            or mostly this number; `hetero` only, as all that follows.
+        preference: share of the clients that have the given number; the others are drawn from the rest.
+        heads: what becomes of the head of an exit: kept and trained on by the client, thrown away after each
+            round and started again from the client's own initial weights, or exchanged like the rest.
+    """
+
+    citation: ClassVar[str] = "Zhu et al., ICC 2023"
+
+    mode: Literal["homo", "hetero"] = "homo"
+    preserve: Annotated[float, Field(gt=0, le=1)] = 0.5
+    unit: Literal["layer", "tensor"] = "layer"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    complexity: Literal["uniform", "device"] | PositiveInt = "uniform"
+    preference: Fraction = 0.6
+    heads: Literal["kept", "restarted", "shared"] = "kept"
+
+    @property
+    def fold(self) -> Fold:
+        """As `weighting` says."""
+        return Fold(weight=self.weighting)
+
+    def check(self, setting: Setting) -> str | None:
+        """Refuse sub-models of a model without exits, or more blocks than there are."""
+        if self.mode == "homo":
+            return None
+        model, depth = setting.model.name, len(exits_of(setting.model.module))
+        if not depth:
+            able = ", ".join(name for name, other in MODELS.items() if exits_of(other.build))
+            return (
+                f"model={model} cannot be left early, as method.mode=hetero needs it; those that can: {able}"
+            )
+        if isinstance(self.complexity, int) and self.complexity > depth:
+            return f"method.complexity={self.complexity} is above the number of exits of {model}, {depth}"
+        return None
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """With sub-models, say which layers belong to each depth."""
+        if self.mode == "homo":
+            return state
+        paths = exits_of(ctx.model.module)
+        sent = [path if self.heads == "shared" else set(path) & set(paths[-1]) for path in paths]
+        masks = tuple(Mask(entries_of(ctx.layout, modules), ctx.layout) for modules in sent)
+        every = -(-len(ctx.clients) // SPEEDS)
+        speeds = sorted(ctx.clients[k].profile.flops_per_s for k in range(0, len(ctx.clients), every))
+        return replace(state, memory=FedLPMemory(masks, int(ctx.rng.integers(2**32)), tuple(speeds)))
+
+    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+        """Send the whole model, or the layers of the client's sub-model."""
+        if self.mode == "homo":
+            return super().configure(state, client)
+        complexity = self.complexity_of(client, state.memory)
+        return Task(state.params, state.memory.masks[complexity - 1], extras={"exit": complexity})
+
+    def complexity_of(self, client: ClientInfo, memory: FedLPMemory) -> int:
+        """Return how many blocks a client has; the same in every round."""
+        depth = len(memory.masks)
+        if self.complexity == "device":
+            slower = bisect_right(memory.speeds, client.profile.flops_per_s)  # or as fast
+            return max(1, ceil(depth * slower / len(memory.speeds)))
+        shares = np.full(depth, 1 / depth)
+        if isinstance(self.complexity, int) and depth > 1:
+            shares[:] = (1 - self.preference) / (depth - 1)
+            shares[self.complexity - 1] = self.preference
+        return 1 + int(np.random.default_rng((memory.seed, client.id)).choice(depth, p=shares))
+
+    def client_update(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: train all and upload some layers, or train a sub-model through its exit."""
+        if self.mode == "hetero":
+            return self.train_to_exit(task, client)
+        params = client.sgd(task.params, task.mask)
+        return ClientUpdate(params, self.preserved(task.mask, client))
+
+    def preserved(self, mask: Mask, client: Client) -> Mask:
+        """Keep each layer with the probability `preserve`."""
+        layers = layers_of(client.model) if self.unit == "layer" else [[name] for name in mask]
+        flat = mask.flat.clone()
+        for layer in layers:
+            if client.rng.random() >= self.preserve:
+                for name in layer:
+                    flat[mask.layout.spans[name]] = False
+        return Mask(flat, mask.layout)
+
+    def train_to_exit(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: train the layers sent and the client's own head, send the layers back."""
+        path, layout = exits_of(client.model.module)[int(task.extras["exit"]) - 1], task.mask.layout
+        own = entries_of(layout, path) & ~task.mask.flat
+        start = task.params.clone()
+        head = client.memory.get("head")
+        if head is None and bool(own.any()):
+            head = client.model.init(int(client.rng.integers(2**63))).flat[own]
+        if head is not None:
+            start.flat[own] = head
+        held = Mask(task.mask.flat | own, layout)
+        params = client.sgd(start, held, forward=lambda module, _, x: along(module, path, x))
+        if head is not None:
+            client.memory["head"] = params.flat[own] if self.heads == "kept" else head
+        return ClientUpdate(params, task.mask)
+
+
+def layers_of(model: ModelSpec) -> list[list[str]]:
+    """Return the names of each layer's tensors; what has vectors only belongs to the layer before it."""
+    names: dict[str, list[str]] = {}
+    for name in model.layout.names:
+        names.setdefault(name.rpartition(".")[0], []).append(name)
+    layers: list[list[str]] = [[]]
+    for module, _ in model.module.named_modules():
+        tensors = names.get(module, [])
+        if all(len(model.layout.shape_of[name]) < 2 for name in tensors):
+            layers[-1] += tensors  # a normalisation, with its running statistics
+        else:
+            layers.append(tensors)
+    return [layer for layer in layers if layer]
+
+
+def entries_of(layout: Layout, modules: Iterable[str]) -> Tensor:
+    """Return a bool vector (size,): the entries of some modules, given by their dotted names."""
+    flat, prefixes = torch.zeros(layout.size, dtype=torch.bool), tuple(f"{name}." for name in modules)
+    for name, span in layout.spans.items():
+        flat[span] = name.startswith(prefixes)
+    return flat

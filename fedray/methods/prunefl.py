@@ -1,0 +1,225 @@
+"""PruneFL: model pruning enables efficient federated learning on edge devices.  Jiang et al., TNNLS 2022.
+
+One client prunes the model first, on its own examples. Later, every `interval` rounds, the mask is rebuilt:
+the smallest weights are dropped, and from these and the ones dropped before, those are admitted (again) whose
+squared gradient is worth the time that they add to a round. Γ = Σ g² / T is maximised greedily; T is linear
+in the weights held. Clients gather the squared gradients, pruned weights included, as they train.
+
+Differs from the paper and its code (jiangyuang/PruneFL), with the flag that restores the other reading:
+* initial pruning is paid for (bytes, FLOPs, time), in round 0; the published time axis leaves it out;
+* clients train for epochs, on the cross-entropy; published are `steps=5` and `loss="bce"`;
+* times come from the devices of the run: `time_model`;
+* the first client is the one with most examples of ten, not client 0 (`initial_client`), and uses all its
+  examples, not 200 of them;
+* runs under 250 rounds have shorter intervals: `interval=50`; after the last round the mask stays;
+* clients gather for themselves; what they did not upload when their interval ended is forgotten;
+* `max_density` holds for what is kept too.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+
+from fedray.costs.layer_times import MEASURED, LayerTimes, mean_steps, mismatch, of_devices, published
+from fedray.errors import MethodError
+from fedray.federation.aggregate import CohortUpdate
+from fedray.federation.client import Client, Step
+from fedray.federation.method import Method, ServerContext, Setting
+from fedray.pruning.greedy import rebuild, settled
+from fedray.types import (
+    ClientInfo,
+    ClientUpdate,
+    Density,
+    Fraction,
+    NonNegativeInt,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    ServerState,
+    Task,
+)
+
+START = 1.5
+"""Initial pruning waits until the accuracy on the client's examples is this many times that of guessing."""
+ASKED = 10
+"""Available clients among which the first one is chosen."""
+
+
+@dataclass(frozen=True)
+class PruneFLMemory:
+    """The time of a round, and the rounds after which the mask is rebuilt."""
+
+    times: LayerTimes
+    events: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFL(Method):
+    """Prune at one client, then rebuild the mask now and then from gathered squared gradients.
+
+    Args:
+        interval: rounds between reconfigurations, in both phases; None: 50, at most a fifth of the run.
+        drop: share of each layer's held weights that a reconfiguration drops, unless they pay for themselves;
+            during the rounds of the federation it decays.
+        half_life: rounds in which `drop` halves.
+        loss: of the logits; `bce`, as published, compares each of them with 0 or 1.
+        gather: squared gradients over the whole interval, or in the round that reconfigures only, which costs
+            one dense backward pass per interval instead of one in each round, and no memory on clients.
+        regrow_value: a weight that is admitted again resumes from its last value, or from zero.
+        max_density: a reconfiguration never leaves more; None: as much as pays.
+        time_model: the clocks of the run's devices, or what was published for VGG-11 and for Conv-2.
+        layer_times_s: instead of `time_model`: name of a weight tensor → seconds that each held weight of it
+            adds to a round; with `constant_s`.
+        constant_s: seconds of a round that no pruning saves.
+        initial_client: who prunes first, 0 as published; None: of ten available clients the one with most
+            examples.
+        initial_batches: batches in a round of initial pruning, at most a pass over the client's examples.
+        initial_max_rounds: most rounds of initial pruning; 0 leaves it out.
+    """
+
+    citation: ClassVar[str] = "Jiang et al., TNNLS 2022"
+
+    interval: PositiveInt | None = None
+    drop: Fraction = 0.3
+    half_life: PositiveFloat = 10_000.0
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    gather: Literal["interval", "round"] = "interval"
+    regrow_value: Literal["shadow", "zero"] = "shadow"
+    max_density: Density | None = None
+    time_model: Literal["profile", "vgg11_cifar10", "conv2_femnist"] = "profile"
+    layer_times_s: Mapping[str, PositiveFloat] | None = None
+    constant_s: PositiveFloat | None = None
+    initial_client: NonNegativeInt | None = None
+    initial_batches: PositiveInt = 10
+    initial_max_rounds: NonNegativeInt = 1000
+
+    def check(self, setting: Setting) -> str | None:
+        """Refuse times that are not those of the model's layers, and a first client that there is not."""
+        if self.initial_client is not None and self.initial_client >= setting.population:
+            return f"method.initial_client={self.initial_client}, but there are {setting.population} clients"
+        if (self.layer_times_s is None) != (self.constant_s is None):
+            return "method.constant_s and method.layer_times_s go together: give both, or neither"
+        key, times = "layer_times_s", self.layer_times_s
+        if times is None and self.time_model != "profile":
+            key, times = f"time_model={self.time_model}", MEASURED[self.time_model].per_weight_s
+        fault = None if times is None else mismatch(times, setting.model.layout)
+        return f"method.{key}: {fault}" if fault else None
+
+    def processed(self, num_examples: int) -> int:
+        """Return on how many examples a client with so many trains in a round."""
+        passes, steps = divmod(self.local_steps(num_examples), -(-num_examples // self.batch_size))
+        return passes * num_examples + steps * self.batch_size  # only the last batch of a pass is short
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Fix times and rounds; let one client prune."""
+        times, every = self.layer_times(ctx), self.interval or max(1, min(50, ctx.rounds // 5))
+        state = replace(state, memory=PruneFLMemory(times, tuple(range(every, ctx.rounds, every))))
+        if not self.initial_max_rounds:
+            return state
+        first = self.initial_client
+        if first is None:
+            first = max(ctx.sample(ASKED) or (0,), key=lambda k: ctx.clients[k].num_examples)
+        task = Task(state.params, state.mask, extras={"times": times.vector(ctx.layout), "interval": every})
+        answer = ctx.ask(self.prune_at_client, {first: task}, keep_updates=True)
+        if not answer.folded:
+            raise MethodError(f"initial pruning diverged at client {first}; lower method.lr")
+        pruned = answer.updates[first]
+        flat = pruned.params.flat.clone()
+        if first in answer.each:
+            flat[~pruned.mask.flat] = answer.each[first]["behind"]
+        return replace(state, params=Params(flat, ctx.layout), mask=pruned.mask)
+
+    def prune_at_client(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: train and prune in turn until the size settles; what is gone stays gone."""
+        every, vector = task.extras["interval"], task.extras["times"]
+        assert isinstance(every, int) and isinstance(vector, Tensor)
+        params, mask, times = task.params, task.mask, LayerTimes.of_vector(vector, task.mask.layout)
+        batches = min(self.initial_batches, -(-client.num_examples // self.batch_size))
+        squares, counts = torch.zeros_like(params.flat), list[int]()
+
+        def gather(gradient: Tensor) -> None:
+            squares.addcmul_(gradient, gradient)
+
+        for rounds_left in range(self.initial_max_rounds, 0, -every):
+            steps = min(every, rounds_left) * batches
+            trained = client.sgd(params, mask, steps=steps, loss=self.objective, on_grad=gather)
+            params = Params(torch.where(mask.flat, trained.flat, params.flat), mask.layout)
+            if not params.is_finite():
+                break  # the server will see it
+            if not counts and client.evaluate(params, mask).accuracy < START / client.model.num_classes:
+                continue
+            mask = rebuild(params, mask, squares * mask.flat, times, self.drop, self.max_density)
+            squares.zero_()
+            counts.append(mask.count)
+            if settled(counts):
+                break
+        shadow = self.regrow_value == "shadow" and not mask.is_full
+        return ClientUpdate(params, mask, each={"behind": params.flat[~mask.flat]} if shadow else {})
+
+    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+        """While a reconfiguration is ahead, ask to gather; in its round, to upload."""
+        events = state.memory.events
+        ahead = bisect_left(events, state.round)
+        if ahead == len(events) or (self.gather == "round" and events[ahead] != state.round):
+            return Task(state.params, state.mask)
+        since, upload = events[ahead - 1] if ahead else 0, events[ahead] == state.round
+        return Task(state.params, state.mask, extras={"since": since, "upload": upload})
+
+    def client_update(self, task: Task, client: Client) -> ClientUpdate:
+        """ON THE DEVICE: masked local SGD; gather the square of the sum of its gradients."""
+        mask, since = task.mask, task.extras.get("since")
+        total = torch.zeros_like(task.params.flat)
+
+        def gather(gradient: Tensor) -> None:
+            total.add_(gradient)
+
+        on_grad = None if since is None else gather
+        params = client.sgd(task.params, mask, loss=self.objective, on_grad=on_grad)
+        if since is None:
+            return ClientUpdate(params, mask)
+        importance = total.square_().mul_(self.processed(client.num_examples))
+        if client.memory.get("since") == since:
+            importance += client.memory["importance"]
+        client.memory.clear()
+        if task.extras["upload"]:
+            return ClientUpdate(params, mask, sums={"importance": importance})
+        client.memory.update(since=since, importance=importance)
+        return ClientUpdate(params, mask)
+
+    # aggregate: the default. Behind the mask the server keeps the value that a weight had when it was pruned.
+
+    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+        """Every interval, rebuild the mask from what the cohort gathered."""
+        if state.round not in state.memory.events or not cohort.folded:
+            return state
+        drop = self.drop * 0.5 ** (state.round / self.half_life)
+        params, importance, times = state.params, cohort.sum("importance"), state.memory.times
+        mask = rebuild(params, state.mask, importance, times, drop, self.max_density)
+        if self.regrow_value == "zero":
+            params = Params(torch.where(mask.flat & ~state.mask.flat, 0.0, params.flat), ctx.layout)
+        return replace(state, params=params, mask=mask)
+
+    def layer_times(self, ctx: ServerContext) -> LayerTimes:
+        """Return what the options say a round takes."""
+        if self.layer_times_s is not None and self.constant_s is not None:
+            return LayerTimes(self.constant_s, self.layer_times_s)
+        if self.time_model != "profile":
+            return published(self.time_model, mean_steps(ctx.clients, self.local_steps))
+        dense = self.gather == "interval"
+        return of_devices(ctx.clients, ctx.flops, self.processed, self.downlink, self.uplink, dense)
+
+    @property
+    def objective(self) -> Callable[[Step], Tensor] | None:
+        """What clients minimise; None is the cross-entropy."""
+        return binary_cross_entropy if self.loss == "bce" else None
+
+
+def binary_cross_entropy(step: Step) -> Tensor:
+    """Return the mean over examples and classes: each class is a yes or a no of its own."""
+    target = one_hot(step.y, step.logits.shape[1]).to(step.logits.dtype)
+    return binary_cross_entropy_with_logits(step.logits, target)

@@ -1,0 +1,41 @@
+"""A random mask, drawn once: the control for every method that chooses.  Liu et al., 2022; Evci et al., 2020.
+
+Before the first round the server draws which weights stay, and they stay for the run: FedAvg under a static
+mask. Only how many weights each layer keeps is decided, by Erdős–Rényi-Kernel (more in small layers) or alike
+for all. A method that scores, searches or regrows has to beat this at the same density.
+
+Differs from the paper (Liu et al., "The unreasonable effectiveness of random pruning", ICLR 2022; the layers'
+densities by Evci et al., "Rigging the lottery", ICML 2020): it runs in a federation, and all clients share
+the one mask. The classifier is not prunable and not counted, as nothing is that is not prunable.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from fedray.federation.method import Method, ServerContext
+from fedray.pruning.masks import erk, random
+from fedray.types import Density, ServerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomMask(Method):
+    """One random mask before training.
+
+    Args:
+        density: share of the prunable weights that is kept.
+        distribution: of that density over the layers: `erk`, in proportion to Σ dims / Π dims; or `uniform`,
+            the same in each.
+    """
+
+    citation: ClassVar[str] = "Liu et al., ICLR 2022; Evci et al., ICML 2020"
+
+    density: Density = 0.1
+    distribution: Literal["erk", "uniform"] = "erk"
+
+    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+        """Draw the mask."""
+        if self.distribution == "erk":
+            densities = erk(ctx.layout, self.density)
+        else:
+            densities = dict.fromkeys(ctx.layout.prunable_names, self.density)
+        return replace(state, mask=random(ctx.layout, densities, ctx.rng))

@@ -1,0 +1,198 @@
+"""Channels read from the structure of a network: where they are found, where not, and that they are right."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedray.models import MODELS, Architecture, ModelSpec, build_model
+from fedray.models.channels import channel_groups, sequential
+from fedray.pruning.shrink import best_channels, cannot_narrow, channel_mask, shrink
+from fedray.types import ChannelGroup
+from tests import small
+
+SHAPES = ((1, 8, 8), (1, 28, 28), (3, 32, 32))
+"""The first that a model takes is what it is built for here."""
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, ModelSpec]:
+    """Every model of the table, for small images."""
+    shapes = {n: next(s for s in SHAPES if a.accepts(s) is None) for n, a in MODELS.items()}
+    return {name: build_model(name, shape, 10) for name, shape in shapes.items()}
+
+
+def groups_of(*layers: nn.Module) -> list[tuple[str, str, int]]:
+    """Return (who makes the channels, who takes them in, columns of each) for layers in a row."""
+    module = nn.Sequential(*layers)
+    return [(g.name, g.columns, g.spread) for g in channel_groups(sequential(module))]
+
+
+# ── where they are found
+
+
+def test_the_groups_of_a_small_network_by_hand() -> None:
+    spec = ModelSpec.of("small", small.CNN, small.SHAPE, small.CLASSES)
+    norm = ("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var")
+    assert spec.channel_groups == (
+        ChannelGroup("conv1", 4, ("conv1.weight", *norm), "conv2.weight", 1),  # conv1 has no bias
+        ChannelGroup("conv2", 6, ("conv2.weight", "conv2.bias"), "fc.weight", 4),  # of 2×2 pixels each
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("mlp", [200]),
+        ("lenet5", [6, 16, 120, 84]),
+        ("cnn", [32, 64, 512]),
+        ("vgg11", [64, 128, 256, 256, *[512] * 6]),
+        ("vgg19_bn", [*[64] * 2, *[128] * 2, *[256] * 4, *[512] * 10]),
+        ("resnet18", [64, 64, 128, 128, 256, 256, 512, 512]),
+    ],
+)
+def test_the_widths_of_the_built_in_models(name: str, sizes: list[int], built: dict[str, ModelSpec]) -> None:
+    assert [group.size for group in built[name].channel_groups] == sizes
+
+
+def test_only_the_inside_of_a_residual_block_can_be_narrower(built: dict[str, ModelSpec]) -> None:
+    groups = built["resnet18"].channel_groups
+    assert [g.name for g in groups] == [f"layer{i}.{j}.conv1" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert [g.columns for g in groups] == [f"layer{i}.{j}.conv2.weight" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert groups[2].rows == (
+        "layer2.0.conv1.weight",
+        *(f"layer2.0.bn1.{n}" for n in ("weight", "bias", "running_mean", "running_var")),
+    )
+
+
+def test_nested_sequences_are_one_chain() -> None:
+    inner = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(5, 4), nn.Dropout()))
+    assert groups_of(nn.Linear(3, 5), inner, nn.Identity(), nn.Linear(4, 2)) == [
+        ("0", "1.1.0.weight", 1),
+        ("1.1.0", "3.weight", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("between", "spread"),
+    [
+        ([nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()], 16),
+        ([nn.AvgPool2d(4), nn.Flatten()], 4),
+        ([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout()], 1),
+        ([nn.BatchNorm2d(6), nn.AdaptiveMaxPool2d(3), nn.Flatten()], 9),
+    ],
+)
+def test_flattened_channels_enter_several_columns(between: list[nn.Module], spread: int) -> None:
+    assert groups_of(nn.Conv2d(1, 6, 3), *between, nn.Linear(6 * spread, 2)) == [
+        ("0", f"{1 + len(between)}.weight", spread)
+    ]
+
+
+# ── where not
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.GroupNorm(2, 6),  # groups are of neighbouring channels
+        nn.LayerNorm([6, 2, 2]),
+        nn.Softmax(1),
+        nn.PixelShuffle(1),
+        nn.Bilinear(6, 6, 6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_mixes_channels_or_is_not_known_ends_a_chain(between: nn.Module) -> None:
+    assert groups_of(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), between, nn.Conv2d(6, 2, 3)) == [
+        ("0", "2.weight", 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("producer", "consumer"),
+    [
+        (nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 3)),  # depthwise: a row is tied to an input
+        (nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3, groups=2)),
+        (nn.Conv2d(1, 6, 3), nn.Conv2d(12, 2, 3)),  # some reshaping that is not seen
+        (nn.Conv2d(1, 6, 3), nn.Linear(32, 2)),  # 32 columns cannot be shared among 6
+    ],
+)
+def test_layers_that_do_not_fit_each_other_are_no_group(producer: nn.Module, consumer: nn.Module) -> None:
+    assert groups_of(producer, nn.ReLU(), consumer) == []
+
+
+def test_a_module_of_ones_own_has_none_unless_it_says_where() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(16, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
+            return logits
+
+    def chains(module: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+        return [[(name, module.get_submodule(name)) for name in ("fc1", "fc2")]]
+
+    silent = Architecture(lambda shape, classes: Own(), small.MLP.accepts, "made up", "two layers")
+    assert ModelSpec.of("own", silent, small.SHAPE, 3).channel_groups == ()
+    (group,) = ModelSpec.of("own", replace(silent, chains=chains), small.SHAPE, 3).channel_groups
+    assert group == ChannelGroup("fc1", 6, ("fc1.weight", "fc1.bias"), "fc2.weight", 1)
+
+
+# ── that they are right
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_without_some_channels_every_model_computes_what_it_computes_masked(
+    name: str, share: float, built: dict[str, ModelSpec]
+) -> None:
+    spec, rng = built[name], np.random.default_rng(0)
+    kept = {
+        g.name: best_channels(torch.from_numpy(rng.random(g.size)), share)  # any ones
+        for g in spec.channel_groups
+    }
+    mask = channel_mask(spec.layout, spec.channel_groups, kept)
+    part = shrink(mask, spec.channel_groups)
+    if part is None:
+        pytest.skip(f"{name} has too few channels that can go")
+    params = spec.init(0)
+    for layer, span in params.layout.spans.items():  # not those of a model that was never trained
+        if layer.endswith(("running_mean", "running_var")):
+            params.flat[span] = torch.from_numpy(rng.random(span.stop - span.start, np.float32)) + 0.5
+    whole, smaller = (
+        spec.bind(params.masked(mask).flat),
+        spec.shrunken(part.layout).bind(params.flat[part.index]),
+    )
+    x = torch.from_numpy(rng.standard_normal((2, *spec.input_shape), np.float32))
+    with torch.no_grad():
+        expected = whole.eval()(x).numpy()
+        np.testing.assert_allclose(
+            smaller.eval()(x).numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+        )
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+def test_a_channel_belongs_to_one_group_and_columns_are_not_rows_of_it(built: dict[str, ModelSpec]) -> None:
+    for spec in built.values():
+        rows = [name for group in spec.channel_groups for name in group.rows]
+        assert len(rows) == len(set(rows))
+        columns = [group.columns for group in spec.channel_groups]
+        assert len(columns) == len(set(columns))
+        assert all(group.columns not in group.rows for group in spec.channel_groups)
+        assert all(
+            spec.layout.shape_of[g.columns][1] == g.size * g.spread
+            and all(spec.layout.shape_of[name][0] == g.size for name in g.rows)
+            for g in spec.channel_groups
+        )
+
+
+def test_the_models_that_a_refusal_recommends_have_channels(built: dict[str, ModelSpec]) -> None:
+    said = cannot_narrow("linear", built["mlp"].layout, (), 1.0)
+    assert said is not None
+    recommended = [name for name in built if name in said.replace(",", " ").split()]
+    assert recommended == ["mlp", "lenet5", "cnn", "vgg11", "vgg19_bn", "resnet18"]
+    assert all(built[name].channel_groups for name in recommended)
