@@ -9,7 +9,7 @@ PruneFL published. The model informs a method's decisions; what is charged is al
 Source: Jiang et al. (PruneFL), TNNLS 2022, and its repository (jiangyuang/PruneFL, configs).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,17 +167,19 @@ def weights(layout: Layout) -> tuple[str, ...]:
     return tuple(name for name, shape in layout.shape_of.items() if len(shape) > 1)
 
 
-def mismatch(names: Mapping[str, float], layout: Layout) -> str | None:
+def mismatch(names: Iterable[str], layout: Layout, *, complete: bool = False) -> str | None:
     """Return which layers of a model a time model leaves out, or names in vain; None if it fits.
 
     Args:
-        names: name of a weight tensor → anything.
-        layout: the model's; every prunable tensor must be named, no other than weights may be.
+        names: of the weight tensors that have a time.
+        layout: the model's; every prunable tensor must be named, and nothing but weights may be.
+        complete: whether every weight must be named, prunable or not: a measured model has to be this one.
     """
-    fault = None
-    if missing := [name for name in layout.prunable_names if name not in names]:
+    given, fault = tuple(names), None
+    needed = weights(layout) if complete else layout.prunable_names
+    if missing := [name for name in needed if name not in given]:
         fault = f"no time for {', '.join(missing)}"
-    elif strange := [name for name in names if name not in weights(layout)]:
+    elif strange := [name for name in given if name not in weights(layout)]:
         fault = unknown("layer", strange[0], weights(layout))
     if fault is None:
         return None

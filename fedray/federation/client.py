@@ -137,13 +137,11 @@ class Client:
             raise MethodError(f"client {self.id} has no examples to train on")
         started = time.perf_counter()
         training, rate = self._training, self.lr if lr is None else lr
-        if epochs is None and steps is None:
-            steps = training.steps
         plain = loss is None and on_grad is None and view is None and forward is None
         engine = self._engine.smaller(mask) if plain and on_step is None else self._engine
         engine.load(params, mask)
         engine.module.train()
-        keep = engine.keep(mask)
+        after_step = on_step or engine.masking(mask)
         simple = plain and training.optimizer == "sgd" and not training.momentum
         chain = engine.chain if simple else None
         optimizer = engine.optimizer(training, training.weight_decay)
@@ -159,12 +157,9 @@ class Client:
                 if on_grad is not None:
                     on_grad(engine.dense(grads))
                 optimizer.step(grads, step_lr)
-            if on_step is not None:
+            if after_step is not None:
                 with torch.no_grad():
-                    on_step(engine.flat)
-            elif keep is not None:
-                with torch.no_grad():
-                    engine.flat.mul_(keep)
+                    after_step(engine.flat)
             total, seen = total.add_(value, alpha=len(rows)), seen + len(rows)
         self._charge(seen, mask, started, dense_gradient=on_grad is not None)
         self.meter.loss = float(total) / seen if seen else float("nan")
@@ -219,9 +214,11 @@ class Client:
         return found
 
     def _batches(self, rng: np.random.Generator, epochs: int | None, steps: int | None) -> Iterator[Tensor]:
+        """Yield rows of each batch: of so many epochs or steps, or of as many as the method's options say."""
+        if epochs is None and steps is None:
+            epochs, steps = self._training.local_epochs, self._training.steps
         size, given = self._training.batch_size, steps is not None
-        left = steps if steps is not None else 0
-        passes = epochs if epochs is not None else self._training.local_epochs
+        left, passes = steps or 0, epochs or 0
         while left > 0 if given else passes > 0:
             for rows in torch.split(torch.from_numpy(rng.permutation(self.num_examples)), size):
                 if given and left == 0:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.adam import adam
 
 from fedray.costs.flops import FlopModel
 from fedray.federation.chain import LinearChain
@@ -39,7 +40,8 @@ class Step:
 
     Args:
         x: (batch, C, H, W) float32. y: (batch,) int64. logits: (batch, classes).
-        features: (batch, width), what the last linear layer, the classifier, was given.
+        features: (batch, width), what the last linear layer, the classifier, was given; the logits where it
+            took no part.
         weights: name → the leaf tensor that is being trained, for penalties on the weights.
         index: 0 for the first step of the call.
     """
@@ -128,10 +130,13 @@ class Engine:
         flat[self.part.index] = self.flat.cpu()
         return Params(flat, layout)
 
-    def keep(self, mask: Mask) -> Tensor | None:
-        """Return the mask as a float32 factor for the working vector; None if it holds all of it."""
+    def masking(self, mask: Mask) -> Callable[[Tensor], object] | None:
+        """Return what sets the working vector to zero outside the mask; None if it holds all of it."""
         held = mask.flat if self.part is None else mask.flat[self.part.index]
-        return None if bool(held.all()) else held.to(self.device, torch.float32)
+        if bool(held.all()):
+            return None
+        factor = held.to(self.device, torch.float32)
+        return lambda flat: flat.mul_(factor)
 
     def batch(self, x: Tensor) -> Tensor:
         """Return images as this engine computes them: on its device, for convolutions with channels last.
@@ -177,8 +182,9 @@ class Engine:
                 logits = self.module(x)
         if loss is None:
             value = cross_entropy(logits, y)
-        else:
-            value = loss(Step(x, y, logits, features[-1], self.leaves, index))
+        else:  # a way of computing logits that goes past the classifier has no features
+            seen = features[-1] if features else logits
+            value = loss(Step(x, y, logits, seen, self.leaves, index))
         grads = torch.autograd.grad(value, tuple(self.leaves.values()), materialize_grads=True)
         return value.detach(), grads
 
@@ -277,21 +283,36 @@ class SGD:
 
 
 class Adam:
-    """torch.optim.Adam with its usual moments (0.9 and 0.999)."""
+    """The step of torch.optim.Adam with its usual moments (0.9 and 0.999).
+
+    By its functional form, since making the optimiser object imports torch's compiler for seconds.
+    """
 
     def __init__(self, weights: list[Tensor], weight_decay: float) -> None:
-        self._weights = weights
-        self._adam = torch.optim.Adam(weights, weight_decay=weight_decay, foreach=True)
+        self._weights, self._weight_decay = weights, weight_decay
+        self._first = [torch.zeros_like(weight) for weight in weights]
+        self._second = [torch.zeros_like(weight) for weight in weights]
+        self._steps = [torch.zeros(()) for _ in weights]
 
+    @torch.no_grad()
     def step(self, grads: tuple[Tensor, ...], lr: float) -> None:
         """Move the weights against gradients."""
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        for weight, grad in zip(self._weights, grads, strict=True):
-            weight.grad = grad
-        self._adam.step()
-        for weight in self._weights:
-            weight.grad = None
+        adam(
+            self._weights,
+            list(grads),
+            self._first,
+            self._second,
+            [],
+            self._steps,
+            foreach=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=lr,
+            weight_decay=self._weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 @dataclass(frozen=True)

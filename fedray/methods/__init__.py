@@ -1,10 +1,12 @@
 """The table of methods. One file each; none imports another. A new one takes its file and one line here."""
 
 from fedray.federation.method import Method
+from fedray.methods.autoflip import AutoFLIP
 from fedray.methods.ceafl import CEAFL
 from fedray.methods.fedavg import FedAvg
 from fedray.methods.fedavg_server import FedAvgServer
 from fedray.methods.fedavg_small import FedAvgSmall
+from fedray.methods.fedavg_warm import FedAvgWarm
 from fedray.methods.fedlp import FedLP
 from fedray.methods.fedmef import FedMef
 from fedray.methods.frlp import FRLP
@@ -18,11 +20,13 @@ METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "fedavg_server": FedAvgServer,
     "fedavg_small": FedAvgSmall,
+    "fedavg_warm": FedAvgWarm,
     "random_mask": RandomMask,
     "staged": Staged,
     "snip": SNIP,
     "frlp": FRLP,
     "prunefl": PruneFL,
+    "autoflip": AutoFLIP,
     "fedlp": FedLP,
     "pqsu": PQSU,
     "ceafl": CEAFL,

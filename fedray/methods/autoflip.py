@@ -113,14 +113,7 @@ class AutoFLIP(Method):
         epochs = self.explore_epochs or max(1, min(150, ctx.rounds // 20))
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
         if self.scouts == "aliased":
-            before = after = state.params
-            for client in explorers:
-                task = Task(after, state.mask, extras={"epochs": epochs})
-                before, after = after, ctx.ask(self.take_turn, {client: task}).mean(otherwise=after)
-            moved = loss_deviation(before, after)[ctx.layout.prunable_flat]
-            params = after if self.warm_start else state.params
-            mask = self.mask_from_scouts([moved], ctx.model)
-            return replace(state, params=params, mask=mask, memory=AutoFLIPMemory())
+            return self.explored_in_turn(state, ctx, explorers, epochs)
         task = Task(state.params, state.mask, extras={"epochs": epochs})
         found = ctx.ask(self.scout, dict.fromkeys(explorers, task))
         if not found.folded:
@@ -132,6 +125,22 @@ class AutoFLIP(Method):
         moved = found.sum("movement") / len(found.folded)
         votes = found.sum("votes") / len(found.folded) if self.agreement else torch.zeros_like(moved)
         return replace(state, mask=self.mask_of(moved, votes, ctx.model), memory=AutoFLIPMemory())
+
+    def explored_in_turn(
+        self, state: ServerState, ctx: ServerContext, explorers: Sequence[int], epochs: int
+    ) -> ServerState:
+        """Hand one model from explorer to explorer; make the mask from what the last one moved."""
+        before = after = state.params
+        for client in explorers:
+            task = Task(after, state.mask, extras={"epochs": epochs})
+            answer = ctx.ask(self.take_turn, {client: task}, keep_updates=True)
+            for update in answer.updates.values():  # none if it diverged
+                flat = torch.where(update.mask.flat, update.params.flat, after.flat)
+                before, after = after, Params(flat, ctx.layout)
+        moved = loss_deviation(before, after)[ctx.layout.prunable_flat]
+        params = after if self.warm_start else state.params
+        mask = self.mask_from_scouts([moved], ctx.model)
+        return replace(state, params=params, mask=mask, memory=AutoFLIPMemory())
 
     def explore(self, task: Task, client: Client) -> Params:
         """ON THE DEVICE: train for some epochs, or until the loss has not fallen for a while."""

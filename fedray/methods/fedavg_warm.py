@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import ClassVar
 
+import torch
+
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
-from fedray.types import ClientUpdate, Density, PositiveInt, ServerState, Task
+from fedray.types import ClientUpdate, Density, Params, PositiveInt, ServerState, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,10 @@ class FedAvgWarm(Method):
         epochs, params = self.explore_epochs or max(1, min(150, ctx.rounds // 20)), state.params
         for client in ctx.sample(max(1, round(self.explorers * len(ctx.clients)))):
             task = Task(params, state.mask, extras={"epochs": epochs})
-            params = ctx.ask(self.take_turn, {client: task}).mean(otherwise=params)
+            answer = ctx.ask(self.take_turn, {client: task}, keep_updates=True)
+            for update in answer.updates.values():  # none if it diverged
+                flat = torch.where(update.mask.flat, update.params.flat, params.flat)
+                params = Params(flat, ctx.layout)
         return replace(state, params=params)
 
     def take_turn(self, task: Task, client: Client) -> ClientUpdate:

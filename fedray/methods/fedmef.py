@@ -132,7 +132,7 @@ class FedMef(Method):
         else:
             params = train()
         # not a number, if training diverged: the server will leave the update out for its params
-        gradient = client.grad(self.effective(params, mask), mask, batches=1).nan_to_num(0.0)
+        gradient = client.grad(self.effective(params, mask), mask, batches=1).nan_to_num(0.0, 0.0, 0.0)
         best = grow_per_layer(gradient.abs(), self.exchanged(mask, share), mask.layout, within=mask)
         positions = (best.flat & ~mask.flat).nonzero().squeeze(1)
         return ClientUpdate(

@@ -36,6 +36,7 @@ from fedray.types import (
     ClientUpdate,
     Density,
     Fraction,
+    Mask,
     NonNegativeInt,
     Params,
     PositiveFloat,
@@ -104,11 +105,13 @@ class PruneFL(Method):
             return f"method.initial_client={self.initial_client}, but there are {setting.population} clients"
         if (self.layer_times_s is None) != (self.constant_s is None):
             return "method.constant_s and method.layer_times_s go together: give both, or neither"
-        key, times = "layer_times_s", self.layer_times_s
-        if times is None and self.time_model != "profile":
-            key, times = f"time_model={self.time_model}", MEASURED[self.time_model].per_weight_s
-        fault = None if times is None else mismatch(times, setting.model.layout)
-        return f"method.{key}: {fault}" if fault else None
+        layout, fault = setting.model.layout, None
+        if self.layer_times_s is not None:
+            fault = mismatch(self.layer_times_s, layout)
+            return f"method.layer_times_s: {fault}" if fault else None
+        if self.time_model != "profile":
+            fault = mismatch(MEASURED[self.time_model].per_weight_s, layout, complete=True)
+        return f"method.time_model={self.time_model}: {fault}" if fault else None
 
     def processed(self, num_examples: int) -> int:
         """Return on how many examples a client with so many trains in a round."""
@@ -129,10 +132,12 @@ class PruneFL(Method):
         if not answer.folded:
             raise MethodError(f"initial pruning diverged at client {first}; lower method.lr")
         pruned = answer.updates[first]
-        flat = pruned.params.flat.clone()
+        gone = ctx.layout.prunable_flat & ~pruned.mask.flat
+        # what a client keeps to itself (norm: local) has not come, and is nothing that was pruned
+        flat = torch.where(pruned.mask.flat | gone, pruned.params.flat, state.params.flat)
         if first in answer.each:
-            flat[~pruned.mask.flat] = answer.each[first]["behind"]
-        return replace(state, params=Params(flat, ctx.layout), mask=pruned.mask)
+            flat[gone] = answer.each[first]["behind"]
+        return replace(state, params=Params(flat, ctx.layout), mask=Mask(~gone, ctx.layout))
 
     def prune_at_client(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: train and prune in turn until the size settles; what is gone stays gone."""
@@ -158,8 +163,9 @@ class PruneFL(Method):
             counts.append(mask.count)
             if settled(counts):
                 break
-        shadow = self.regrow_value == "shadow" and not mask.is_full
-        return ClientUpdate(params, mask, each={"behind": params.flat[~mask.flat]} if shadow else {})
+        gone = mask.layout.prunable_flat & ~mask.flat
+        shadow = self.regrow_value == "shadow" and bool(gone.any())
+        return ClientUpdate(params, mask, each={"behind": params.flat[gone]} if shadow else {})
 
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
         """While a reconfiguration is ahead, ask to gather; in its round, to upload."""

@@ -186,9 +186,16 @@ LAYOUT = Layout(
     ],
 )
 def test_layers_must_match(names: set[str], reason: str | None) -> None:
-    fault = mismatch(dict.fromkeys(names, 1.0), LAYOUT)
+    fault = mismatch(names, LAYOUT)
     assert (fault is None) == (reason is None)
     assert re.search(reason or "", fault or "")
+
+
+def test_a_measured_model_must_name_all_its_layers() -> None:
+    some = ("one.weight", "two.weight")
+    assert mismatch(some, LAYOUT) is None
+    assert (mismatch(some, LAYOUT, complete=True) or "").startswith("no time for last.weight; give")
+    assert mismatch((*some, "last.weight"), LAYOUT, complete=True) is None
 
 
 def test_what_an_entry_weighs_is_the_codecs_business() -> None:

@@ -212,7 +212,10 @@ def test_the_sections_are_those_of_the_config():
 
 SHARED_OPTIONS: dict[str, Any] = {
     "local_epochs": 3,
+    "steps": 4,
     "lr": 0.2,
+    "lr_decay": 0.9,
+    "optimizer": "sgd",
     "batch_size": 7,
     "momentum": 0.5,
     "weight_decay": 0.01,
@@ -379,10 +382,11 @@ custom, gpu, labels
 
 $ method.name=snip  method.densty=0.2
 method.densty (x.yaml): snip has no such option; did you mean 'density'? Keys here: batch_size, density,
-downlink_values, local_epochs, lr, momentum, name, scorers, uplink_values, weight_decay
+downlink_values, local_epochs, lr, lr_decay, momentum, name, optimizer, scorers, steps, uplink_values,
+weight_decay
 
 $ method.scorers=3
-method.scorers (x.yaml): fedavg has no such option; snip can have it. Keys here: batch_size, …
+method.scorers (x.yaml): fedavg has no such option; snip, ceafl can have it. Keys here: batch_size, …
 
 $ data.partition.kind=dirichlet  data.partition.alfa=1
 data.partition.alfa (x.yaml): dirichlet has no such option; did you mean 'alpha'? Keys here: alpha, kind
@@ -489,10 +493,10 @@ $ method=
 method (x.yaml): got None; must be a mapping of keys to values
 
 $ method.name=fedavgg
-method.name (x.yaml): unknown method 'fedavgg'; did you mean 'fedavg'? Known: fedavg, …
+method.name (x.yaml): unknown method 'fedavgg'; did you mean 'fedavg'? Known: autoflip, …
 
 $ method.name=[1]
-method.name (x.yaml): unknown method '[1]'. Known: fedavg, …
+method.name (x.yaml): unknown method '[1]'. Known: autoflip, …
 
 $ data.partition.kind=irichlet
 data.partition.kind (x.yaml): unknown partition 'irichlet'; did you mean 'dirichlet'? Known: bootstrap,
@@ -803,7 +807,7 @@ def test_every_file_begins_with_the_command_that_runs_it(path, in_tmp):
     """And every command in its comments is one that could be run."""
     text = path.read_text(encoding="utf-8")
     assert text.startswith(f"# fedray sweep tune_configs/{path.name}")
-    for command in re.findall(r"^# +fedray (.+)$", text, flags=re.MULTILINE):
+    for command in re.findall(r"^# +fedray ((?:run|sweep) .+)$", text, flags=re.MULTILINE):
         verb, file, *overrides = shlex.split(command)
         assert file == f"tune_configs/{path.name}"
         known = [argument for argument in overrides if "=PATH_" not in argument]

@@ -197,6 +197,19 @@ def test_while_the_client_guesses_nothing_is_pruned() -> None:
     assert setup.metrics["flops/clients"] > 0
 
 
+def test_normalisation_that_stays_with_clients_is_not_taken_for_pruned() -> None:
+    times = {"conv1.weight": 1.0, "conv2.weight": 1.0}
+    method = PruneFL(layer_times_s=times, constant_s=1.0)
+    server = begin(method, architecture=small.CNN, norm="local")
+    initial = server.state.params
+    server.setup()
+    state = server.state
+    assert bool(state.mask.flat[~state.mask.layout.prunable_flat].all())
+    assert state.mask.density < 0.5
+    assert torch.equal(state.params["bn1.weight"], initial["bn1.weight"])
+    assert not torch.equal(state.params["conv2.weight"], initial["conv2.weight"])
+
+
 def test_without_it_nobody_is_asked() -> None:
     server = begin(PruneFL(initial_max_rounds=0, **COSTLY))
     setup = server.setup().metrics
@@ -348,6 +361,8 @@ def test_times_must_be_those_of_the_models_layers() -> None:
     assert "go together" in (PruneFL(constant_s=1.0).check(small.setting()) or "")
     with pytest.raises(ConfigError, match=r"method\.time_model=vgg11_cifar10: no time for conv1\.weight"):
         RunConfig.from_tree(tree(time_model="vgg11_cifar10"))
+    with pytest.raises(ConfigError, match=r"method\.time_model=conv2_femnist: no time for fc3\.weight; give"):
+        RunConfig.from_tree(tree("lenet5", time_model="conv2_femnist"))
     config = RunConfig.from_tree(tree("conv2", time_model="conv2_femnist"))
     assert RunConfig.from_tree(config.to_tree()) == config
     config = RunConfig.from_tree(tree("mlp", layer_times_s={"fc1.weight": 1e-6}, constant_s=2.0))

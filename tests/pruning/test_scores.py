@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedray.pruning.scores import in_units_of_layer, l2_distance, magnitude, sensitivity
+from fedray.pruning.scores import (
+    above_quantile,
+    in_units_of_layer,
+    l2_distance,
+    loss_deviation,
+    magnitude,
+    scaled_per_layer,
+    sensitivity,
+)
 from fedray.types import Layout, Mask, Params
 
 # conv: entries 0-3, its bias: 4-5, running statistics: 6-7, fc: 8-11
@@ -74,6 +82,91 @@ def test_units_do_not_depend_on_the_scale_of_a_layer(values, scale, missing):
         louder = scores.clone()
         louder[span] *= scale
         assert torch.allclose(in_units_of_layer(louder, held)[span], scaled[span], rtol=1e-5, atol=1e-5)
+
+
+def test_deviation_by_hand():
+    before, after = params(WEIGHTS), params([value + step for step, value in enumerate(WEIGHTS)])
+    assert loss_deviation(before, after).tolist() == [step**2 for step in range(LAYOUT.size)]
+    assert torch.equal(loss_deviation(after, before), loss_deviation(before, after))
+    assert not loss_deviation(before, before).any()
+
+
+def test_scaling_by_hand():
+    scores = torch.tensor([2.0, 4.0, 6.0, 10.0, 7.0, 7.0, 7.0, 7.0, 1.0, 2.0, 3.0, 9.0])
+    minmax = scaled_per_layer(scores, LAYOUT, "minmax")
+    assert minmax.tolist() == [0, 0.25, 0.5, 1, 7, 7, 7, 7, 0, 0.125, 0.25, 1]
+    # conv: median 5, quartiles 3.5 and 7; fc: median 2.5, quartiles 1.75 and 4.5
+    robust = scaled_per_layer(scores, LAYOUT, "robust")
+    assert robust[:4].tolist() == pytest.approx([-3 / 3.5, -1 / 3.5, 1 / 3.5, 5 / 3.5])
+    assert robust[8:].tolist() == pytest.approx([-1.5 / 2.75, -0.5 / 2.75, 0.5 / 2.75, 6.5 / 2.75])
+    assert scores[0] == 2
+
+
+@pytest.mark.parametrize("scaling", ["minmax", "robust"])
+def test_a_tensor_that_did_not_move_is_above_all_others(scaling):
+    scores = torch.tensor([3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 9.0])
+    scaled = scaled_per_layer(scores, LAYOUT, scaling)
+    assert scaled[:4].tolist() == [torch.inf] * 4
+    assert scaled[8:].isfinite().all()
+
+
+def test_a_tensor_of_which_little_moved_has_quartiles_that_coincide():
+    layout = Layout(("w",), ((3, 3),), (True,), (True,))
+    scaled = scaled_per_layer(torch.tensor([2.0, 2, 2, 2, 1, 2, 2, 2, 5]), layout, "robust")
+    assert scaled.tolist() == [0, 0, 0, 0, -0.25, 0, 0, 0, 0.75]
+
+
+numbers = st.lists(st.integers(-50, 50), min_size=LAYOUT.size, max_size=LAYOUT.size).map(
+    lambda values: torch.tensor(values, dtype=torch.float32)
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(numbers, st.sampled_from(["minmax", "robust"]), st.integers(-20, 20))
+def test_scaling_keeps_the_order_and_forgets_the_scale(values, scaling, power):
+    scaled = scaled_per_layer(values, LAYOUT, scaling)
+    louder = scaled_per_layer(values * 2.0**power, LAYOUT, scaling)
+    for name in LAYOUT.prunable_names:
+        span = LAYOUT.spans[name]
+        assert torch.equal(scaled[span], louder[span])
+        order = values[span].argsort(stable=True)
+        assert torch.equal(scaled[span][order], scaled[span].sort().values)
+        if scaling == "minmax" and scaled[span].isfinite().all():
+            assert scaled[span].min() == 0
+            assert scaled[span].max() == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "share", "above"),
+    [
+        ([3, 1, 2, 0], 0.0, [True, True, True, False]),
+        ([3, 1, 2, 0], 0.3, [True, True, True, False]),  # between 0 and 1
+        ([3, 1, 2, 0], 0.34, [True, False, True, False]),  # just above 1
+        ([3, 1, 2, 0], 0.99, [True, False, False, False]),
+        ([0, 0, 0, 5], 0.3, [False, False, False, True]),  # all that tie with the quantile
+        ([0, 5, 5, 5], 0.7, [False, True, True, True]),  # but not the highest
+        ([2, 2, 2], 0.5, [True, True, True]),
+        ([2, float("inf"), 1, 3], 0.5, [False, True, False, True]),  # the median of three numbers
+        ([float("inf")] * 2, 0.9, [True, True]),
+        ([7], 0.9, [True]),
+        ([], 0.5, []),
+    ],
+)
+def test_above_a_quantile_by_hand(scores, share, above):
+    assert above_quantile(torch.tensor(scores, dtype=torch.float32), share).tolist() == above
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=30), st.floats(0, 1, exclude_max=True))
+def test_above_a_quantile_is_above_what_is_not(values, share):
+    scores = torch.tensor(values, dtype=torch.float32)
+    above = above_quantile(scores, share)
+    assert above.any()
+    if not above.all():
+        assert scores[above].min() > scores[~above].max()
+    below = int(share * (len(values) - 1)) + 1
+    if len(set(values)) == len(values) > below:
+        assert int(above.count_nonzero()) == len(values) - below
 
 
 def test_distance_by_hand():
