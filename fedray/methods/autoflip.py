@@ -45,6 +45,7 @@ from fedray.types import (
 )
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+DIVERGED = "all {} explorers diverged; lower method.lr"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class AutoFLIP(Method):
         task = Task(state.params, state.mask, extras={"epochs": epochs})
         found = ctx.ask(self.scout, dict.fromkeys(explorers, task))
         if not found.folded:
-            raise MethodError(f"all {len(explorers)} explorers diverged; lower method.lr")
+            raise MethodError(DIVERGED.format(len(explorers)))
         if self.follows:
             scouts = {client: sent["movement"] for client, sent in found.each.items()}
             mask = self.mask_from_scouts(list(scouts.values()), ctx.model)
@@ -137,6 +138,8 @@ class AutoFLIP(Method):
             for update in answer.updates.values():  # none if it diverged
                 flat = torch.where(update.mask.flat, update.params.flat, after.flat)
                 before, after = after, Params(flat, ctx.layout)
+        if after is state.params:
+            raise MethodError(DIVERGED.format(len(explorers)))
         moved = loss_deviation(before, after)[ctx.layout.prunable_flat]
         params = after if self.warm_start else state.params
         mask = self.mask_from_scouts([moved], ctx.model)

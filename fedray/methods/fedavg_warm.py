@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from fedray.errors import MethodError
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
 from fedray.types import ClientUpdate, Density, Params, PositiveInt, ServerState, Task
@@ -40,12 +41,15 @@ class FedAvgWarm(Method):
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Hand one model from client to client."""
         epochs, params = self.explore_epochs or max(1, min(150, ctx.rounds // 20)), state.params
-        for client in ctx.sample(max(1, round(self.explorers * len(ctx.clients)))):
+        explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
+        for client in explorers:
             task = Task(params, state.mask, extras={"epochs": epochs})
             answer = ctx.ask(self.take_turn, {client: task}, keep_updates=True)
             for update in answer.updates.values():  # none if it diverged
                 flat = torch.where(update.mask.flat, update.params.flat, params.flat)
                 params = Params(flat, ctx.layout)
+        if params is state.params:
+            raise MethodError(f"all {len(explorers)} explorers diverged; lower method.lr")
         return replace(state, params=params)
 
     def take_turn(self, task: Task, client: Client) -> ClientUpdate:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from fedray.costs.codec import HEADER_BYTES
+from fedray.errors import MethodError
 from fedray.federation.method import Method
 from fedray.federation.server import Checkpoint, Schedule, Server
 from fedray.federation.worker import Rules
@@ -38,8 +39,9 @@ def costs(server: Server) -> dict[str, float]:
     [
         {},
         {"explorers": 0.5, "explore_epochs": 3},
-        {"explore_epochs": 20, "patience": 1},
+        {"explore_epochs": 20, "patience": 2},
         {"momentum": 0.5, "weight_decay": 0.01, "batch_size": 7},
+        {"lr": 1e15, "partition": small.dealt(50, 20, 50)},  # all but one diverge
         {"uplink_values": "int8", "downlink_values": "fp16"},
     ],
     ids=str,
@@ -48,8 +50,10 @@ def costs(server: Server) -> dict[str, float]:
 def test_it_starts_where_an_autoflip_with_aliased_scouts_starts(
     options: dict[str, Any], architecture: Architecture
 ) -> None:
-    control = begin(FedAvgWarm(**options), architecture=architecture)
-    autoflip = begin(AutoFLIP(**ALIASED, **options), architecture=architecture)
+    options = dict(options)
+    place = {"architecture": architecture, "partition": options.pop("partition", None)}
+    control = begin(FedAvgWarm(**options), **place)
+    autoflip = begin(AutoFLIP(**ALIASED, **options), **place)
     assert costs(control) == costs(autoflip)
     assert control.state.params.sha256 == autoflip.state.params.sha256
     assert control.state.mask.is_full and not autoflip.state.mask.is_full
@@ -88,11 +92,9 @@ def test_clients_train_one_after_the_other_and_pay_for_it() -> None:
     assert spent["time/simulated_s"] == pytest.approx(waited)
 
 
-def test_a_client_whose_training_diverges_is_left_out() -> None:
-    server = begin(FedAvgWarm(explore_epochs=3, lr=1e30))  # all of them, in fact
-    before = server.state.params.sha256
-    server.setup()
-    assert server.state.params.sha256 == before
+def test_if_all_diverge_there_is_no_start() -> None:
+    with pytest.raises(MethodError, match=r"all 6 explorers diverged; lower method\.lr"):
+        begin(FedAvgWarm(explore_epochs=3, lr=1e30)).setup()
 
 
 def test_the_start_is_better_than_none() -> None:
