@@ -157,8 +157,10 @@ def methods(imports: Import = None) -> None:
     for name, method in METHODS.items():
         title = (sys.modules[method.__module__].__doc__ or method.__doc__ or "").strip().splitlines()[0]
         options = [f"{field.name}={field.default}" for field in fields(method) if field.name not in shared]
-        needs = "data.server_fraction" if method.uses_server_data else "—"
-        table.add_row(name, method.citation, title.split(".  ")[0], needs, "\n".join(options) or "—")
+        needs = "; ".join(
+            ["data.server_fraction"] * method.uses_server_data + [method.needs] * bool(method.needs)
+        )
+        table.add_row(name, method.citation, title.split(".  ")[0], needs or "—", "\n".join(options) or "—")
     out.print(table)
     common = ", ".join(f"{field.name}={field.default}" for field in fields(Method))
     out.print(f"Every method has: {common}")

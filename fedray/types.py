@@ -188,7 +188,8 @@ class Params(_Flat):
 
     def masked(self, mask: "Mask") -> "Params":
         """Return a copy with exact zeros wherever `mask` is False, whatever stood there (NaN too)."""
-        return Params(torch.where(mask.flat, self.flat, 0.0), self.layout)
+        # an `and` of the bits; torch.where takes ten times as long if the mask is scattered
+        return Params((self.flat.view(torch.int32) & mask.bits).view(torch.float32), self.layout)
 
     def is_finite(self) -> bool:
         """Tell whether there is neither NaN nor infinity in the vector."""
@@ -229,6 +230,11 @@ class Mask(_Flat):
     def digest(self) -> bytes:
         """Eight bytes that name this mask: what a payload of values only refers to."""
         return blake2b(self.packed, digest_size=8).digest()
+
+    @cached_property
+    def bits(self) -> Tensor:
+        """Int32 (size,), all bits set where an entry is held and none elsewhere."""
+        return self.flat.to(torch.int32).neg_()
 
     @cached_property
     def count(self) -> int:

@@ -339,7 +339,7 @@ def test_methods():
         (line,) = (line for line in text.splitlines() if re.match(rf"[│|] {name} ", line))
         assert method.citation.split(",")[0] in line
         assert ("data.server_fraction" in line) == method.uses_server_data
-    assert "Every method has: local_epochs=1, lr=0.05, lr_decay=1.0" in text
+    assert "Every method has: local_epochs=1, steps=None, lr=0.05, lr_decay=1.0" in text
 
 
 def test_methods_of_ones_own(fedray):

@@ -18,7 +18,8 @@ COMMAND = re.compile(r"^(?:[#\s]*)((?:\.venv/bin/)?fedray (?:run|sweep) .*?)(?:\
 
 
 def commands(page: Path) -> list[str]:
-    found = (COMMAND.match(line) for line in page.read_text(encoding="utf-8").splitlines())
+    text = re.sub(r" *\\\n\s*", " ", page.read_text(encoding="utf-8"))  # a command may go on in the next line
+    found = (COMMAND.match(line) for line in text.splitlines())
     return [match[1] for match in found if match]
 
 

@@ -55,6 +55,8 @@ _AFFINE_BYTES = 5  # per tensor: scale (float32) and zero point (uint8)
 _HALF_MAX = 65504.0
 _FLOAT_MAX = np.finfo(np.float32).max
 
+_CACHED_MASKS = 1024
+_POSITIONS_BYTES: dict[tuple[bytes, bool], int] = {}  # digest, and whether the receiver holds it → bytes
 _LAST_INDEX: dict[bytes, _Array] = {}  # digest of the recurring mask used last → where it is True
 
 
@@ -141,10 +143,9 @@ class Codec:
 
     def size(self, mask: Mask, *, known: bytes | None = None, extras: Mapping[str, Extra] = {}) -> int:
         """Return the length in bytes of `encode(…)` for any weights under this mask without encoding them."""
-        _, where = _positions(mask, known)
         exact = _held_in_vectors(mask) if self._apart else None
         values_bytes = _values_bytes(self.values, mask.count, mask.layout, exact)
-        return HEADER_BYTES + values_bytes + len(where) + extras_size(extras)
+        return HEADER_BYTES + values_bytes + _positions_bytes(mask, known) + extras_size(extras)
 
     def decode(self, payload: bytes, layout: Layout, *, known: Mapping[bytes, Mask] = {}) -> Decoded:
         """Read a payload. Its header says how values are written: any codec reads what any other wrote.
@@ -223,6 +224,16 @@ def _positions(mask: Mask, known: bytes | None, index: _Array | None = None) -> 
     if np.count_nonzero(turns) < len(best[1]):
         best = _smallest(best, _RUNS, np.flatnonzero(turns))
     return best
+
+
+def _positions_bytes(mask: Mask, known: bytes | None) -> int:
+    """Return the length of what `_positions` returns, remembered: clients have few masks, mostly one."""
+    key = mask.digest, _is_known(mask, known)
+    if key not in _POSITIONS_BYTES:
+        if len(_POSITIONS_BYTES) >= _CACHED_MASKS:
+            del _POSITIONS_BYTES[next(iter(_POSITIONS_BYTES))]  # the oldest
+        _POSITIONS_BYTES[key] = len(_positions(mask, known)[1])
+    return _POSITIONS_BYTES[key]
 
 
 def _smallest(best: tuple[int, bytes], kinds: Mapping[int, str], index: _Array) -> tuple[int, bytes]:

@@ -100,6 +100,7 @@ class Engine:
         self.chain = LinearChain.of(self.module)
         self._tracked = [(n, norm) for n, norm in batch_norms(self.module) if n in model.norms.tracked]
         self._smaller: dict[bytes, Engine | None] = {}
+        self._masking: dict[bytes, Tensor | None] = {}  # of the mask used last
 
     def smaller(self, mask: Mask) -> "Engine":
         """Return the engine of the physically smaller model under a mask; itself where that saves little."""
@@ -119,24 +120,23 @@ class Engine:
     def load(self, params: Params, mask: Mask) -> None:
         """Copy `params ⊙ mask` into the working vector; the source stays as it is."""
         with torch.no_grad():
-            flat = params.flat if mask.is_full else torch.where(mask.flat, params.flat, 0.0)
-            self.flat.copy_(flat if self.part is None else flat[self.part.index])
+            flat = params.flat if mask.is_full else params.masked(mask).flat
+            self.flat.copy_(flat if self.part is None else flat.index_select(0, self.part.index))
 
     def unload(self, layout: Layout) -> Params:
         """Return the working vector as weights of the whole model, in memory of their own."""
         if self.part is None:
             return Params(self.flat.to("cpu", copy=True), layout)
-        flat = torch.zeros(layout.size)
-        flat[self.part.index] = self.flat.cpu()
-        return Params(flat, layout)
+        return Params(torch.zeros(layout.size).scatter_(0, self.part.index, self.flat.cpu()), layout)
 
     def masking(self, mask: Mask) -> Callable[[Tensor], object] | None:
         """Return what sets the working vector to zero outside the mask; None if it holds all of it."""
-        held = mask.flat if self.part is None else mask.flat[self.part.index]
-        if bool(held.all()):
-            return None
-        factor = held.to(self.device, torch.float32)
-        return lambda flat: flat.mul_(factor)
+        if mask.digest not in self._masking:
+            held = mask.flat if self.part is None else mask.flat[self.part.index]
+            full = mask.is_full or bool(held.all())
+            self._masking = {mask.digest: None if full else held.to(self.device, torch.float32)}
+        factor = self._masking[mask.digest]
+        return None if factor is None else lambda flat: flat.mul_(factor)
 
     def batch(self, x: Tensor) -> Tensor:
         """Return images as this engine computes them: on its device, for convolutions with channels last.

@@ -136,6 +136,8 @@ class Method:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     uses_server_data: ClassVar[bool] = False
+    needs: ClassVar[str] = ""
+    """What it asks of the model, for the list of methods; `check` is what refuses."""
     citation: ClassVar[str] = ""
 
     local_epochs: PositiveInt = 1

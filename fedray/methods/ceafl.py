@@ -94,6 +94,7 @@ class CEAFL(Method):
     """
 
     citation: ClassVar[str] = "Pei et al., Journal of Chinese Computer Systems 47(5), 2026"
+    needs: ClassVar[str] = "a linear classifier"
 
     importance: Literal["gw", "g", "g2"] = "gw"
     initial_density: Density = 0.7

@@ -31,6 +31,7 @@ class FedAvgSmall(Method):
     """
 
     citation: ClassVar[str] = "Liu et al., ICLR 2019; McMahan et al., AISTATS 2017"
+    needs: ClassVar[str] = "a model with channels"
 
     density: Density = 0.25
 

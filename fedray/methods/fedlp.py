@@ -71,6 +71,7 @@ class FedLP(Method):
     """
 
     citation: ClassVar[str] = "Zhu et al., ICC 2023"
+    needs: ClassVar[str] = "hetero: a model with exits"
 
     mode: Literal["homo", "hetero"] = "homo"
     preserve: Annotated[float, Field(gt=0, le=1)] = 0.5

@@ -52,7 +52,7 @@ class PQSU(Method):
             of channels follows from it, and meets it to the nearest number of channels.
         pretrain_epochs: of the server on its own data before it prunes.
         selective: which loss has to be lower than at the client's upload before: the mean over its training
-            in the round, or that of its last batch; `off`: every client uploads.
+            in the round, or that of its last batch; `none`: every client uploads.
         stale: a silent client is skipped in the mean, or its last upload is used again.
         quantise_vectors: write biases and normalisation as coarsely as weights, not in fp32.
         uplink_values: as in every method; 8 bits by default.
@@ -60,6 +60,7 @@ class PQSU(Method):
     """
 
     citation: ClassVar[str] = "Xu et al., IEEE Access 2021"
+    needs: ClassVar[str] = "a model with channels"
     uses_server_data: ClassVar[bool] = True
 
     uplink_values: Values = "int8"
@@ -67,7 +68,7 @@ class PQSU(Method):
     channels: Density = 0.5
     density: Density | None = None
     pretrain_epochs: NonNegativeInt = 6
-    selective: Literal["mean_loss", "last_batch", "off"] = "mean_loss"
+    selective: Literal["mean_loss", "last_batch", "none"] = "mean_loss"
     stale: Literal["skip", "reuse"] = "skip"
     quantise_vectors: bool = False
 
@@ -103,7 +104,7 @@ class PQSU(Method):
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: local SGD of the smaller model; no upload unless the loss fell."""
         params = client.sgd(task.params, task.mask)
-        if self.selective == "off":
+        if self.selective == "none":
             return ClientUpdate(params, task.mask)
         loss = client.meter.loss if self.selective == "mean_loss" else client.meter.last_loss
         if not loss < client.memory.get("loss", FIRST_LOSS):  # nor if it is NaN

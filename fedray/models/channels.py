@@ -6,6 +6,7 @@ the way, and one block of columns of the second. Where anything else lies betwee
 GroupNorm, which mixes channels), there is no group.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
@@ -47,10 +48,11 @@ def channel_groups(chains: Sequence[Chain]) -> tuple[ChannelGroup, ...]:
 
 
 def _leaves(module: nn.Module, above: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
+    # named_children would list a module that is called twice only once
+    for name, child in module._modules.items():
         if isinstance(child, nn.Sequential):
             yield from _leaves(child, f"{above}{name}.")
-        else:
+        elif child is not None:
             yield f"{above}{name}", child
 
 
@@ -58,8 +60,11 @@ def _along(chain: Chain) -> Iterator[ChannelGroup]:
     """Yield a group for each pair of neighbouring layers with nothing between them that mixes channels."""
     producer: tuple[str, nn.Conv2d | nn.Linear] | None = None
     rows: list[str] = []
+    calls = Counter(id(module) for _, module in chain)
     for name, module in chain:
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if calls[id(module)] > 1 and any(True for _ in module.parameters()):
+            producer = None  # its channels are those of several places
+        elif isinstance(module, nn.Conv2d | nn.Linear):
             if producer is not None and (spread := _spread(producer[1], module)):
                 yield ChannelGroup(producer[0], _outputs(producer[1]), tuple(rows), f"{name}.weight", spread)
             producer, rows = (name, module), [f"{name}.weight"]

@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_a_number_stays_at_home(first: dict[str, float]) -> N
 
 
 def test_without_selection_everybody_uploads_and_remembers_nothing() -> None:
-    client, update, task = updated(PQSU(selective="off"), memory={})
+    client, update, task = updated(PQSU(selective="none"), memory={})
     assert update.mask is task.mask and client.memory == {}
 
 
@@ -258,14 +258,14 @@ def test_reuse_goes_on_from_a_checkpoint() -> None:
 
 
 def test_an_upload_is_a_byte_for_a_weight_and_four_for_a_bias() -> None:
-    server = begin(PQSU(channels=0.5, selective="off"))
+    server = begin(PQSU(channels=0.5, selective="none"))
     server.setup()
     first, second = server.step(), server.step()
     # 4 units: fc1 has 4 · 16 weights and 4 biases, fc2 3 · 4 and 3; a scale and a zero point for each tensor
     payload = HEADER_BYTES + 4 + 4 * (4 + 3) + (64 + 12) + 5 * 4 + DIGEST_BYTES
     assert {record.cost.bytes_up for record in first.clients} == {payload}
     assert min(record.cost.bytes_down for record in second.clients) == payload
-    literal = begin(PQSU(channels=0.5, selective="off", quantise_vectors=True))
+    literal = begin(PQSU(channels=0.5, selective="none", quantise_vectors=True))
     literal.setup()
     payload = HEADER_BYTES + (64 + 12 + 4 + 3) + 5 * 4 + DIGEST_BYTES
     assert {record.cost.bytes_up for record in literal.step().clients} == {payload}

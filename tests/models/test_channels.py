@@ -123,6 +123,17 @@ def test_layers_that_do_not_fit_each_other_are_no_group(producer: nn.Module, con
     assert groups_of(producer, nn.ReLU(), consumer) == []
 
 
+def test_a_layer_that_is_called_twice_has_no_channels_of_its_own() -> None:
+    layer, norm = nn.Linear(8, 8), nn.GroupNorm(1, 8)
+    assert groups_of(nn.Linear(16, 8), nn.ReLU(), layer, nn.ReLU(), layer, nn.Linear(8, 3)) == []
+    assert groups_of(nn.Conv2d(1, 8, 1), norm, nn.Conv2d(8, 8, 1), norm, nn.Conv2d(8, 4, 1)) == []
+    relu = nn.ReLU()
+    assert groups_of(nn.Linear(4, 5), relu, nn.Linear(5, 6), relu, nn.Linear(6, 3)) == [
+        ("0", "2.weight", 1),
+        ("2", "4.weight", 1),
+    ]
+
+
 def test_a_module_of_ones_own_has_none_unless_it_says_where() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
