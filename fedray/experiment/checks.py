@@ -105,7 +105,7 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
     if reason:
         yield "model", f"{config.model} does not take {config.data.name}: {reason}"
         return
-    size = build_model(config.model, spec.input_shape, spec.num_classes, norm=config.norm).layout.size
+    size = config.build_model(spec.input_shape, spec.num_classes).layout.size
     for name in config.clients.devices:
         try:
             device = devices.profile(name)
@@ -151,7 +151,7 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     if spec is None or architecture is None or architecture.accepts(spec.input_shape):
         return  # already reported
     clients = config.clients
-    model = build_model(config.model, spec.input_shape, spec.num_classes, norm=config.norm)
+    model = config.build_model(spec.input_shape, spec.num_classes)
     problem = method.check(Setting(model, clients.population, clients.cohort, config.rounds))
     if problem:
         yield "method", problem

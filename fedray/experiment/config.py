@@ -36,7 +36,7 @@ from fedray.experiment.messages import Where, explain, line, shortened
 from fedray.experiment.plugins import import_modules
 from fedray.federation.method import Method
 from fedray.methods import METHODS
-from fedray.models import Norm
+from fedray.models import InputShape, ModelSpec, Norm, build_model
 from fedray.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Tree = dict[str, Any]
@@ -238,6 +238,8 @@ class RunConfig(Section):
         model: a model of the table.
         norm: what becomes of its batch normalisation: averaged like weights, kept by each client (FedBN),
             asked for before evaluation (static, HeteroFL), or replaced by GroupNorm.
+        prune_first: whether the weights of its first convolution or linear layer may be pruned.
+        prune_last: whether those of its last one, the classifier, may be.
         imports: Python files that add methods, models or data sets to the tables.
     """
 
@@ -247,6 +249,8 @@ class RunConfig(Section):
     checkpoint_every: PositiveInt = 10
     model: str = "mlp"
     norm: Norm = "average"
+    prune_first: bool = True
+    prune_last: bool = False
     imports: tuple[Annotated[Path, AfterValidator(_absolute)], ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
@@ -295,6 +299,21 @@ class RunConfig(Section):
         """
         return RunConfig.from_tree(override_tree(self.to_tree(), dict(changes or {}) | more), "override")
 
+    def build_model(self, input_shape: InputShape, num_classes: int) -> ModelSpec:
+        """Return the model for a data set, as this config wants it.
+
+        Raises:
+            ConfigError: if there is no such model, or if it does not take such inputs.
+        """
+        return build_model(
+            self.model,
+            input_shape,
+            num_classes,
+            prune_first=self.prune_first,
+            prune_last=self.prune_last,
+            norm=self.norm,
+        )
+
     def to_tree(self) -> Tree:
         """Return the whole config, defaults included, as plain values."""
         return _copy(self.model_dump())
@@ -308,8 +327,11 @@ class RunConfig(Section):
         tree = self.to_tree()
         del tree["tracking"], tree["imports"], tree["checkpoint_every"], tree["data"]["root"]
         del tree["clients"]["actors"]
-        if tree["norm"] == "average":  # what all runs had before they could choose
-            del tree["norm"]
+        for key in ("norm", "prune_first", "prune_last"):
+            if (
+                tree[key] == type(self).model_fields[key].default
+            ):  # what all runs had before they could choose
+                del tree[key]
         if not tree["clients"]["resources"]["by_device"]:  # which decides what clients are folded together
             del tree["clients"]["resources"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

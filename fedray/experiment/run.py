@@ -28,7 +28,6 @@ from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
 from fedray.federation.server import Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
-from fedray.models import build_model
 from fedray.randomness import generator, seed_sequence
 from fedray.types import RoundReport
 
@@ -101,7 +100,7 @@ class Federation:
         fleet = devices.draw(
             clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
         )
-        model = build_model(config.model, dataset.input_shape, dataset.num_classes, norm=config.norm)
+        model = config.build_model(dataset.input_shape, dataset.num_classes)
         place = Workplace(
             model=model,
             flops=FlopModel.trace(model.bind(model.init(seed).flat), dataset.input_shape, model.layout),
