@@ -16,7 +16,6 @@ memories, the mask that each client holds and the running totals: together they 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import isnan
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from fedray.costs.codec import Codec
 from fedray.costs.devices import seconds
 from fedray.data.datasets import Examples
 from fedray.errors import MethodError
+from fedray.federation.accounts import TOTALS, Accounts, notes
 from fedray.federation.aggregate import CohortUpdate, cut, merge_all
 from fedray.federation.client import Client, ClientFunction, Outcome, norm_statistics
 from fedray.federation.method import ServerContext, check_mask
@@ -42,9 +42,7 @@ from fedray.federation.worker import (
 from fedray.models.norms import Norms, overlaid
 from fedray.randomness import generator
 from fedray.types import (
-    METRICS,
     ClientInfo,
-    ClientRecord,
     Cost,
     DeviceProfile,
     Layout,
@@ -54,9 +52,6 @@ from fedray.types import (
     ServerState,
     Task,
 )
-
-TOTALS = (*(n for n in METRICS if n.startswith(("bytes/", "flops/", "time/"))), "clients/dropped")
-"""What is added up over a run."""
 
 SERVER = -1
 """The server's id where it acts as a client of its own."""
@@ -128,7 +123,7 @@ class Server:
             checkpoint = Checkpoint(ServerState(0, place.model.init(place.seed), Mask.full(layout)))
         self.checkpoint = checkpoint
         self._own: Worker | None = None
-        self._phase = Phase()
+        self._accounts = Accounts()
 
     @property
     def state(self) -> ServerState:
@@ -141,7 +136,7 @@ class Server:
 
         Initial pruning, exploration, pre-training. Reported, and charged, as round 0.
         """
-        started, self._phase = time.perf_counter(), Phase()
+        started, self._accounts = time.perf_counter(), Accounts()
         state = self.method.setup(self.state, self._context(purpose=0))
         check_mask(state.mask, self.place.model.channel_groups, "setup")
         self.checkpoint.state = replace(state, round=1)
@@ -150,7 +145,7 @@ class Server:
     @one_thread()
     def step(self) -> RoundReport:
         """Make one round and return what it came to."""
-        started, self._phase = time.perf_counter(), Phase()
+        started, self._accounts = time.perf_counter(), Accounts()
         state, method = self.state, self.method
 
         # 1 SAMPLE: available clients, the fastest of those over-selected
@@ -304,7 +299,7 @@ class Server:
             return state
         task = Task(self.method.eval_params(state), state.mask)
         answer = self._exchange(norm_statistics, {record.client: task for record in cohort.folded})
-        self._phase.asked += answer.cost
+        self._accounts.asked += answer.cost
         if not answer.folded:
             return state
         mean = answer.sum("statistics") / answer.num_examples
@@ -317,7 +312,7 @@ class Server:
 
         def ask(function: ClientFunction, tasks: Mapping[int, Task], keep: bool) -> CohortUpdate:
             answer = self._exchange(function, tasks, keep_updates=keep)
-            self._phase.asked += answer.cost
+            self._accounts.asked += answer.cost
             return answer
 
         def validate(params: Params, mask: Mask) -> tuple[float, float]:
@@ -347,70 +342,30 @@ class Server:
             )
         if not len(self.side.rows):
             raise MethodError("the server has no examples: set data.server_fraction above 0")
-        if self._phase.server is None:
+        if self._accounts.server is None:
             if self._own is None:
                 self._own = Worker(self.place)
             info = ClientInfo(SERVER, len(self.side.rows), self.side.profile)
-            self._phase.server = self._own.client(info, self.side.rows, self.state.round, {})
-        return self._phase.server
+            self._accounts.server = self._own.client(info, self.side.rows, self.state.round, {})
+        return self._accounts.server
 
     def _report(
         self, round: int, cohort: CohortUpdate | None, started: float, *, evaluate: bool
     ) -> RoundReport:
         """Add up what the round cost and evaluate it if it is due."""
-        records = cohort.records if cohort is not None else ()
-        trained = sum((r.cost for r in records), Cost())
-        clients = trained + self._phase.asked
-        server = self._phase.server_cost
-        simulated_s = _round_seconds(records, self.place.rules.deadline_s) + self._phase.asked.seconds
-        metrics = {
-            "density/global": self.state.mask.density,
-            "bytes/up": float(clients.bytes_up),
-            "bytes/down": float(clients.bytes_down),
-            "flops/clients": clients.flops,
-            "flops/executed": clients.executed_flops,
-            "flops/server": server.flops,
-            "time/simulated_s": simulated_s + server.seconds,
-            "time/server_s": server.seconds,
-            "clients/selected": float(len(records)),
-            "clients/dropped": float(sum(r.fate != "folded" for r in records)),
-        }
-        if cohort is not None and cohort.folded:
-            metrics["density/client_mean"] = float(np.mean([r.density for r in cohort.folded]))
-            losses = [(r.loss, r.num_examples) for r in cohort.folded if not isnan(r.loss)]
-            if losses:  # a client may sit out, or do something else than train
-                metrics["train/loss"] = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-        metrics |= {f"train/{name}": value for name, value in (cohort.metrics if cohort else {}).items()}
+        metrics = {"density/global": self.state.mask.density}
+        metrics |= self._accounts.metrics(cohort, self.place.rules.deadline_s)
         if evaluate and len(self.side.validation):
             outcome = self.evaluate(self.side.validation)
             metrics |= {"val/accuracy": outcome.accuracy, "val/loss": outcome.loss}
         metrics["time/wall_s"] = time.perf_counter() - started
-        metrics["time/server_wall_s"] = self._phase.server.meter.wall_s if self._phase.server else 0.0
+        metrics["time/server_wall_s"] = self._accounts.server_wall_s
         totals = self.checkpoint.totals
         for name in TOTALS:
             totals[name] = totals.get(name, 0.0) + metrics[name]
         metrics |= {f"total/{name}": value for name, value in totals.items()}
-        return RoundReport(round, metrics, records, _notes(records))
-
-
-@dataclass
-class Phase:
-    """What happens beside the training of one round: what was asked of clients, and the server's own work."""
-
-    asked: Cost = field(default_factory=Cost)
-    server: Client | None = None
-
-    @property
-    def server_cost(self) -> Cost:
-        """FLOPs and seconds of the server's own training."""
-        if self.server is None:
-            return Cost()
-        meter, profile = self.server.meter, self.server.info.profile
-        return Cost(
-            flops=meter.flops,
-            executed_flops=meter.executed_flops,
-            seconds=meter.executed_flops / profile.flops_per_s,
-        )
+        records = cohort.records if cohort is not None else ()
+        return RoundReport(round, metrics, records, notes(records))
 
 
 def _check_layout(task: Task, layout: Layout, client: int) -> None:
@@ -438,20 +393,3 @@ def _as_received(codec: Codec, norms: Norms, task: Task) -> Task:
 
 def _identity(value: object) -> object:
     return value if isinstance(value, bool | int | float | str) else id(value)
-
-
-def _round_seconds(records: tuple[ClientRecord, ...], deadline_s: float | None) -> float:
-    """Return how long the server waits: for the slowest, or to the deadline if somebody is missing."""
-    if deadline_s is not None and any(r.fate in ("late", "dropped") for r in records):
-        return deadline_s
-    return max((r.cost.seconds for r in records if r.fate != "dropped"), default=0.0)
-
-
-def _notes(records: tuple[ClientRecord, ...]) -> tuple[str, ...]:
-    """Name the clients whose updates were left out for a reason that a reader should know."""
-    notes = []
-    for fate in ("non-finite", "malformed"):
-        clients = [r.client for r in records if r.fate == fate]
-        if clients:
-            notes.append(f"{len(clients)} update(s) left out as {fate}: clients {clients[:10]}")
-    return tuple(notes)

@@ -1,0 +1,83 @@
+"""What a round came to: the costs of training, of what was asked beside it, and of the server's own work."""
+
+from dataclasses import dataclass, field
+from math import isnan
+
+import numpy as np
+
+from fedray.federation.aggregate import CohortUpdate
+from fedray.federation.client import Client
+from fedray.types import METRICS, ClientRecord, Cost
+
+TOTALS = (*(n for n in METRICS if n.startswith(("bytes/", "flops/", "time/"))), "clients/dropped")
+"""What is added up over a run."""
+
+
+@dataclass
+class Accounts:
+    """Of one round, beside the records of its training.
+
+    Args:
+        asked: what was asked of clients outside the round's training.
+        server: the server as a client of its own, if it did anything.
+    """
+
+    asked: Cost = field(default_factory=Cost)
+    server: Client | None = None
+
+    @property
+    def server_cost(self) -> Cost:
+        """FLOPs and seconds of the server's own training."""
+        if self.server is None:
+            return Cost()
+        meter, profile = self.server.meter, self.server.info.profile
+        return Cost(
+            flops=meter.flops,
+            executed_flops=meter.executed_flops,
+            seconds=meter.executed_flops / profile.flops_per_s,
+        )
+
+    @property
+    def server_wall_s(self) -> float:
+        """How long the server's own training really took."""
+        return self.server.meter.wall_s if self.server is not None else 0.0
+
+    def metrics(self, cohort: CohortUpdate | None, deadline_s: float | None) -> dict[str, float]:
+        """Return what the round cost, and how its clients did; `cohort` is None for the set-up."""
+        records = cohort.records if cohort is not None else ()
+        clients = sum((r.cost for r in records), Cost()) + self.asked
+        server = self.server_cost
+        metrics = {
+            "bytes/up": float(clients.bytes_up),
+            "bytes/down": float(clients.bytes_down),
+            "flops/clients": clients.flops,
+            "flops/executed": clients.executed_flops,
+            "flops/server": server.flops,
+            "time/simulated_s": waited_s(records, deadline_s) + self.asked.seconds + server.seconds,
+            "time/server_s": server.seconds,
+            "clients/selected": float(len(records)),
+            "clients/dropped": float(sum(r.fate != "folded" for r in records)),
+        }
+        if cohort is not None and cohort.folded:
+            metrics["density/client_mean"] = float(np.mean([r.density for r in cohort.folded]))
+            losses = [(r.loss, r.num_examples) for r in cohort.folded if not isnan(r.loss)]
+            if losses:  # a client may sit out, or do something else than train
+                metrics["train/loss"] = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+        return metrics | {f"train/{name}": v for name, v in (cohort.metrics if cohort else {}).items()}
+
+
+def waited_s(records: tuple[ClientRecord, ...], deadline_s: float | None) -> float:
+    """Return how long the server waits: for the slowest, or to the deadline if somebody is missing."""
+    if deadline_s is not None and any(r.fate in ("late", "dropped") for r in records):
+        return deadline_s
+    return max((r.cost.seconds for r in records if r.fate != "dropped"), default=0.0)
+
+
+def notes(records: tuple[ClientRecord, ...]) -> tuple[str, ...]:
+    """Name the clients whose updates were left out for a reason that a reader should know."""
+    found = []
+    for fate in ("non-finite", "malformed"):
+        clients = [r.client for r in records if r.fate == fate]
+        if clients:
+            found.append(f"{len(clients)} update(s) left out as {fate}: clients {clients[:10]}")
+    return tuple(found)
