@@ -397,7 +397,7 @@ def _imports_override(file: Path, imports: list[Path] | None) -> list[str]:
     if not imports:
         return []
     from fedray.experiment import yaml
-    from fedray.experiment.config import base_of
+    from fedray.experiment.overrides import base_of
 
     named = base_of(yaml.load(file), file).get("imports") or []
     if not isinstance(named, list):

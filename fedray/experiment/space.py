@@ -23,17 +23,9 @@ from pydantic import Field, ValidationError
 
 from fedray.errors import ConfigError, unknown
 from fedray.experiment import yaml
-from fedray.experiment.config import (
-    CHOICES,
-    RunConfig,
-    Section,
-    Tree,
-    base_of,
-    origin,
-    override_tree,
-    parse_overrides,
-)
+from fedray.experiment.config import RunConfig, Section
 from fedray.experiment.messages import Where, explain, line, shortened
+from fedray.experiment.overrides import CHOICES, Tree, base_of, origin, override_tree, parse_overrides
 from fedray.experiment.placement import import_ray
 from fedray.types import METRICS, NonNegativeInt, PositiveInt
 

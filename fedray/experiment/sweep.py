@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import yaml
-from fedray.experiment.config import RunConfig, Tree, override_tree
+from fedray.experiment.config import RunConfig
 from fedray.experiment.files import RunFiles, check_free, numbered
+from fedray.experiment.overrides import Tree, override_tree
 from fedray.experiment.placement import groups_for, pool_for, start_ray
 from fedray.experiment.run import RUNS, Federation, Tracking, resume, run
 from fedray.experiment.space import Point, Sweep, tune_config

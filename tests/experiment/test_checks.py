@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from fedray.errors import ConfigError
-from fedray.experiment.config import Tree
+from fedray.experiment.overrides import Tree
 from fedray.federation.method import Method, Setting
 from fedray.methods import METHODS
 from fedray.models import MODELS, Architecture, InputShape

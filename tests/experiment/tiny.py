@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedray.data import Examples
-from fedray.experiment.config import RunConfig, Tree, override_tree
+from fedray.experiment.config import RunConfig
+from fedray.experiment.overrides import Tree, override_tree
 from fedray.federation.client import Outcome
 from fedray.federation.pool import LocalPool
 from fedray.federation.worker import Workplace

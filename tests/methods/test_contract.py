@@ -15,7 +15,8 @@ import torch
 
 from fedray.errors import ConfigError
 from fedray.experiment import yaml
-from fedray.experiment.config import RunConfig, Tree
+from fedray.experiment.config import RunConfig
+from fedray.experiment.overrides import Tree
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Checkpoint, Schedule, Server

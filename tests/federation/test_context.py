@@ -1,0 +1,90 @@
+"""What a hook may use: the server's own examples, questions to clients, validation, chance."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedray.errors import MethodError
+from fedray.federation.client import Client
+from fedray.federation.method import ServerContext
+from fedray.types import Mask, Params, ServerState, Task
+from tests import small
+from tests.federation.probes import Hooked, HookedWithData, half, score, train_at_server
+
+# ── the server's own examples ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_server_has_no_data_unless_the_method_declares_it():
+    server = small.server(Hooked(at_setup=train_at_server), server_rows=12)
+    with pytest.raises(MethodError, match=r"Hooked trains on server data.*uses_server_data"):
+        server.setup()
+
+
+def test_the_server_has_no_data_unless_it_is_given_some():
+    server = small.server(HookedWithData(at_setup=train_at_server))
+    with pytest.raises(MethodError, match=r"data\.server_fraction"):
+        server.setup()
+
+
+def test_the_server_trains_on_its_own_rows():
+    seen: list[Client] = []
+    server = small.server(
+        HookedWithData(at_setup=lambda state, ctx: seen.extend([ctx.server, ctx.server])), server_rows=12
+    )
+    server.setup()
+    data = server.place.dataset
+    assert seen[0] is seen[1], "one client for a phase, so that its generator goes on"
+    assert (seen[0].id, seen[0].info.profile.name) == (-1, "server")
+    assert torch.equal(seen[0].x, data.normalise(data.train.x[:12]))
+    assert seen[0].y.tolist() == data.train.y[:12].tolist()
+
+
+# ── questions to clients ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("clients", "told"), [((), "at least one"), ((2, 6), r"\[6\].*0 … 5")])
+def test_only_clients_that_exist_can_be_asked(clients: tuple[int, ...], told: str):
+    def ask(state: ServerState, ctx: ServerContext) -> None:
+        ctx.ask(score, {k: Task(state.params, state.mask) for k in clients})
+
+    with pytest.raises(MethodError, match=told):
+        small.server(Hooked(at_setup=ask)).setup()
+
+
+@pytest.mark.parametrize("wrong", ["params", "mask"])
+def test_a_task_of_another_layout_is_the_methods_mistake(wrong: str):
+    def ask(state: ServerState, ctx: ServerContext) -> None:
+        good = Task(state.params, state.mask)
+        renamed = replace(ctx.layout, names=tuple(f"{name}!" for name in ctx.layout.names))
+        if wrong == "params":
+            foreign = replace(good, params=Params(state.params.flat, renamed))
+        else:
+            foreign = replace(good, mask=Mask.full(renamed))
+        ctx.ask(score, {1: good, 2: foreign, 3: good})
+
+    with pytest.raises(MethodError, match=rf"the task for client 2 has (a )?{wrong} of another layout"):
+        small.server(Hooked(at_setup=ask)).setup()
+
+
+# ── the rest ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_hook_sees():
+    seen: list[tuple[int, int, int]] = []
+    draws: list[tuple[float, tuple[int, ...]]] = []
+
+    def look(state: ServerState, ctx: ServerContext) -> None:
+        seen.append((ctx.round, ctx.rounds, len(ctx.clients)))
+        draws.append((float(ctx.rng.random()), ctx.sample(3)))
+        mask = half(ctx.layout)
+        outcome = server.pool.evaluate(Task(state.params.masked(mask), mask), server.side.validation)
+        assert ctx.validate(state.params, mask) == (outcome.accuracy, outcome.loss)
+        assert ctx.clients[2] == server.population[2]
+
+    server = small.server(Hooked(at_setup=look, at_prune=look))
+    reports = small.run(server)
+    assert seen == [(0, 3, 6), (1, 3, 6), (2, 3, 6), (3, 3, 6)]
+    assert len({draw for draw, _ in draws}) == 4, "a generator for each hook and round"
+    assert all(len(set(sampled)) == 3 for _, sampled in draws)
+    assert reports[0].metrics["flops/clients"] == 0, "validation is not charged"
