@@ -10,7 +10,8 @@ the other reading):
   bits: `quantise_vectors`; the 8-bit range always includes 0, without which the code destroys a tensor;
 * a client compares the mean loss of its training in the round, the code the loss of its last batch:
   `selective="last_batch"`;
-* a silent client is left out of the mean, the code uses its last upload again: `stale="reuse"`;
+* a silent client's last upload counts again, as in the code, but only in cohorts that it is in; `stale="skip"`
+  leaves it out, and needs no memory of uploads;
 * layers keep the same share of their channels, or as many as meet a `density`; the code has hand-picked
   widths;
 * a kept channel keeps its bias, its normalisation and its place, which the code loses; the classifier's rows,
@@ -53,7 +54,8 @@ class PQSU(Method):
         pretrain_epochs: of the server on its own data before it prunes.
         selective: which loss has to be lower than at the client's upload before: the mean over its training
             in the round, or that of its last batch; `none`: every client uploads.
-        stale: a silent client is skipped in the mean, or its last upload is used again.
+        stale: the last upload of a silent client is used again, for which the server keeps one model for each
+            client, or the client is skipped in the mean.
         quantise_vectors: write biases and normalisation as coarsely as weights, not in fp32.
         uplink_values: as in every method; 8 bits by default.
         downlink_values: as in every method; 8 bits by default.
@@ -69,7 +71,7 @@ class PQSU(Method):
     density: Density | None = None
     pretrain_epochs: NonNegativeInt = 6
     selective: Literal["mean_loss", "last_batch", "none"] = "mean_loss"
-    stale: Literal["skip", "reuse"] = "skip"
+    stale: Literal["reuse", "skip"] = "reuse"
     quantise_vectors: bool = False
 
     @property
