@@ -10,8 +10,8 @@ the other reading):
   bits: `quantise_vectors`; the 8-bit range always includes 0, without which the code destroys a tensor;
 * a client compares the mean loss of its training in the round, the code the loss of its last batch:
   `selective="last_batch"`;
-* a silent client's last upload counts again, as in the code, but only in cohorts that it is in; `stale="skip"`
-  leaves it out, and needs no memory of uploads;
+* a silent client's last upload counts again, as in the code, but only in cohorts that it is in;
+  `stale="skip"` leaves it out, and needs no memory of uploads;
 * layers keep the same share of their channels, or as many as meet a `density`; the code has hand-picked
   widths;
 * a kept channel keeps its bias, its normalisation and its place, which the code loses; the classifier's rows,
