@@ -242,6 +242,9 @@ def render_table(frame: "pd.DataFrame", width: int = 100) -> "Table":
     return both
 
 
+UNSEEN = 0.005
+"""An interval of a smaller share of a number with three digits is left out."""
+
 TEXT_COLUMNS = ("setting", "status")
 RESULTS = ("setting", "n", "val accuracy", "test accuracy", "density", "rounds", "status")
 
@@ -310,8 +313,8 @@ def _cost_cells(frame: "pd.DataFrame", column: str, intervals: bool) -> tuple[st
     if intervals and f"{column} ±" in frame and column != "density":
         halves = frame[f"{column} ±"]
         cells = [
-            f"{cell} ±{_number(scale * half)}" if isfinite(half) and half else cell
-            for cell, half in zip(cells, halves, strict=True)
+            f"{cell} ±{_number(scale * half)}" if half > UNSEEN * abs(value) else cell
+            for cell, value, half in zip(cells, values, halves, strict=True)
         ]
     ratio = AGAINST_FEDAVG.get(column, f"{column} × FedAvg")
     if ratio in frame:
