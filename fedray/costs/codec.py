@@ -56,7 +56,7 @@ _HALF_MAX = 65504.0
 _FLOAT_MAX = np.finfo(np.float32).max
 
 _CACHED_MASKS = 1024
-_POSITIONS_BYTES: dict[tuple[bytes, bool], int] = {}  # digest, and whether the receiver holds it → bytes
+_POSITIONS_BYTES: dict[tuple[bytes, int, bool], int] = {}  # digest, length, whether it is known → bytes
 _LAST_INDEX: dict[bytes, _Array] = {}  # digest of the recurring mask used last → where it is True
 
 
@@ -228,7 +228,7 @@ def _positions(mask: Mask, known: bytes | None, index: _Array | None = None) -> 
 
 def _positions_bytes(mask: Mask, known: bytes | None) -> int:
     """Return the length of what `_positions` returns, remembered: clients have few masks, mostly one."""
-    key = mask.digest, _is_known(mask, known)
+    key = mask.digest, mask.layout.size, _is_known(mask, known)  # a digest is of whole bytes
     if key not in _POSITIONS_BYTES:
         if len(_POSITIONS_BYTES) >= _CACHED_MASKS:
             del _POSITIONS_BYTES[next(iter(_POSITIONS_BYTES))]  # the oldest

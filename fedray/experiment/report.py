@@ -173,7 +173,8 @@ def _until(row: Setting, reference: Setting | None, target: float) -> Cells:
         cells |= {name: mean, f"{name} ±": half}
         if column == "seconds":
             whole = reference is not None and len(base) == len(reference.runs)
-            cells[f"{name} × FedAvg"] = mean / fmean(value(r) for r in base) if whole else nan
+            dense = fmean(map(value, base)) if whole else nan
+            cells[f"{name} × FedAvg"] = mean / dense if dense else nan
     return cells
 
 
