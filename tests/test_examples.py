@@ -89,7 +89,7 @@ def test_the_round_by_hand_and_fedrays_agree(capsys: pytest.CaptureFixture[str])
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the indented `fedray …` lines of a page, as a shell would split them, without data.root=PATH_…."""
+    """Return the indented `fedray …` lines of a page, as a shell splits them, without data.root=PATH_…."""
     text = re.sub(r" *\\\n\s*", " ", text)  # a command may go on in the next line
     found = (shlex.split(line)[1:] for line in re.findall(r"^    (fedray .*)$", text, re.MULTILINE))
     return [[word for word in words if not word.startswith("data.root=PATH_")] for words in found]

@@ -1,6 +1,7 @@
 """`norm` in a config: who may choose it, where it is recorded, and what a run makes of it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ POLICIES = ("average", "local", "static", "group")
 
 
 @pytest.fixture(autouse=True)
-def a_small_network_with_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "small_cnn", small.CNN)
+def a_small_network_with_batch_norm() -> Iterator[None]:
+    """Put one into the table; afterwards the table is as it was, its order too."""
+    before = dict(MODELS)
+    MODELS["small_cnn"] = small.CNN
+    yield
+    MODELS.clear()
+    MODELS.update(before)
 
 
-def test_a_model_without_batch_norm_has_nothing_to_choose(monkeypatch):
+def test_a_model_without_batch_norm_has_nothing_to_choose():
     for name in [name for name in MODELS if name not in ("mlp", "small_cnn", "vgg11")]:
-        monkeypatch.delitem(MODELS, name)
+        del MODELS[name]
     assert tiny.config(norm="average").norm == "average"
     for norm in ("local", "static", "group"):
         with pytest.raises(ConfigError, match=rf"norm.*{norm}, but mlp has no BatchNorm.*one: small_cnn$"):
