@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b, sha256
 from math import isfinite, prod
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 Density = Annotated[float, Field(gt=0, le=1)]
@@ -24,6 +25,17 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()  # trials and resumed runs work in other directories
+    except RuntimeError as error:  # ~somebody
+        raise ValueError(f"must be a path: {error}") from None
+
+
+LocalPath = Annotated[Path, AfterValidator(_absolute)]
+"""A path that a config gives: made absolute where it is validated."""
 
 METRICS = (
     "val/accuracy",

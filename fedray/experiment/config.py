@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -38,7 +37,7 @@ from fedray.experiment.plugins import import_modules
 from fedray.federation.method import Method
 from fedray.methods import METHODS
 from fedray.models import InputShape, ModelSpec, Norm, build_model
-from fedray.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
@@ -129,13 +128,6 @@ def _actors(value: Any) -> Any:
     raise ValueError(f"must be auto, per_client, or a whole number of actors (0: in process){hint}")
 
 
-def _absolute(path: Path) -> Path:
-    try:
-        return path.expanduser().absolute()  # trials and resumed runs work in other directories
-    except RuntimeError as error:  # ~somebody
-        raise ValueError(f"must be a path: {error}") from None
-
-
 class Section(BaseModel):
     """A part of the config: frozen, and strict about what it does not know."""
 
@@ -154,7 +146,7 @@ class DataConfig(Section):
     """
 
     name: str = "digits"
-    root: Annotated[Path, AfterValidator(_absolute)] | None = None
+    root: LocalPath | None = None
     partition: Annotated[
         PartitionChoice,
         PlainValidator(_partition),
@@ -249,7 +241,7 @@ class RunConfig(Section):
     norm: Norm = "average"
     prune_first: bool = True
     prune_last: bool = False
-    imports: tuple[Annotated[Path, AfterValidator(_absolute)], ...] = ()
+    imports: tuple[LocalPath, ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
     method: Annotated[

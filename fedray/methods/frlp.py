@@ -13,7 +13,8 @@ Differs from the paper (readings of unclear points, with the flag that restores 
   `reprune`;
 * FedSA reads who holds a weight from the mask; the literal `w ≠ 0` is `aggregation="nonzero"`, the paper's
   FedAvg of sparse models `aggregation="everyone"`;
-* the process is solved by line search, which its optimal policy is; a trained agent takes the solver's place.
+* the process is solved by bisection, which finds what its optimal policy finds; the DQN agent, trained
+  by `rllib_pruner`, is `solver="dqn"`.
 """
 
 from dataclasses import dataclass, replace
@@ -26,12 +27,15 @@ from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.masks import support, top_k
-from fedray.pruning.policies import RateSearch, Solver, solve
+from fedray.pruning.policies import Solver, solve
+from fedray.pruning.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
 from fedray.pruning.scores import l2_distance, magnitude
+from fedray.pruning.trained import policy_problem
 from fedray.types import (
     ClientUpdate,
     Density,
     Fraction,
+    LocalPath,
     Mask,
     NonNegativeInt,
     Params,
@@ -55,7 +59,8 @@ class FRLP(Method):
     """Prune by learning distance on the server, aggregate by FedSA.
 
     Args:
-        solver: how the rate is searched.
+        solver: how the rate is searched: by a trained agent, step by step, or by bisection.
+        policy: folder of the agent for `dqn`, written by `rllib_pruner.train`; None: the one that ships.
         prune_rounds: rounds after which the server prunes; None: every `interval` up to `until`.
         interval: rounds between events; None: a fifth of the run, at most 20.
         until: last event, as a share of the run's rounds.
@@ -63,7 +68,7 @@ class FRLP(Method):
         min_density: the model is never pruned below this.
         samples: rates that are tried to find where the search starts, both ends of the range included.
         step: width of a state of the process, in rate.
-        stride: states that `scan` advances at a time.
+        stride: states that `scan` and `dqn` advance at a time.
         ratio: growth of the distance at which the search ends.
         tolerance: half the width of that window.
         pretrain_epochs: of the server on its own data before round 1.
@@ -79,7 +84,8 @@ class FRLP(Method):
     citation: ClassVar[str] = "Nie et al., CSA 33(5), 2024"
     uses_server_data: ClassVar[bool] = True
 
-    solver: Solver = "scan"
+    solver: Solver = "bisect"
+    policy: LocalPath | None = None
     prune_rounds: tuple[PositiveInt, ...] | None = None
     interval: PositiveInt | None = None
     until: Fraction = 0.6
@@ -108,7 +114,7 @@ class FRLP(Method):
         return Fold(by=self.aggregation)
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse pruning rounds that the run never reaches."""
+        """Refuse pruning rounds that the run never reaches, and an agent that cannot be used."""
         beyond = [event for event in self.prune_rounds or () if event > setting.rounds]
         if beyond:
             late = ", ".join(map(str, beyond))
@@ -116,6 +122,11 @@ class FRLP(Method):
                 f"method.prune_rounds asks to prune after round(s) {late}, "
                 f"but the run has {setting.rounds} round(s)"
             )
+        if self.solver == "dqn":
+            problem = policy_problem(self.policy, PROCESS, OBSERVATION_VERSION, FEATURES)
+            return problem and f"method.policy: {problem}"
+        if self.policy is not None:
+            return f"method.policy is the agent of method.solver=dqn, but the solver is {self.solver}"
         return None
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
@@ -176,6 +187,6 @@ class FRLP(Method):
             ratio=self.ratio,
             tolerance=self.tolerance,
         )
-        density = solve(search, self.solver, self.stride)
+        density = solve(search, self.solver, self.stride, self.policy)
         after = candidate(density) if self.broadcast_finetuned else params
         return replace(state, params=after, mask=pruned(density))

@@ -1,0 +1,186 @@
+"""What is trained, how, and for how long: one file, read as fedray reads its own.
+
+base:
+  process: {name: rate_search}
+  algorithm: {name: dqn, lr: 1e-3}
+  budget: {env_steps: 40_000}
+space:                                  # optional: trials, drawn by the verbs of a sweep
+  algorithm.lr: {grid: [3e-4, 1e-3]}
+tune: {concurrent: 2}
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
+
+from fedray.errors import ConfigError
+from fedray.experiment import yaml
+from fedray.experiment.config import Section, TrackingConfig, choose
+from fedray.experiment.messages import Where, explain, line
+from fedray.experiment.overrides import Tree, base_of, origin, override_tree, parse_overrides, plain_copy
+from fedray.experiment.space import TuneConfig, expand
+from fedray.experiment.tracking import check_uri
+from fedray.types import NonNegativeInt, PositiveInt
+from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
+from rllib_pruner.processes import PROCESSES, Process
+
+
+@dataclass(frozen=True)
+class ProcessChoice:
+    """A process by its name in the table, with its options."""
+
+    name: str
+    options: Process
+
+
+@dataclass(frozen=True)
+class AlgorithmChoice:
+    """An algorithm by its name in the table, and its options."""
+
+    name: str
+    options: DQN | PPO
+
+
+def _process(value: Any) -> ProcessChoice:
+    if isinstance(value, ProcessChoice):
+        return value
+    return ProcessChoice(*choose("process", "name", value, PROCESSES, "rate_search"))
+
+
+def _algorithm(value: Any) -> AlgorithmChoice:
+    if isinstance(value, AlgorithmChoice):
+        return value
+    return AlgorithmChoice(*choose("algorithm", "name", value, ALGORITHMS, "dqn"))
+
+
+_plain = PlainSerializer(lambda choice: {"name": choice.name} | asdict(choice.options))
+
+
+class Budget(Section):
+    """`budget:` when training ends, unless the process says earlier that the policy is good enough.
+
+    Args:
+        env_steps: steps of the environment, at most.
+        evaluate_every: steps between two evaluations; each also leaves a checkpoint.
+        stop_score: end at this score too; None: only the process decides.
+    """
+
+    env_steps: PositiveInt = 40_000
+    evaluate_every: PositiveInt = 2_000
+    stop_score: float | None = None
+
+
+class TrainConfig(Section):
+    """All of one training.
+
+    Args:
+        process: which decisions are learnt, with the process's own options.
+        algorithm: what learns them, with its own options.
+        seed: of the environments, the network and the exploration.
+        budget: for how long.
+        tracking: where MLflow keeps what it is told.
+    """
+
+    process: Annotated[ProcessChoice, PlainValidator(_process), _plain] = Field(
+        default_factory=lambda: _process({})
+    )
+    algorithm: Annotated[AlgorithmChoice, PlainValidator(_algorithm), _plain] = Field(
+        default_factory=lambda: _algorithm({})
+    )
+    seed: NonNegativeInt = 0
+    budget: Budget = Field(default_factory=Budget)
+    tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig(experiment="rllib_pruner"))
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any], where: Where = "config") -> "TrainConfig":
+        """Validate a nested mapping; `where` is named in messages.
+
+        Raises:
+            ConfigError: with every problem found.
+        """
+        try:
+            config = cls.model_validate_json(json.dumps(plain_copy(tree)), strict=True)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, where)) from None
+        try:
+            check_uri(config.tracking.uri)
+        except ConfigError as error:
+            text = str(error).removeprefix("tracking.uri: ")
+            raise ConfigError(line("tracking.uri", text, where)) from None
+        return config
+
+    def to_tree(self) -> Tree:
+        """Return the whole config, defaults included, as plain values."""
+        return plain_copy(self.model_dump())
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits that name what determines the policy: all but where it is tracked."""
+        tree = self.to_tree()
+        del tree["tracking"]
+        return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trainings of a file, all known to be valid; one, unless it has a `space`.
+
+    Args:
+        name: of the file.
+        trials: name of each and its config; without a space, a single one without a name.
+        concurrent: trials at once; None: one per CPU.
+    """
+
+    name: str
+    trials: Mapping[str, TrainConfig]
+    concurrent: int | None = None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Plan":
+        """Read a YAML file and apply `key=value` overrides.
+
+        An override of a key of `space` fixes that key; `space.…` and `tune.…` reach those sections.
+
+        Raises:
+            ConfigError: with every problem found.
+        """
+        tree, changes = yaml.load(path), parse_overrides(overrides)
+        where = origin(path, changes)
+        whole = {
+            "base": base_of(tree, path),
+            "space": tree.get("space") or {},
+            "tune": tree.get("tune") or {},
+        }
+        for key, value in changes.items():
+            section, _, rest = key.partition(".")
+            if section in ("space", "tune") and rest:
+                whole[section] = {**whole[section], rest: value}
+            else:
+                whole["space"] = {k: v for k, v in whole["space"].items() if k != key}
+                whole["base"] = override_tree(whole["base"], {key: value})
+        tune = _tune(whole["tune"], where)
+        points = expand(whole["space"], tune, where)
+        configs = [TrainConfig.from_tree(override_tree(whole["base"], point), where) for point in points]
+        if not whole["space"]:
+            return cls(Path(path).stem, {"": configs[0]})
+        names = [f"{number:02d}-{_label(point)}" for number, point in enumerate(points)]
+        return cls(Path(path).stem, dict(zip(names, configs, strict=True)), tune.concurrent)
+
+
+def _tune(options: Any, where: Where) -> TuneConfig:
+    try:
+        return TuneConfig.model_validate(options, strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TuneConfig, where, prefix=("tune",))) from None
+
+
+def _label(point: Mapping[str, Any]) -> str:
+    text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
+    return re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", text)[:100]
