@@ -69,12 +69,14 @@ class Budget(Section):
     Args:
         env_steps: steps of the environment, at most.
         evaluate_every: steps between two evaluations; each also leaves a checkpoint.
-        stop_score: end at this score too; None: only the process decides.
+        stop_score: a score that is good enough too; None: only the process decides.
+        in_a_row: evaluations that must be good enough before training ends: one may be luck.
     """
 
     env_steps: PositiveInt = 40_000
     evaluate_every: PositiveInt = 2_000
     stop_score: float | None = None
+    in_a_row: PositiveInt = 3
 
 
 class TrainConfig(Section):
@@ -141,6 +143,11 @@ class Plan:
     name: str
     trials: Mapping[str, TrainConfig]
     concurrent: int | None = None
+
+    @property
+    def has_space(self) -> bool:
+        """Whether there are trials."""
+        return "" not in self.trials
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Plan":

@@ -30,6 +30,7 @@ RAY = {
     "fedray.experiment.placement",
     "fedray.experiment.sweep",
     "fedray.experiment.space",  # the verbs of a sweep's space are Tune's own
+    "fedray.pruning.trained",  # RLlib's module of a trained agent
 }
 HEAVY = {"torchvision", "sklearn", "matplotlib", "mlflow", "pyarrow", "ray", "pandas"}
 TYPE_CHECKING = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}

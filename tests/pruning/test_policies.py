@@ -4,12 +4,14 @@ from collections.abc import Callable
 from math import ceil, inf, log2, nan
 from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedray.errors import ConfigError, MethodError
-from fedray.pruning.policies import SOLVERS, RateSearch, Solver, bisect, scan, solve
+from fedray.pruning.policies import LINE_SEARCHES, SOLVERS, Agent, Solver, bisect, scan, solve, walk
+from fedray.pruning.rate_search import ACTIONS, FEATURES, RateSearch
 
 PROPERTY = settings(deadline=None, max_examples=50)
 SAMPLES, STATES = 6, 50
@@ -26,7 +28,7 @@ def by_table(table: list[float], asked: list[float] | None = None) -> RateSearch
     return RateSearch(1.0, 0.5, distance, step=0.01)
 
 
-def walk(table: list[float]) -> int:
+def reference(table: list[float]) -> int:
     """The reference: the paper's search as a loop over all states above the best sampled rate."""
     sampled = range(0, STATES + 1, STATES // (SAMPLES - 1))
     start = min(sampled, key=lambda i: table[i])
@@ -144,8 +146,8 @@ def test_a_range_narrower_than_a_step_ends_at_its_end():
 
 @PROPERTY
 @given(monotone_from_the_best())
-def test_on_monotone_curves_the_solvers_agree_with_the_walk(table):
-    expected = walk(table)
+def test_on_monotone_curves_the_solvers_agree_with_the_reference(table):
+    expected = reference(table)
     assert scan(by_table(table), stride=1) == expected
     search = by_table(table)
     assert search.looks_monotone
@@ -171,11 +173,11 @@ def test_on_smooth_curves_bisect_finds_what_a_full_scan_finds(slope, power, now,
 @PROPERTY
 @given(curves, st.integers(1, 20))
 def test_on_any_curve_the_solvers_return_an_end_or_the_limit(table, stride):
-    for solver in SOLVERS.values():
+    for solver in LINE_SEARCHES.values():
         search = by_table(table)
         state = solver(search, stride)
         assert state == search.limit or (0 <= state < search.limit and search.is_end(state))
-    assert scan(by_table(table), stride=1) == walk(table)
+    assert scan(by_table(table), stride=1) == reference(table)
 
 
 @PROPERTY
@@ -195,22 +197,22 @@ def test_a_dip_between_ends_is_not_bisected():
     assert bisect(search, stride=10) == scan(search, stride=10) == 50
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", LINE_SEARCHES)
 def test_a_curve_that_jumps_over_the_window_ends_at_the_limit(solver):
     search = by_table([1.0] * 23 + [1.3] * 28)
-    assert SOLVERS[solver](search, 1) == search.limit == 50
+    assert LINE_SEARCHES[solver](search, 1) == search.limit == 50
     assert solve(search, solver) == 0.5
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", LINE_SEARCHES)
 def test_a_curve_that_never_reaches_the_window_ends_at_the_limit(solver):
     search = by_table([1 + i / 2000 for i in range(51)])
-    assert SOLVERS[solver](search, 10) == search.limit == 50
+    assert LINE_SEARCHES[solver](search, 10) == search.limit == 50
     if solver == "bisect":
         assert search.evaluations == SAMPLES  # the limit was sampled: nothing more to look at
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", LINE_SEARCHES)
 def test_no_distance_at_all_ends_at_the_limit(solver):
     assert solve(by_table([0.0] * 51), solver) == 0.5
     assert solve(by_table([0.0] + [1.0] * 50), solver) == 0.5
@@ -223,7 +225,7 @@ def test_the_edges_of_the_window_are_the_same_for_both_solvers(numerator):
     edge = 1.05 - 0.015 if numerator % 2 else 1.05 + 0.015
     near = edge + (numerator % 9 - 4) * 2.0**-53
     table = [1.0] * 17 + [near] * 34
-    assert bisect(by_table(table), stride=10) == scan(by_table(table), stride=1) == walk(table)
+    assert bisect(by_table(table), stride=10) == scan(by_table(table), stride=1) == reference(table)
 
 
 def test_the_window_is_open_at_both_edges():
@@ -236,13 +238,112 @@ def test_the_window_is_open_at_both_edges():
     assert scan(search, stride=1) == bisect(search) == 2
 
 
+# ------------------------------------------------------------------------------------------------ the process
+
+
+UP, DOWN = ACTIONS.index("increase"), ACTIONS.index("decrease")
+
+
+def always(action: int) -> Agent:
+    return lambda observation: action
+
+
+def test_an_episode_by_hand():
+    # D = 1 + p: states 4, 5 and 6 are ends
+    search = by_table([1 + i / 100 for i in range(51)])
+    assert search.start() == 0 and not search.is_done and search.step_limit == 100
+    assert search.step(UP) == (1, 0.5, False)
+    assert search.step(UP) == (2, 0.5, False)
+    assert search.step(DOWN) == (1, -0.5, False)
+    assert search.step(UP) == (2, 0.5, False) and search.step(UP) == (3, 0.5, False)
+    assert search.step(UP) == (4, 1.0, True)
+    assert (search.outcome, search.settled) == ("end", 4)
+    assert search.evaluations == 6 + 4  # states 1 to 4; state 0 was sampled, and 1 and 2 are not tried twice
+
+
+def test_leaving_the_range_ends_an_episode_with_minus_one():
+    search = by_table([1 + i / 2000 for i in range(51)])  # never in the window
+    search.start()
+    assert search.step(DOWN) == (-1, -1.0, True)
+    assert (search.outcome, search.settled) == ("below", 0)
+    search.start(stride=20)
+    assert search.step(UP) == (20, 0.5, False) and search.step(UP) == (40, 0.5, False)
+    assert search.step(UP) == (60, -1.0, True)
+    assert (search.outcome, search.settled) == ("above", 50)
+    assert search.evaluations == SAMPLES  # states 20 and 40 were among the samples
+
+
+def test_the_last_state_belongs_to_the_range():
+    search = by_table([1.0] * 50 + [1.05])
+    search.start(stride=25)
+    assert search.step(UP) == (25, 0.5, False)
+    assert search.step(UP) == (50, 1.0, True)
+    assert (search.outcome, search.settled) == ("end", 50)
+
+
+def test_an_agent_that_walks_up_and_down_runs_into_the_step_limit():
+    search, seen = by_table([1 + i / 2000 for i in range(51)]), []
+
+    def undecided(observation):
+        seen.append(float(observation[0]))
+        return UP if observation[0] < 0.2 else DOWN
+
+    assert walk(search, undecided, stride=5) == 50  # the last state, as for a scan that finds no end
+    assert search.outcome == "step limit"
+    assert len(seen) == search.step_limit == 20
+    assert seen == pytest.approx([0, 0.1] + [0.2, 0.1] * 9)
+    assert search.evaluations == SAMPLES + 1  # states 5 and 10 again and again; 10 was sampled
+
+
+def test_an_observation_is_the_share_of_the_range():
+    search = RateSearch(1.0, 0.5, lambda density: 1.0)
+    for state, share in ((0, 0.0), (250, 0.25), (1000, 1.0), (1010, 1.0), (-10, 0.0)):
+        seen = search.observation(state)
+        assert seen.shape == (FEATURES,) and seen.dtype == np.float32 and seen[0] == np.float32(share)
+    assert RateSearch(0.5, 0.4999, lambda density: 1.0).observation(0)[0] == 0
+
+
+@PROPERTY
+@given(curves, st.integers(1, 60))
+def test_an_agent_that_always_increases_is_a_scan(table, stride):
+    search, scanned = by_table(table), by_table(table)
+    assert walk(search, always(UP), stride) == scan(scanned, stride)
+    # the walk also looks at the last state, if it comes there: what the search ends on is fine-tuned anyway
+    assert scanned.evaluations <= search.evaluations <= scanned.evaluations + 1
+
+
+@PROPERTY
+@given(curves, st.integers(1, 60), st.randoms(use_true_random=False))
+def test_whatever_an_agent_does_it_settles_in_the_range_and_tries_no_state_twice(table, stride, random):
+    asked: list[float] = []
+    search = by_table(table, asked)
+    state = walk(search, lambda observation: random.randrange(2), stride)
+    assert 0 <= state <= search.limit
+    assert len(asked) == len(set(asked)) == search.evaluations
+    assert search.is_end(state) or state in (0, search.limit)
+
+
+def test_an_agent_that_jumps_over_the_window_drifts_to_the_limit():
+    search = by_table([1.0] * 23 + [1.3] * 28)
+    assert walk(search, always(UP), stride=1) == search.limit == 50
+    assert search.outcome == "above"
+
+
+def test_a_range_of_one_state_needs_no_decision():
+    def never(observation):
+        raise AssertionError
+
+    assert walk(RateSearch(0.5, 0.4999, lambda density: 1.0), never) == 0
+    assert walk(RateSearch(1.0, 0.5, lambda density: 1.0, ratio=1.0), never) == 0  # state 0 is an end
+
+
 # ------------------------------------------------------------------------------------------------ divergence
 
 
 @pytest.mark.parametrize("bad", [nan, inf])
 def test_a_candidate_that_diverged_is_infinitely_far(bad):
     rising = [1 + i / 100 for i in range(51)]
-    for solver in SOLVERS.values():
+    for solver in LINE_SEARCHES.values():
         assert solver(by_table([*rising[:30], *[bad] * 21]), 1) == 4
         # the first samples diverged: the search starts at the first one that did not, rate 0.2
         search = by_table([*[bad] * 15, *rising[15:]])
@@ -267,5 +368,5 @@ def test_an_unknown_solver_is_refused_with_the_nearest():
 
 
 def test_every_solver_has_a_name_that_a_config_may_give():
-    table: dict[str, Callable[[RateSearch, int], int]] = SOLVERS
-    assert set(table) == set(get_args(Solver))
+    table: dict[str, Callable[[RateSearch, int], int]] = LINE_SEARCHES
+    assert set(SOLVERS) == {"dqn", *table} == set(get_args(Solver))

@@ -1,0 +1,183 @@
+"""The training of one agent: RLlib learns, the process judges, and the best policy so far is kept.
+
+    build → (train evaluate_every steps → judge → keep → checkpoint → report)* → curve
+
+An interrupted training goes on from its last checkpoint with its counters. The replay buffer is not part of
+RLlib's checkpoints: DQN fills it anew before it learns on, so the result is not that of an uninterrupted one.
+"""
+
+from collections.abc import Callable, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedray.experiment.placement import start_ray
+from fedray.experiment.provenance import git_revision
+from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.pruning.trained import TrainedPolicy, quiet, save
+from fedray.types import RoundReport
+from rllib_pruner.config import TrainConfig
+from rllib_pruner.files import Row, TrainFiles, as_row
+from rllib_pruner.learning_curve import draw_curve
+
+OnEvaluation = Callable[[Row], None]
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    on_evaluation: OnEvaluation | None = None,
+    store: Store | None = None,
+    parent: str | None = None,
+) -> list[Row]:
+    """Train an agent.
+
+    Args:
+        config: what, how, and for how long.
+        out: directory of its own, empty or absent.
+        on_evaluation: called after each evaluation.
+        store: MLflow's; None: the one that the config names.
+        parent: MLflow run that this one belongs to.
+
+    Returns:
+        All evaluations; the best policy is in `out/policy`.
+
+    Raises:
+        ConfigError: if there is something in `out`.
+    """
+    files = TrainFiles.create(out, config)
+    return _track(config, files, [], on_evaluation, store, parent)
+
+
+def resume(path: Path, *, on_evaluation: OnEvaluation | None = None, store: Store | None = None) -> list[Row]:
+    """Go on with a training that ended early; one that is over stays as it is.
+
+    Raises:
+        ConfigError: if `path` is not the directory of one.
+    """
+    files = TrainFiles.open(path)
+    config = files.config()
+    newest = files.checkpoints()[:1]
+    rows = files.rewind(int(newest[0].name.partition("-")[2]) if newest else 0)
+    if is_over(config, rows):
+        return rows
+    return _track(config, files, rows, on_evaluation, store, None)
+
+
+def is_over(config: TrainConfig, rows: Sequence[Row]) -> bool:
+    """Tell from all evaluations whether training ends with the last one."""
+    budget = config.budget
+
+    def is_good(row: Row) -> bool:
+        measures = {name: value for name, value in row.items() if name not in ("iteration", "env_steps")}
+        reached = budget.stop_score is not None and row["score"] >= budget.stop_score
+        return reached or config.process.options.good_enough(measures)
+
+    if not rows:
+        return False
+    lasts = len(rows) >= budget.in_a_row and all(map(is_good, rows[-budget.in_a_row :]))
+    return lasts or rows[-1]["env_steps"] >= budget.env_steps
+
+
+def _track(
+    config: TrainConfig,
+    files: TrainFiles,
+    rows: list[Row],
+    on_evaluation: OnEvaluation | None,
+    store: Store | None,
+    parent: str | None,
+) -> list[Row]:
+    """Learn, and tell MLflow about it, however it ends."""
+    tags = {
+        "process": config.process.name,
+        "algorithm": config.algorithm.name,
+        "config_digest": config.digest,
+    }
+    revision = git_revision()
+    tracker = MLflowTracker(
+        store or prepare_store(config.tracking.uri, config.tracking.experiment),
+        run_name=files.path.name,
+        params=config.to_tree(),
+        tags=tags if revision is None else tags | {"git_revision": revision},
+        parent_run_id=parent,
+        resume=files.run_id(),
+    )
+    files.write_run_id(tracker.run_id)
+
+    def report(row: Row) -> None:
+        tracker.log_round(RoundReport(int(row["env_steps"]), row))
+        if on_evaluation is not None:
+            on_evaluation(row)
+
+    status: RunStatus = "FAILED"
+    try:
+        rows = _learn(config, files, rows, report)
+        draw_curve(rows, files.path / "curve.png", config.process.name)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status, [files.policy, files.path / "progress.jsonl", files.path / "curve.png"])
+    return rows
+
+
+def _learn(config: TrainConfig, files: TrainFiles, rows: list[Row], report: OnEvaluation) -> list[Row]:
+    algorithm = _build(config)
+    try:
+        if rows:
+            with quiet():
+                algorithm.restore_from_path(str(files.checkpoints()[0]))
+        best = max((row["score"] for row in rows), default=-inf)
+        while not is_over(config, rows):
+            with quiet():
+                result = algorithm.train()
+                module = algorithm.get_module()
+            about = _about(config, int(result["num_env_steps_sampled_lifetime"]))
+            measures = config.process.options.judge(TrainedPolicy(module, about).acts)
+            iteration = int(result["training_iteration"])
+            row = as_row(iteration, about["env_steps"], result["env_runners"], measures)
+            if row["score"] > best:
+                best = row["score"]
+                save(module, files.policy, about | {"measures": measures})
+            with quiet():
+                files.save(algorithm, iteration)
+            files.append(row)
+            rows.append(row)
+            report(row)
+    finally:
+        with quiet():
+            algorithm.stop()
+    return rows
+
+
+def _build(config: TrainConfig) -> Any:
+    start_ray()
+    with quiet():
+        environment = config.process.options.environment()
+        learner = config.algorithm.options.rllib(environment, config.seed, config.budget.evaluate_every)
+        algorithm = learner.build_algo()
+    replay = algorithm.local_replay_buffer
+    if replay is not None:
+        replay.rng = np.random.default_rng(config.seed)  # RLlib leaves this one to chance
+    return algorithm
+
+
+def _about(config: TrainConfig, env_steps: int) -> dict[str, Any]:
+    """Return what `policy.json` says, beside what `save` adds; nothing of the machine."""
+    process, tree = config.process.options, config.to_tree()
+    del tree["tracking"]
+    return {
+        "process": process.name,
+        "version": process.version,
+        "features": process.features,
+        "actions": list(process.actions),
+        "algorithm": config.algorithm.name,
+        "seed": config.seed,
+        "env_steps": env_steps,
+        "config_digest": config.digest,
+        "config": tree,
+    }
