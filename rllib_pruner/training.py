@@ -140,7 +140,7 @@ def _learn(config: TrainConfig, files: TrainFiles, rows: list[Row], report: OnEv
             measures = config.process.options.judge(TrainedPolicy(module, about).acts)
             iteration = int(result["training_iteration"])
             row = as_row(iteration, about["env_steps"], result["env_runners"], measures)
-            if row["score"] > best:
+            if row["score"] >= best:  # of equals the one that has learnt longer
                 best = row["score"]
                 save(module, files.policy, about | {"measures": measures})
             with quiet():

@@ -98,10 +98,8 @@ def policy_problem(folder: Path | None, process: str, version: int, features: in
         return f"{told}: there is no policy.json in it; {_retrain(process)}"
     except ValueError:
         return f"{told}: policy.json is not JSON; {_retrain(process)}"
-    for reason in (_damage(place, about), _stranger(about, process, version, features)):
-        if reason is not None:
-            return f"{told}: {reason}; {_retrain(process)}"
-    return None
+    reason = _damage(place, about) or _stranger(about, process, version, features)
+    return f"{told}: {reason}; {_retrain(process)}" if reason else None
 
 
 def save(module: Any, folder: Path, about: Mapping[str, Any]) -> None:
@@ -148,7 +146,7 @@ def _load(place: Path, text: str) -> TrainedPolicy:
     try:
         with quiet():
             from ray.rllib.core.rl_module.rl_module import RLModule
-
+        with quiet():  # once more: Ray sets its loggers' levels when it is imported
             module = RLModule.from_checkpoint(str(place / "module"))
     except Exception as error:
         reason = f"RLlib cannot load it ({type(error).__name__}: {error})"
@@ -179,7 +177,9 @@ def _stranger(about: Mapping[str, Any], process: str, version: int, features: in
     if about["process"] != process:
         return f"it decides in the process {about['process']!r}, not in {process!r}"
     if about["version"] != version:
-        return f"its observations are of version {about['version']}, those of {process} now of {version}"
+        return (
+            f"its observations are of version {about['version']}, those of {process} now of version {version}"
+        )
     if about["features"] != features:
         return f"it looks at {about['features']} number(s), and an observation of {process} has {features}"
     if about["algorithm"] not in _ALGORITHMS:

@@ -1,0 +1,82 @@
+"""What one candidate of a rate search costs the server: the seconds of a masked fine-tune, measured.
+
+Images are made up: their shape, the model and the number of steps decide how long training takes.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedray.costs.devices import draw
+from fedray.costs.flops import FlopModel
+from fedray.data import DATASETS, Dataset, Examples
+from fedray.data.partition import Dealt
+from fedray.federation.client import Client
+from fedray.federation.pool import one_thread
+from fedray.federation.population import Population
+from fedray.federation.worker import Rules, Worker, Workplace
+from fedray.methods.frlp import FRLP
+from fedray.models import build_model
+from fedray.pruning.masks import top_k
+from fedray.pruning.scores import magnitude
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """One candidate's training on the server.
+
+    Args:
+        model: of the table.
+        data: data set whose shape and number of classes the images have.
+        examples: that the server has; one epoch over them is one candidate.
+        density: of the candidate.
+    """
+
+    model: str
+    data: str
+    examples: int
+    density: float = 0.75
+
+    def steps(self) -> int:
+        """Return the steps of an epoch, at FRLP's default batch size."""
+        return -(-self.examples // FRLP().batch_size)
+
+    def measure(self, steps: int, seed: int = 0) -> float:
+        """Return the wall seconds of one step: the mean of `steps`, on one thread as the server trains.
+
+        The first step is not counted: it also sets up what later ones find.
+        """
+        client = _server(self, seed)
+        place = client.model
+        params = place.init(seed)
+        mask = top_k(magnitude(params), self.density, place.layout)
+        with one_thread():
+            client.sgd(params, mask, steps=1)
+            started = time.perf_counter()
+            client.sgd(params, mask, steps=steps)
+        return (time.perf_counter() - started) / steps
+
+
+def _server(tune: FineTune, seed: int) -> Client:
+    spec, rng = DATASETS[tune.data], np.random.default_rng(seed)
+    x = rng.integers(256, size=(tune.examples, *spec.input_shape), dtype=np.uint8)
+    y = rng.integers(spec.num_classes, size=tune.examples)
+    images = Examples(x, y)
+    channels = (0.5,) * spec.input_shape[0]
+    dataset = Dataset(
+        "made up", images, Examples(x[:0], y[:0]), spec.num_classes, spec.input_shape, channels, channels
+    )
+    model = build_model(tune.model, spec.input_shape, spec.num_classes)
+    rows = np.arange(tune.examples)
+    population = Population(Dealt(rows, np.zeros_like(rows), 1), draw(1, {"laptop": 1.0}, seed))
+    place = Workplace(
+        model=model,
+        flops=FlopModel.trace(model.bind(model.init(seed).flat), spec.input_shape, model.layout),
+        dataset=dataset,
+        population=population,
+        method=FRLP(),
+        rules=Rules(),
+        seed=seed,
+    )
+    return Worker(place).client(population[0], rows, 1, {})
