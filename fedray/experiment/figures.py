@@ -1,68 +1,49 @@
 """The pictures of a report: one line, or one strip, per setting.
 
 Settings keep their colour and stroke in all pictures; FedAvg beside others is black. Up to `MAX_NAMED` are
-drawn in colour (FedAvg and those of the best final accuracy), further lines in grey. pyplot's global state is
-not used.
+drawn in colour (FedAvg and those of the best final accuracy), further lines in grey.
 """
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from math import log10
 from textwrap import wrap
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import IdentityTransform
-from numpy.typing import NDArray
+from matplotlib.ticker import MaxNLocator
 
+from fedray.experiment.decisions import DECISIONS, draw_decisions
+from fedray.experiment.paper import (
+    BLACK,
+    GREY,
+    LABEL_LINES,
+    LABEL_WIDTH,
+    MAX_NAMED,
+    PALETTE,
+    STROKES,
+    Curve,
+    Floats,
+    Look,
+    byte_unit,
+    footnote,
+    key_of_lines,
+    log_axis,
+    paper,
+    plain_rounds,
+    png,
+    time_unit,
+    widen_left,
+    write_footnote,
+)
 from fedray.experiment.settings import Setting
-
-Floats = NDArray[np.float64]
 
 BY_ROUND = "accuracy_by_round.png"
 BY_BYTES = "accuracy_by_bytes.png"
 BY_TIME = "accuracy_by_time.png"
 DENSITY = "density_by_round.png"
 CLIENTS = "client_accuracy.png"
-NAMES = (BY_ROUND, BY_BYTES, BY_TIME, DENSITY, CLIENTS)
+NAMES = (BY_ROUND, BY_BYTES, BY_TIME, DENSITY, CLIENTS, DECISIONS)
 """Every file that may be drawn."""
-
-SIZE_INCHES, DPI = (7.7, 5.0), 130  # 1001 × 650 pixels
-MAX_NAMED = 14
-LABEL_WIDTH, LABEL_LINES = 28, 2  # characters, lines
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito, "Color universal design", 2008, without the yellow, which is lost on white."""
-BLACK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#cfcfcf"
-Stroke = Literal["-"] | tuple[float, tuple[float, float]]
-STROKES: tuple[Stroke, ...] = ("-", (0, (3.5, 1.2)), (0, (1.2, 1.0)))
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a setting is drawn; `name` is None for those in grey."""
-
-    setting: Setting
-    color: str = PALE
-    stroke: Stroke = "-"
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line: the mean over seeds, and the smallest and largest; all (points,)."""
-
-    look: Look
-    x: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
 
 
 def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, bytes]:
@@ -74,13 +55,14 @@ def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, 
     """
     looks = looks_of(settings)
     pictures = {
-        BY_ROUND: _accuracy(looks, "round", "round", _plain_rounds, target),
-        BY_BYTES: _accuracy(looks, "total/bytes/up", "uploaded by all clients so far", _byte_unit, target),
-        BY_TIME: _accuracy(looks, "total/time/simulated_s", "simulated time", _time_unit, target),
+        BY_ROUND: _accuracy(looks, "round", "round", plain_rounds, target),
+        BY_BYTES: _accuracy(looks, "total/bytes/up", "uploaded by all clients so far", byte_unit, target),
+        BY_TIME: _accuracy(looks, "total/time/simulated_s", "simulated time", time_unit, target),
         DENSITY: _density(looks),
         CLIENTS: _clients(looks),
+        DECISIONS: draw_decisions(looks),
     }
-    return {name: _png(figure) for name, figure in pictures.items() if figure is not None}
+    return {name: png(figure) for name, figure in pictures.items() if figure is not None}
 
 
 def looks_of(settings: Sequence[Setting]) -> list[Look]:
@@ -141,7 +123,7 @@ def _accuracy(
     curves = [c for look in looks if (c := curve_of(look, metric, "val/accuracy")) is not None]
     if not curves:
         return None
-    figure, axes = _paper()
+    figure, axes = paper()
     ends = [float(c.x[-1]) for c in curves]
     divisor, unit = unit_of(max(ends))
     done = [float(c.x[-1]) for c in curves if c.look.setting.status == "finished"] or ends
@@ -157,15 +139,15 @@ def _accuracy(
     if logarithmic:
         shown = np.concatenate([c.x[(c.x > 0) & (c.mean >= low)] for c in curves])
         axes.set_xlim(left=0.85 * float(shown.min()) / divisor)
-        _log_axis(axes, "x")
+        log_axis(axes, "x")
     else:
         axes.set_xlim(0, max(ends) / divisor * 1.02 or 1)
     if metric == "round":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel(f"{title} ({unit}{', logarithmic' if logarithmic else ''})" if unit else title)
     axes.set_ylabel("validation accuracy (share of examples)")
-    _footnote(figure, axes, curves)
-    _key(figure, axes, curves)
+    footnote(figure, axes, curves)
+    key_of_lines(figure, axes, curves)
     return figure
 
 
@@ -173,7 +155,7 @@ def _density(looks: Sequence[Look]) -> Figure | None:
     curves = [c for look in looks if (c := curve_of(look, "round", "density/global")) is not None]
     if not curves:
         return None
-    figure, axes = _paper()
+    figure, axes = paper()
     for number, curve in enumerate(reversed(curves)):  # lines of equal density: the upper ones are thinner
         width = 2.8 - 1.4 * number / max(1, len(curves) - 1)
         _line(axes, curve, curve.x, width=width, order=2 + number / len(curves), steps="steps-post")
@@ -181,7 +163,7 @@ def _density(looks: Sequence[Look]) -> Figure | None:
     for curve in personal:
         axes.plot(curve.x, curve.mean, color=curve.look.color, linestyle=(0, (1, 1)), linewidth=1.3)
     if min(float(c.low.min()) for c in (*curves, *personal)) < 0.05:
-        _log_axis(axes, "y")
+        log_axis(axes, "y")
         axes.set_ylim(top=1.15)
     else:
         axes.set_ylim(0, 1.04)
@@ -189,8 +171,8 @@ def _density(looks: Sequence[Look]) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("round")
     axes.set_ylabel("density (share of prunable weights kept)")
-    _footnote(figure, axes, curves, *(["dotted: mean over clients"] if personal else []))
-    _key(figure, axes, curves)
+    footnote(figure, axes, curves, *(["dotted: mean over clients"] if personal else []))
+    key_of_lines(figure, axes, curves)
     return figure
 
 
@@ -283,7 +265,7 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
             strips.append((look, np.sort(np.concatenate(found))))
     if not strips:
         return None
-    figure, axes = _paper()
+    figure, axes = paper()
     half = 0.3
     for row, (look, values) in enumerate(strips):
         p5, p25, p50, p75, p95 = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
@@ -302,8 +284,8 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
     lowest = min(float(values[0]) for _, values in strips)
     axes.set_xlim(max(-0.01, lowest - 0.03), 1.01)
     axes.set_xlabel("accuracy of the final model on a client's own examples (share of examples)")
-    _widen_left(figure, axes)
-    _write_footnote(
+    widen_left(figure, axes)
+    write_footnote(
         figure, axes, "point: a client · circle: median · bar: middle half · line: 5th to 95th percentile"
     )
     return figure
@@ -311,135 +293,3 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
 
 def _opacity(points: int) -> float:
     return float(np.clip(40 / points, 0.08, 0.5))
-
-
-# ── paper, axes and keys
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _paper() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.085, 0.115, 0.875, 0.86))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9a9a9a")
-    axes.tick_params(colors=GREY, labelcolor=BLACK, labelsize=9)
-    axes.grid(visible=True, axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set(size=10, color=BLACK)
-    axes.yaxis.label.set(size=10, color=BLACK)
-    return figure, axes
-
-
-def _log_axis(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 where it spans little."""
-    if which == "x":
-        axes.set_xscale("log")
-    else:
-        axes.set_yscale("log")
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axis.get_view_interval()
-    few = log10(high / low) < 3.2
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def _key(figure: Figure, axes: Axes, curves: Sequence[Curve]) -> None:
-    """Name the lines at the right, the highest end first, each as near its end as there is room."""
-    named = sorted((c for c in curves if c.look.name is not None), key=lambda c: -c.mean[-1])
-    looks = [(c.look.name or "", c.look) for c in named]
-    if len(curves) > len(named):
-        looks.append((f"{len(curves) - len(named)} more", Look(curves[0].look.setting)))
-    pixels, size = IdentityTransform(), 9 if len(looks) <= 8 else 8
-    texts = [
-        figure.text(0, 0, name, transform=pixels, fontsize=size, color=BLACK, va="center", linespacing=1.05)
-        for name, _ in looks
-    ]
-    boxes = [text.get_window_extent() for text in texts]
-    swatch, pad = 36.0, 12.0
-    room = max(box.width for box in boxes) + swatch + 2 * pad
-    place, width, height = axes.get_position(), figure.bbox.width, figure.bbox.height
-    axes.set_position((place.x0, place.y0, 1 - place.x0 - room / width, place.height))
-
-    top, tall, left = place.y1 * height, place.height * height, width - room + pad
-    wanted = [top - axes.transData.transform((c.x[-1], c.mean[-1]))[1] for c in named]
-    wanted += wanted[-1:] * (len(looks) - len(named))
-    downs = spread(wanted, [box.height + 3 for box in boxes], tall)
-    for (_, look), text, down in zip(looks, texts, downs, strict=True):
-        y = top - down
-        text.set_position((left + swatch, y))
-        ends = ([left, left + swatch - 8], [y, y])
-        figure.add_artist(
-            Line2D(*ends, color=look.color, linestyle=look.stroke, linewidth=2, transform=pixels)
-        )
-
-
-def spread(wanted: Sequence[float], sizes: Sequence[float], room: float) -> list[float]:
-    """Return centres near the wanted ones, ascending like them, where things of these sizes do not overlap.
-
-    Args:
-        wanted: ascending positions, at least one.
-        sizes: extent of each, > 0.
-        room: length of the line; centres stay within it if the sizes have room there.
-    """
-    offsets = np.concatenate(([0.0], np.cumsum([(a + b) / 2 for a, b in pairwise(sizes)])))
-    blocks: list[tuple[float, int]] = []  # (mean, count): isotonic regression by pooling adjacent violators
-    for value, offset in zip(wanted, offsets, strict=True):
-        mean, count = float(value - offset), 1
-        while blocks and blocks[-1][0] > mean:
-            above, many = blocks.pop()
-            mean, count = (mean * count + above * many) / (count + many), count + many
-        blocks.append((mean, count))
-    free = np.repeat([mean for mean, _ in blocks], [count for _, count in blocks])
-    return list(np.clip(free, 0.0, max(0.0, room - float(offsets[-1]))) + offsets)
-
-
-def _widen_left(figure: Figure, axes: Axes) -> None:
-    """Make room for the names at the left of an axis."""
-    widest = max(label.get_window_extent().width for label in axes.get_yticklabels())
-    place, left = axes.get_position(), (widest + 24) / figure.bbox.width
-    axes.set_position((left, place.y0, place.x1 - left, place.height))
-
-
-def _footnote(figure: Figure, axes: Axes, curves: Sequence[Curve], *more: str) -> None:
-    """Say what a band and an open circle are, where there is one."""
-    named = [c.look.setting for c in curves if c.look.name is not None]
-    parts = list(more)
-    if any(len(setting.runs) > 1 for setting in named):
-        parts.append("line: mean over seeds · band: smallest to largest")
-    if any(setting.status != "finished" for setting in named):
-        parts.append("open circle: did not make all rounds")
-    if parts:
-        _write_footnote(figure, axes, " · ".join(parts))
-
-
-def _write_footnote(figure: Figure, axes: Axes, text: str) -> None:
-    """Write below the axis's title, for which the axes make room."""
-    place, rise = axes.get_position(), 0.03
-    axes.set_position((place.x0, place.y0 + rise, place.width, place.height - rise))
-    figure.text(0.99, 0.015, text, fontsize=7.5, color=GREY, ha="right", va="bottom")
-
-
-def _plain_rounds(most: float) -> tuple[float, str]:
-    return 1.0, ""
-
-
-def _byte_unit(most: float) -> tuple[float, str]:
-    """Return what to divide bytes by, and its name, for numbers up to `most`."""
-    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    return next(((size, name) for size, name in units if most >= size), (1.0, "bytes"))
-
-
-def _time_unit(most: float) -> tuple[float, str]:
-    """Return what to divide seconds by, and its name, for numbers up to `most`."""
-    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
-    return next(((size, name) for size, name in units if most >= 2 * size), (1.0, "seconds"))
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI)
-    return data.getvalue()

@@ -19,19 +19,21 @@ class Accounts:
 
     Args:
         asked: what was asked of clients outside the round's training.
+        validated: the server's forward passes over validation data that the method asked for.
         server: the server as a client of its own, if it did anything.
     """
 
     asked: Cost = field(default_factory=Cost)
+    validated: Cost = field(default_factory=Cost)
     server: Client | None = None
 
     @property
     def server_cost(self) -> Cost:
-        """FLOPs and seconds of the server's own training."""
+        """FLOPs and seconds of the server's own training, and of what it tried on validation data."""
         if self.server is None:
-            return Cost()
+            return self.validated
         meter, profile = self.server.meter, self.server.info.profile
-        return Cost(
+        return self.validated + Cost(
             flops=meter.flops,
             executed_flops=meter.executed_flops,
             seconds=meter.executed_flops / profile.flops_per_s,

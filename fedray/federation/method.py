@@ -209,6 +209,10 @@ class Method:
         """Say what is evaluated and saved as the model (under the state's mask)."""
         return state.params
 
+    def measures(self, state: ServerState) -> Mapping[str, float]:
+        """Say what the round's report should hold of the method's own, as `method/<name>`; after `prune`."""
+        return {}
+
 
 def check_mask(mask: Mask, groups: Sequence[ChannelGroup], where: str) -> Mask:
     """Return the mask if it holds all that is not prunable, channels aside that were removed as a whole.

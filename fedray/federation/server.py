@@ -318,6 +318,13 @@ class Server:
         def validate(params: Params, mask: Mask) -> tuple[float, float]:
             task = Task(params.masked(mask), place.model.norms.global_mask(mask))
             outcome = self.pool.evaluate(task, self.side.validation)
+            examples, profile = len(self.side.validation), self.side.profile
+            executed = place.flops.executed_forward(mask, profile.exploits) * examples
+            self._accounts.validated += Cost(
+                flops=place.flops.forward(mask) * examples,
+                executed_flops=executed,
+                seconds=executed / profile.flops_per_s,
+            )
             return outcome.accuracy, outcome.loss
 
         return ServerContext(
@@ -355,6 +362,8 @@ class Server:
         """Add up what the round cost and evaluate it if it is due."""
         metrics = {"density/global": self.state.mask.density}
         metrics |= self._accounts.metrics(cohort, self.place.rules.deadline_s)
+        state = replace(self.state, round=round)
+        metrics |= {f"method/{name}": float(value) for name, value in self.method.measures(state).items()}
         if evaluate and len(self.side.validation):
             outcome = self.evaluate(self.side.validation)
             metrics |= {"val/accuracy": outcome.accuracy, "val/loss": outcome.loss}

@@ -3,32 +3,42 @@
 The model may be pruned before training; then, at a few stages spread over the first part of the run, the
 least important weights go. How many is set by a schedule of target densities, or by an importance
 *threshold*. Importance is |w|, or |g·w| from gradients that the stage's cohort computes after its local
-training. Pruned weights stay pruned.
+training. Pruned weights stay pruned. Or (`policy`) how much goes is decided at each stage, by a trained agent
+or by a bandit, from what the run looks like then; an agent may also bring weights back.
 
 Differs from the paper: stages are rounds of a federation instead of training steps; the threshold mode
 follows Han et al., "Learning both weights and connections", NeurIPS 2015, where a layer's threshold is a
 multiple of its own scale.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
+from fedray.federation.situation import MOVED, distance, look, travelled
+from fedray.pruning import stages
 from fedray.pruning.masks import at_least, top_k
 from fedray.pruning.schedules import SCHEDULES
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
+from fedray.pruning.stages import Journey, Situation
+from fedray.pruning.trained import TrainedPolicy, policy_problem
 from fedray.types import (
     ClientInfo,
     ClientUpdate,
     Density,
+    Extra,
     Fraction,
     Mask,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
     ServerState,
     Task,
@@ -37,9 +47,10 @@ from fedray.types import (
 
 @dataclass(frozen=True)
 class StagedMemory:
-    """The rounds after which weights are removed."""
+    """The rounds after which weights are removed, and what a policy remembers of the run."""
 
     stages: tuple[int, ...]
+    journey: Journey = field(default_factory=Journey)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +66,16 @@ class Staged(Method):
         initial_density: pruned to this before training, by magnitude of the initial weights.
         importance: `magnitude` |w|, or `gradient` |g·w|, for which clients upload one value per weight held.
         schedule: how density falls from stage to stage.
-        stages: how many there are.
-        start: the first stage, as a share of the run's rounds.
-        until: the last stage, as a share of the run's rounds.
+        policy: who says how much goes at a stage: `density` with `schedule`, or `threshold`; or an agent or a
+            bandit, one of `fedray.pruning.stages.ACTIONS` at a time.
+        agent: folder written by rllib_pruner.train; None: the one that ships.
+        preference: λ of agent and bandit: points of accuracy, in hundreds, that the dense model's whole
+            traffic is worth. 0.01 keeps accuracy, 1 saves bytes.
+        rollback: what an agent or a bandit prunes may raise the validation loss by this factor at once; else
+            the next milder action is taken.
+        stages: how many there are; None: 4, or 12 for an agent or a bandit.
+        start: the first stage, as a share of the run's rounds; None: 0.1, or 0 for an agent or a bandit.
+        until: the last stage, as a share of the run's rounds; None: 0.5, or 0.9 for an agent or a bandit.
     """
 
     citation: ClassVar[str] = "Zhu and Gupta, 2017; Han et al., NeurIPS 2015"
@@ -69,43 +87,90 @@ class Staged(Method):
     initial_density: Density = 1.0
     importance: Literal["magnitude", "gradient"] = "magnitude"
     schedule: Literal["linear", "cubic", "cosine", "geometric"] = "cubic"
-    stages: PositiveInt = 4
-    start: Fraction = 0.1
-    until: Fraction = 0.5
+    policy: Literal["schedule", "agent", "bandit"] = "schedule"
+    agent: Path | None = None
+    preference: PositiveFloat = 0.1
+    rollback: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
+    stages: PositiveInt | None = None
+    start: Fraction | None = None
+    until: Fraction | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether somebody decides at each stage."""
+        return self.policy != "schedule"
+
+    @property
+    def span(self) -> tuple[int, float, float]:
+        """How many stages there are, the first and the last as shares of the run."""
+        stages, start, until = (12, 0.0, 0.9) if self.decides else (4, 0.1, 0.5)
+        return (
+            stages if self.stages is None else self.stages,
+            start if self.start is None else self.start,
+            until if self.until is None else self.until,
+        )
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse stages that run backwards, or a target above the start."""
-        if self.start > self.until:
-            return f"method.start={self.start} comes after method.until={self.until}"
-        if self.threshold is None and self.density > self.initial_density:
+        """Refuse stages that run backwards, a target above the start, an agent that cannot be used."""
+        _, start, until = self.span
+        if start > until:
+            return f"method.start={start} comes after method.until={until}"
+        if self.decides and (self.threshold is not None or self.importance != "magnitude"):
+            return (
+                f"method.policy={self.policy} prunes by magnitude as far as it decides: leave out "
+                "method.threshold and method.importance, or set method.policy=schedule"
+            )
+        if self.agent is not None and self.policy != "agent":
+            return f"method.agent is given, but method.policy={self.policy}: set method.policy=agent"
+        if self.policy == "agent":
+            problem = policy_problem(self.agent, "stages", stages.VERSION, len(stages.FEATURES))
+            return f"method.agent: {problem}" if problem else None
+        if not self.decides and self.threshold is None and self.density > self.initial_density:
             return f"method.density={self.density} is above method.initial_density={self.initial_density}"
         return None
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Fix the stages; prune the initial weights if asked to."""
-        span = (self.until - self.start) / max(1, self.stages - 1)
-        shares = [self.start + i * span for i in range(self.stages)]
-        stages = tuple(sorted({max(1, round(share * ctx.rounds)) for share in shares}))
+        count, start, until = self.span
+        shares = [start + i * (until - start) / max(1, count - 1) for i in range(count)]
+        rounds = tuple(sorted({max(1, round(share * ctx.rounds)) for share in shares}))
         mask = top_k(magnitude(state.params), self.initial_density, ctx.layout)
-        return replace(state, mask=mask, memory=StagedMemory(stages))
+        return replace(state, mask=mask, memory=StagedMemory(rounds))
 
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
-        """At a stage that prunes by gradients, ask for them."""
-        wanted = self.importance == "gradient" and state.round in state.memory.stages
-        return Task(state.params, state.mask, extras={"score": True} if wanted else {})
+        """At a stage, ask for gradients to prune by, or how far a client moved."""
+        extras: dict[str, Extra] = {}
+        if state.round in state.memory.stages:
+            extras |= {"score": True} if self.importance == "gradient" else {}
+            extras |= {"moved": True} if self.decides else {}
+        return Task(state.params, state.mask, extras=extras)
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: masked local SGD; at a stage also |g·w|, of the weights held."""
+        """ON THE DEVICE: masked local SGD; at a stage also |g·w| of the weights held, or how far it moved."""
         params, mask = client.sgd(task.params, task.mask), task.mask
+        metrics = {MOVED: distance(task.params, params, mask)} if task.extras.get("moved") else {}
         if not task.extras.get("score"):
-            return ClientUpdate(params, mask)
+            return ClientUpdate(params, mask, metrics=metrics)
         scores = sensitivity(params, client.grad(params, mask)) * client.num_examples
         return ClientUpdate(params, mask, sums={"importance": scores[mask.flat]})
 
+    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+        """Take the mask-aware mean; before a stage's decision, keep what the clients were sent."""
+        if self.decides and state.round in state.memory.stages:
+            journey = replace(state.memory.journey, sent=state.params)
+            state = replace(state, memory=replace(state.memory, journey=journey))
+        return super().aggregate(state, cohort)
+
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
-        """At a stage, remove what matters least."""
+        """At a stage, remove what matters least, or what was decided."""
+        if self.decides:
+            journey = travelled(state.memory.journey, state, cohort, ctx)
+            state = replace(state, memory=replace(state.memory, journey=journey))
         if state.round not in state.memory.stages or not cohort.folded:
             return state
+        if self.decides:
+            now = self.look(state, cohort, ctx)
+            return self.act(state, now, self.choose(state, now), ctx)
         scores = self.scores(state, cohort)
         if self.threshold is not None:
             if self.threshold_unit == "layer":
@@ -115,6 +180,42 @@ class Staged(Method):
         progress = done / len(state.memory.stages)
         target = SCHEDULES[self.schedule](progress, self.initial_density, self.density)
         return replace(state, mask=top_k(scores, target, ctx.layout, within=state.mask))
+
+    def look(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> Situation:
+        """Return what there is to decide upon at a stage."""
+        rounds = state.memory.stages
+        left = sum(stage > state.round for stage in rounds) / len(rounds)
+        return look(state, cohort, ctx, state.memory.journey, left)
+
+    def choose(self, state: ServerState, now: Situation) -> int:
+        """Return the action of the agent or the bandit."""
+        journey = state.memory.journey
+        if self.policy == "bandit":
+            return stages.bandit(stages.told(journey, now, self.preference).tried)
+        agent = TrainedPolicy.load(self.agent, "stages", stages.VERSION, len(stages.FEATURES))
+        return agent.act(stages.observe(now, journey, self.preference))
+
+    def act(self, state: ServerState, now: Situation, chosen: int, ctx: ServerContext) -> ServerState:
+        """Carry out an action as far as it is safe, and remember it."""
+        params, mask = state.params, state.mask
+
+        def loss(candidate: Mask) -> float:
+            return ctx.validate(params, candidate)[1]
+
+        action, moved = stages.safe(
+            chosen, params, mask, loss, min_density=self.min_density, rollback=self.rollback
+        )
+        factor = moved.density / mask.density if mask.density else 1.0
+        journey = stages.told(state.memory.journey, now, self.preference)
+        journey = stages.after(journey, state.round, now, chosen, action, factor)
+        return replace(state, mask=moved, memory=replace(state.memory, journey=journey))
+
+    def measures(self, state: ServerState) -> Mapping[str, float]:
+        """Say what was decided in the round: action, after safety; what was asked for; the factor."""
+        journey = state.memory.journey
+        if not self.decides or journey.before is None or journey.decided != state.round:
+            return {}
+        return {"action": journey.action, "asked": journey.chosen, "factor": journey.factor}
 
     def scores(self, state: ServerState, cohort: CohortUpdate) -> Tensor:
         """Return the importance (size,) of each weight, now."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from fedray.experiment import figures
+from fedray.experiment import figures, paper
 from fedray.experiment.rundata import load_run
 from fedray.experiment.settings import settings
 from tests.experiment.rundirs import lines_of, staged, write_run
@@ -67,13 +67,24 @@ def test_density_of_clients_is_drawn_only_where_it_is_their_own(tmp_path):
 def test_names_do_not_overlap_and_stay_in_order(things):
     wanted = sorted(place for place, _ in things)
     sizes = [size for _, size in things]
-    centres = figures.spread(wanted, sizes, 100.0)
+    centres = paper.spread(wanted, sizes, 100.0)
     for (a, b), (left, right) in zip(pairwise(sizes), pairwise(centres), strict=True):
         assert right - left >= (a + b) / 2 - 1e-9
     assert centres[0] >= -1e-9 and centres[-1] <= 100 + 1e-9
 
 
 def test_names_with_room_stay_where_they_want():
-    assert figures.spread([10, 50, 90], [4, 4, 4], 100) == [10, 50, 90]
-    assert figures.spread([50, 50], [4, 4], 100) == [48, 52]
-    assert figures.spread([100, 100], [4, 4], 100) == [96, 100]
+    assert paper.spread([10, 50, 90], [4, 4, 4], 100) == [10, 50, 90]
+    assert paper.spread([50, 50], [4, 4], 100) == [48, 52]
+    assert paper.spread([100, 100], [4, 4], 100) == [96, 100]
+
+
+def test_decisions_are_drawn_where_somebody_decided(tmp_path):
+    decided = write_run(tmp_path / "a", {"method": {"name": "staged", "policy": "agent"}}, (0.1, 0.5, 0.8))
+    path = decided / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines[1]["metrics"] |= {"method/action": 2, "method/asked": 4, "method/factor": 0.75}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    plain = write_run(tmp_path / "b", staged(), (0.1, 0.5, 0.8))
+    assert figures.DECISIONS in figures.draw(settings_of(decided, plain))
+    assert figures.DECISIONS not in figures.draw(settings_of(plain))

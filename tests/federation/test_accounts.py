@@ -15,7 +15,16 @@ from fedray.federation.server import Schedule
 from fedray.federation.worker import Rules
 from fedray.types import METRICS, ClientUpdate, RoundReport, ServerState, Task
 from tests import small
-from tests.federation.probes import DENSE, SLOW, WEIGHTS, Hooked, HookedWithData, score, train_at_server
+from tests.federation.probes import (
+    DENSE,
+    SLOW,
+    WEIGHTS,
+    Hooked,
+    HookedWithData,
+    half,
+    score,
+    train_at_server,
+)
 
 # ── the report ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -41,6 +50,22 @@ def test_totals_are_the_sums_over_the_rounds():
 
 
 # ── work beside the training ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_looks_at_validation_data_are_charged_to_the_server():
+    def look(state: ServerState, ctx: ServerContext) -> None:
+        ctx.validate(state.params, state.mask)
+        ctx.validate(state.params, half(ctx.layout))
+
+    server = small.server(Hooked(at_prune=look), schedule=Schedule(rounds=1, cohort=2))
+    plain = small.server(Hooked(), schedule=Schedule(rounds=1, cohort=2))
+    report, without = small.run(server)[-1].metrics, small.run(plain)[-1].metrics
+    flops = server.place.flops
+    passes = flops.dense() + flops.forward(half(server.place.model.layout))
+    assert report["flops/server"] == pytest.approx(passes * small.VALIDATION)
+    assert report["time/server_s"] > 0 == without["time/server_s"] == without["flops/server"]
+    waited = without["time/simulated_s"] + report["time/server_s"]
+    assert report["time/simulated_s"] == pytest.approx(waited)
 
 
 def test_work_of_the_server_is_metered_once_and_apart():

@@ -1,0 +1,143 @@
+"""Logs of micro-federations: what was seen at each stage, what was done, what came of it.
+
+Episodes are played by random styles (how long somebody prunes, and how hard), several at once as Ray tasks,
+and written in shards: a collection that was interrupted goes on with the shards that are missing. Preference
+plays no part, so that one log serves every λ.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fedray.pruning.stages import ACTIONS, FEATURES
+from rllib_pruner.federations import STAGES
+from rllib_pruner.stage_env import StageEnv
+
+SHARD = 25
+"""Episodes in one file."""
+
+OUTCOME = ("accuracy", "spent_bytes", "spent_flops", "density", "executed")
+COLUMNS = ("episode", "stage", "action", *OUTCOME, *(f"x{i}" for i in range(len(FEATURES) - 1)))
+"""Of a row: a stage of an episode; the last row of an episode is the end of its run, with action −1."""
+
+Choose = Callable[[int, NDArray[np.float32]], int]
+"""(stage, observation) → action."""
+
+
+def style(rng: np.random.Generator) -> Choose:
+    """Return somebody who prunes in their own way for some stages, and mostly holds from then on."""
+    until = int(rng.integers(0, STAGES + 1))
+    eager, late = rng.dirichlet(np.full(len(ACTIONS), 0.5)), rng.dirichlet(np.full(len(ACTIONS), 0.5))
+    late = 0.5 * late + 0.5 * np.eye(len(ACTIONS))[0]
+    uniform = np.full(len(ACTIONS), 1 / len(ACTIONS))
+
+    def choose(stage: int, _: NDArray[np.float32]) -> int:
+        own = eager if stage < until else late
+        return int(rng.choice(len(ACTIONS), p=0.9 * own + 0.1 * uniform))
+
+    return choose
+
+
+def play(env: StageEnv, federation: int, choose: Choose, preference: float = 0.1) -> list[dict[str, Any]]:
+    """Play one episode; return a row of COLUMNS for each stage, and one for the end."""
+    seen, info = env.reset(options={"federation": federation, "preference": preference})
+    rows: list[dict[str, Any]] = []
+    ended = False
+    while not ended:
+        action = choose(len(rows), seen)
+        rows.append(_row(federation, len(rows), action, seen, info))
+        seen, _, ended, _, info = env.step(np.int64(action))
+        rows[-1]["executed"] = info["executed"]
+    rows.append(_row(federation, len(rows), -1, seen, info))
+    return rows
+
+
+def _row(
+    federation: int, stage: int, action: int, seen: NDArray[np.float32], info: Mapping[str, Any]
+) -> dict[str, Any]:
+    features = {f"x{i}": float(value) for i, value in enumerate(seen[:-1])}
+    return {
+        "episode": federation,
+        "stage": stage,
+        "action": action,
+        **{name: info[name] for name in OUTCOME},
+        **features,
+    }
+
+
+def collect(
+    folder: Path, federations: Mapping[str, Any], episodes: int, seed: int, parallel: int = 2
+) -> Iterator[int]:
+    """Play what is missing of so many episodes; yield how many there are as shards are finished.
+
+    Args:
+        folder: where the shards are.
+        federations: options of `Federations`.
+        episodes: how many in all; rounded up to whole shards.
+        seed: of the first federation; episode i is federation `seed + i`.
+        parallel: shards that are played at once, each in a Ray task with one CPU.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = range(-(-episodes // SHARD))
+    missing = [index for index in shards if not _shard(folder, index).exists()]
+    done = len(shards) - len(missing)
+    yield done * SHARD
+    if not missing:
+        return
+    from fedray.experiment.placement import start_ray
+
+    start_ray()
+    import ray
+
+    task = ray.remote(num_cpus=1)(play_shard)
+    waiting = list(missing)
+    running: list[Any] = []
+    while waiting or running:
+        while waiting and len(running) < parallel:
+            index = waiting.pop(0)
+            running.append(task.remote(dict(federations), _shard(folder, index), seed + index * SHARD))
+        finished, running = ray.wait(running, num_returns=1)
+        ray.get(finished)
+        done += len(finished)
+        yield done * SHARD
+
+
+def play_shard(federations: Mapping[str, Any], file: Path, first: int) -> None:
+    """Play the episodes of one shard and write it whole."""
+    import torch
+
+    torch.set_num_threads(1)
+    env = StageEnv({"federations": dict(federations)})
+    rows: list[dict[str, Any]] = []
+    for number in range(first, first + SHARD):
+        rows += play(env, number, style(np.random.default_rng((number, 1))))
+    write(rows, file)
+
+
+def write(rows: Sequence[Mapping[Any, Any]], file: Path) -> None:
+    """Write a shard whole, or not at all."""
+    fresh = file.with_suffix(".part")
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(fresh)
+    fresh.replace(file)
+
+
+def load(folder: Path) -> pd.DataFrame:
+    """Return the rows of all shards.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    files: Sequence[Path] = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise FileNotFoundError(
+            f"no log of episodes in {folder}; `python -m rllib_pruner.train` collects one"
+        )
+    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+
+
+def _shard(folder: Path, index: int) -> Path:
+    return folder / f"episodes-{index:05d}.parquet"

@@ -1,0 +1,227 @@
+"""The stage process: what is seen, what actions do, what is safe, what a decision brings."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import inf, nan
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedray.pruning import stages
+from fedray.pruning.masks import top_k
+from fedray.pruning.stages import ACTIONS, FEATURES, REGROW, Journey, Situation, observe, reward, safe, wanted
+from fedray.types import Layout, Mask, Params
+
+LAYOUT = Layout(("a", "b", "bias"), ((10, 8), (20,), (4,)), (True, True, False), (True, True, True))
+PRUNABLE = 100
+PARAMS = Params(torch.arange(1.0, 105.0), LAYOUT)  # a holds the smaller ones
+FULL = Mask.full(LAYOUT)
+
+HERE = Situation(
+    progress=0.5,
+    stages_left=0.25,
+    spent_bytes=0.2,
+    spent_flops=0.4,
+    bytes_now=0.3,
+    density=0.1,
+    accuracy=0.8,
+    loss=0.4,
+    train_loss=0.2,
+    probes=(1.0, 1.5, inf),
+    moved=0.01,
+    agreement=0.6,
+    loss_spread=0.2,
+    participation=0.9,
+    on_the_wire=0.7,
+    sparsest_layer=0.05,
+    layer_spread=0.1,
+    smaller_half=0.15,
+)
+
+
+def seen(
+    situation: Situation, journey: Journey | None = None, preference: float = 0.1
+) -> Mapping[str, float]:
+    values = observe(situation, journey or Journey(), preference)
+    return dict(zip(FEATURES, values.tolist(), strict=True))
+
+
+# ── what is seen
+
+
+def test_an_observation_by_hand() -> None:
+    before = replace(HERE, accuracy=0.7, loss=0.5)
+    journey = Journey(decided=3, before=before, best=0.84, factor=0.5)
+    found = seen(HERE, journey, 0.1)
+    expected = {
+        "progress": 0.5,
+        "stages left": 0.25,
+        "bytes spent": 0.2,
+        "bytes now": 0.3,
+        "density": 0.1,
+        "log density": 2 / 3,  # a third of the way from 1 to 0.001
+        "accuracy": 0.8,
+        "loss": 0.2,
+        "accuracy gained": 0.5,  # five times a tenth
+        "loss fallen": 0.2,  # by a fifth
+        "behind the best": 0.2,
+        "last factor": -0.30103,
+        "moved": 0.5,  # halfway between 0.0001 and 1
+        "agreement": 0.6,
+        "train loss gap": 1 / 3,  # 0.2 of 0.6
+        "probe 0.75": 0.0,
+        "probe 0.5": 0.2027326,  # ln 1.5 / 2
+        "probe 0.3": 1.0,
+        "spread of losses": 0.2,
+        "participation": 0.9,
+        "on the wire": 0.7,
+        "sparsest layer": 0.05,
+        "spread of layers": 0.2,
+        "smaller half": 0.3,
+        "preference": 0.5,  # halfway between 0.01 and 1
+    }
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_first_stage_has_nothing_to_compare_with() -> None:
+    found = seen(HERE)
+    assert found["accuracy gained"] == found["loss fallen"] == found["last factor"] == 0
+
+
+numbers = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-12, 1e9, inf, nan]))
+
+
+@settings(deadline=None)
+@given(st.lists(numbers, min_size=17, max_size=17), st.floats(1e-6, 1e6))
+def test_an_observation_is_finite_and_in_range(values, preference):
+    fields = [name for name in vars(HERE) if name != "probes"]
+    situation = replace(HERE, **dict(zip(fields, values, strict=True)), probes=tuple(values[:3]))
+    for journey in (Journey(), Journey(before=HERE, best=0.9, factor=0.001)):
+        found = observe(situation, journey, preference)
+        assert found.shape == (len(FEATURES),) and found.dtype == np.float32
+        assert np.isfinite(found).all() and np.abs(found).max() <= 1
+
+
+def test_layer_summary_by_hand() -> None:
+    mask = Mask(FULL.flat.clone(), LAYOUT)
+    mask.flat[:40] = False  # half of a; its others are 41 … 80, and b is 81 … 100
+    sparsest, layer_spread, smaller_half = stages.layer_summary(PARAMS, mask)
+    assert (sparsest, layer_spread) == pytest.approx((0.5, 0.25))
+    squares = [w * w for w in range(41, 101)]
+    assert smaller_half == pytest.approx(sum(squares[:30]) / sum(squares))
+    nothing = Mask(~LAYOUT.prunable_flat, LAYOUT)
+    assert stages.layer_summary(PARAMS, nothing) == (0.0, 0.0, 0.5)
+
+
+def test_spread_and_ratio() -> None:
+    assert stages.spread([1.0, 3.0]) == pytest.approx(0.5)
+    assert stages.spread([]) == stages.spread([nan]) == stages.spread([0.0, 0.0]) == 0.0
+    assert (stages.ratio(1, 2), stages.ratio(0, 0), stages.ratio(1, 0)) == (0.5, 1.0, inf)
+
+
+# ── what actions do
+
+
+@pytest.mark.parametrize(
+    ("action", "density"), [(0, 1.0), (1, 0.9), (2, 0.75), (3, 0.5), (4, 0.3), (REGROW, 1.0)]
+)
+def test_actions_on_a_dense_model(action: int, density: float) -> None:
+    mask = wanted(action, PARAMS, FULL, 0.01)
+    assert mask.density == pytest.approx(density)
+    held = PARAMS.flat[mask.flat & LAYOUT.prunable_flat]
+    assert float(held.min()) == 101 - round(density * PRUNABLE)  # the largest ones
+    assert bool(mask.flat[~LAYOUT.prunable_flat].all())
+
+
+def test_regrowing_takes_the_largest_behind_the_mask() -> None:
+    half = wanted(3, PARAMS, FULL, 0.01)
+    grown = wanted(REGROW, PARAMS, half, 0.01)
+    new = PARAMS.flat[grown.flat & ~half.flat]
+    assert sorted(new.tolist()) == [46, 47, 48, 49, 50]
+
+
+def test_nothing_is_pruned_below_the_floor() -> None:
+    third = wanted(4, PARAMS, FULL, 0.01)
+    assert wanted(4, PARAMS, third, 0.2).density == pytest.approx(0.2)
+    assert wanted(3, PARAMS, third, 0.4) is third  # below it already, by another's doing
+
+
+@settings(deadline=None)
+@given(st.integers(0, REGROW), st.floats(0.02, 1.0), st.floats(0.01, 1.0))
+def test_the_density_moves_as_asked(action, density, floor):
+    mask = top_k(PARAMS.flat, density, LAYOUT)
+    moved = wanted(action, PARAMS, mask, floor)
+    if action == REGROW:
+        assert mask.density <= moved.density <= mask.density + 0.05 + 1e-9
+    else:
+        assert moved.density <= mask.density
+        assert moved.density >= min(floor, mask.density) - 0.005
+        assert bool((moved.flat <= mask.flat).all())
+
+
+# ── what is safe
+
+
+def losses(table: Mapping[float, float]):
+    return lambda mask: table[round(mask.density, 2)]
+
+
+@pytest.mark.parametrize(
+    ("table", "done"),
+    [
+        ({1.0: 1, 0.3: 1.4}, 4),
+        ({1.0: 1, 0.3: 1.6, 0.5: 1.5}, 3),
+        ({1.0: 1, 0.3: nan, 0.5: inf, 0.75: 2, 0.9: 1.2}, 1),
+        ({1.0: 1, 0.3: 9, 0.5: 9, 0.75: 9, 0.9: 9}, 0),
+    ],
+)
+def test_the_next_milder_action_is_taken(table: dict[float, float], done: int) -> None:
+    action, mask = safe(4, PARAMS, FULL, losses(table), min_density=0.01, rollback=1.5)
+    assert action == done and mask.density == pytest.approx(stages.FACTORS[done])
+
+
+@pytest.mark.parametrize("action", [0, REGROW])
+def test_holding_and_regrowing_cost_no_look_at_the_data(action: int) -> None:
+    def never(mask: Mask) -> float:
+        raise AssertionError("validated")
+
+    assert safe(action, PARAMS, FULL, never, min_density=0.01, rollback=1.5)[0] == action
+
+
+# ── what it brings
+
+
+def test_a_reward_by_hand() -> None:
+    now = replace(HERE, accuracy=0.85, spent_bytes=0.3, spent_flops=0.6)
+    # five points, less λ = 0.1 times (a tenth of the traffic + a quarter of a fifth of the FLOPs)
+    assert reward(HERE, now, 0.1) == pytest.approx(0.05 - 0.1 * (0.1 + 0.25 * 0.2))
+    assert reward(HERE, now, 0.1, flops_weight=0) == pytest.approx(0.05 - 0.01)
+
+
+def test_rewards_add_up_to_the_end() -> None:
+    path = [replace(HERE, accuracy=a, spent_bytes=b) for a, b in [(0.1, 0.1), (0.5, 0.3), (0.7, 0.35)]]
+    brought = sum(reward(x, y, 0.2) for x, y in zip(path, path[1:], strict=False))
+    assert brought == pytest.approx(0.6 - 0.2 * 0.25)
+
+
+def test_told_what_the_last_action_brought() -> None:
+    assert stages.told(Journey(), HERE, 0.1).tried == ()
+    journey = stages.after(Journey(), 4, HERE, chosen=4, action=2, factor=0.75)
+    assert (journey.decided, journey.best, journey.chosen, journey.action) == (4, 0.8, 4, 2)
+    later = stages.told(journey, replace(HERE, accuracy=0.83), 0.1)
+    ((action, brought),) = later.tried
+    assert action == 2 and brought == pytest.approx(0.03)
+
+
+def test_the_bandit_tries_everything_and_then_the_best() -> None:
+    tried: list[tuple[int, float]] = []
+    for _ in ACTIONS:
+        tried.append((stages.bandit(tried), 0.0))
+    assert [action for action, _ in tried] == list(range(len(ACTIONS)))
+    for _ in range(200):
+        action = stages.bandit(tried)
+        tried.append((action, 0.3 if action == 2 else 0.1))
+    assert sum(action == 2 for action, _ in tried) > 150
