@@ -19,7 +19,11 @@ from fedray.methods.fedavg import FedAvg
 from fedray.methods.frlp import FRLP
 from fedray.methods.snip import SNIP
 
-TUNE_CONFIGS = sorted((Path(__file__).parents[2] / "tune_configs").glob("*.yaml"))
+TUNE_CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "tune_configs").glob("*.yaml"))
+    if not path.stem.startswith("rl_")  # trainings of agents: tests/rllib_pruner/test_config.py
+]
 
 
 # ── where a config comes from

@@ -1,9 +1,12 @@
 """FRLP: when it prunes, how the rate is found, what happens to zeros, and FedSA: the mask-aware mean."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,12 +14,16 @@ import torch
 
 from fedray.costs.codec import HEADER_BYTES
 from fedray.errors import ConfigError, MethodError
+from fedray.experiment import yaml
 from fedray.experiment.config import RunConfig
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import ServerContext
 from fedray.federation.server import SERVER, Schedule, Server
 from fedray.methods.frlp import FRLP
+from fedray.pruning.policies import Solver
+from fedray.pruning.rate_search import OBSERVATION_VERSION
+from fedray.pruning.trained import shipped
 from fedray.types import Mask, Params, ServerState
 from tests import small
 
@@ -143,7 +150,12 @@ def test_an_event_is_the_papers_line_search(winit: Any, broadcast_finetuned: boo
         expected.append(by_hand(method, state, ctx, initial))
 
     method = Watched(
-        winit=winit, broadcast_finetuned=broadcast_finetuned, prune_rounds=(2,), stride=20, look=look
+        solver="scan",
+        winit=winit,
+        broadcast_finetuned=broadcast_finetuned,
+        prune_rounds=(2,),
+        stride=20,
+        look=look,
     )
     server = begin(method, rounds=2)
     models["random"] = server.state.params
@@ -188,12 +200,27 @@ def test_bisection_trains_sixteen_candidates_at_most(ratio: float, trained: list
     assert len(trained) <= (6 if ratio == 100.0 else 16)
 
 
-def test_bisection_and_a_scan_of_every_state_agree() -> None:
+def test_the_agent_and_bisection_and_a_scan_of_every_state_agree(trained: list[float]) -> None:
     # a step of one weight, so that neighbouring states are different models
     options: dict[str, Any] = {"prune_rounds": (2,), "step": 1 / WEIGHTS, "stride": 1, "tolerance": 0.02}
-    scan, bisect = (begin(FRLP(solver=solver, **options), rounds=3) for solver in ("scan", "bisect"))
-    assert densities(scan) == densities(bisect)
-    assert scan.model.sha256 == bisect.model.sha256
+    found: dict[str, tuple[list[float], str, int]] = {}
+    for solver in get_args(Solver):
+        trained.clear()
+        server = begin(FRLP(solver=solver, **options), rounds=3)
+        found[solver] = densities(server), server.model.sha256, len(trained)
+    assert found["dqn"][:2] == found["scan"][:2] == found["bisect"][:2]
+    assert 0.5 < found["dqn"][0][-1] < 0.95  # neither end of the range: something was searched
+    assert found["dqn"][2] == found["scan"][2] > found["bisect"][2]
+
+
+def test_an_agent_of_the_users_own_decides(tmp_path: Path, trained: list[float]) -> None:
+    policy = shutil.copytree(shipped("rate_search"), tmp_path / "my policy")
+    options: dict[str, Any] = {"prune_rounds": (1,), "stride": 50}
+    ours, theirs = (
+        begin(FRLP(solver="dqn", policy=path, **options), rounds=1) for path in (None, Path(policy))
+    )
+    assert densities(ours) == densities(theirs)
+    assert ours.model.sha256 == theirs.model.sha256
 
 
 def test_one_server_epoch_for_each_candidate_is_charged(trained: list[float]) -> None:
@@ -288,6 +315,44 @@ def test_pruning_rounds_that_the_run_does_not_reach_are_refused() -> None:
         RunConfig.from_tree(tree | events)
     assert FRLP(prune_rounds=(1, 10)).check(small.setting(rounds=10)) is None
     assert FRLP().check(small.setting(rounds=1)) is None
+
+
+def test_an_agent_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    tree = {"data": {"server_fraction": 0.1}, "tracking": {"uri": "none"}}
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(ConfigError, match=message):
+            RunConfig.from_tree(tree | {"method": {"name": "frlp", **options}})
+
+    absent, stranger = tmp_path / "absent", tmp_path / "stranger"
+    refused(
+        rf"method\.policy: policy {absent}: there is no policy\.json in it; train one with `python -m "
+        r"rllib_pruner\.train tune_configs/rl_rate_search\.yaml --out DIR`",
+        solver="dqn",
+        policy=str(absent),
+    )
+    shutil.copytree(shipped("rate_search"), stranger)
+    about = json.loads((stranger / "policy.json").read_text())
+    (stranger / "policy.json").write_text(json.dumps(about | {"version": OBSERVATION_VERSION + 1}))
+    refused(
+        "its observations are of version 2, those of rate_search now of version 1",
+        solver="dqn",
+        policy=str(stranger),
+    )
+    refused(
+        r"method\.policy is the agent of method\.solver=dqn, but the solver is bisect", policy=str(absent)
+    )
+    assert FRLP(solver="dqn").check(small.setting()) is None
+
+
+def test_the_path_of_a_policy_holds_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(shipped("rate_search"), tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    tree = {"data": {"server_fraction": 0.1}, "method": {"name": "frlp", "solver": "dqn", "policy": "mine"}}
+    config = RunConfig.from_tree(tree | {"tracking": {"uri": "none"}})
+    assert isinstance(config.method.options, FRLP)
+    assert config.method.options.policy == tmp_path / "mine"
+    assert RunConfig.from_tree(yaml.parse(yaml.dump(config.to_tree()), "")) == config
 
 
 def test_an_event_at_which_everything_diverges_says_so() -> None:

@@ -1,0 +1,225 @@
+"""Training: what it leaves, that it goes on where it was, and that the same seed gives the same policy."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from fedray.errors import ConfigError
+from fedray.pruning.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS
+from fedray.pruning.trained import TrainedPolicy, policy_problem
+from rllib_pruner.config import Plan, TrainConfig
+from rllib_pruner.files import Row, TrainFiles, as_row
+from rllib_pruner.processes import RateSearchProcess
+from rllib_pruner.train import train as command
+from rllib_pruner.training import is_over, resume, train
+from rllib_pruner.trials import train_all
+
+SMALL: dict[str, Any] = {
+    "process": {"name": "rate_search", "states": 20, "problems": 5},
+    "algorithm": {"name": "dqn", "hidden": [8], "batch": 32, "warm_up": 64, "epsilon_steps": 400},
+    "budget": {"env_steps": 400, "evaluate_every": 200, "in_a_row": 9},
+    "tracking": {"uri": "none"},
+}
+
+
+def small(**changes: Any) -> TrainConfig:
+    return TrainConfig.from_tree(SMALL | changes)
+
+
+def module_of(path: Path) -> bytes:
+    return (path / "policy" / "module" / "module_state.pkl").read_bytes()
+
+
+# ── without RLlib
+
+
+def test_a_line_search_is_a_perfect_policy_and_walking_down_is_the_worst():
+    process = RateSearchProcess(problems=30)
+    best = process.judge(lambda observations: np.zeros(len(observations), np.int64))
+    worst = process.judge(lambda observations: np.ones(len(observations), np.int64))
+    assert best["score"] == 1 and process.good_enough(best)
+    assert {name: value for name, value in best.items() if name.startswith("gap/")} == {
+        "gap/monotone": 0,
+        "gap/noisy": 0,
+        "gap/overshooting": 0,
+    }
+    assert worst["score"] < 0.2 and worst["gap/monotone"] > 0.1 and not process.good_enough(worst)
+
+
+def test_training_ends_when_the_policy_was_good_often_enough_or_the_budget_is_spent():
+    config = small(budget={"env_steps": 1000, "in_a_row": 2, "stop_score": 0.9})
+    bad, good = ({"iteration": 1, "env_steps": 10, "score": score} for score in (0.5, 0.95))
+    assert not is_over(config, [])
+    assert (
+        not is_over(config, [good])
+        and not is_over(config, [good, bad])
+        and is_over(config, [bad, good, good])
+    )
+    assert is_over(config, [bad | {"env_steps": 1000}])
+    perfect = {"iteration": 1, "env_steps": 10, "score": 1.0}
+    assert is_over(small(budget={"in_a_row": 1}), [perfect])  # the process itself says so
+    assert not is_over(small(budget={"in_a_row": 1}), [good])
+
+
+def test_files_are_rewound_and_a_torn_line_is_passed_over(tmp_path):
+    files = TrainFiles.create(tmp_path / "t", small())
+    assert files.progress() == [] and files.config() == small()
+    for iteration in (1, 2, 3):
+        files.append({"iteration": iteration, "env_steps": 10 * iteration})
+    with open(tmp_path / "t" / "progress.jsonl", "a") as file:
+        file.write('{"iteration": 4, "env_')
+    assert [row["iteration"] for row in files.progress()] == [1, 2, 3]
+    assert files.rewind(2) == files.progress() and len(files.progress()) == 2
+    with pytest.raises(ConfigError, match="is not empty: a run needs a directory of its own"):
+        TrainFiles.create(tmp_path / "t", small())
+    with pytest.raises(ConfigError, match=r"not the directory of a training: it has no config\.yaml"):
+        TrainFiles.open(tmp_path)
+
+
+def test_a_row_has_what_there_is():
+    assert as_row(1, 20, {}, {"score": 1.0}) == {"iteration": 1, "env_steps": 20, "score": 1.0}
+    episodes = {"episode_return_mean": np.float64(2.5), "episode_len_mean": 7}
+    row = as_row(2, 40, episodes, {"score": 0.5})
+    assert row == {"iteration": 2, "env_steps": 40, "return": 2.5, "length": 7.0, "score": 0.5}
+    json.dumps(row)
+
+
+def test_only_the_newest_two_checkpoints_are_kept(tmp_path):
+    class Writes:
+        def save_to_path(self, path: str) -> None:
+            Path(path).mkdir()
+
+    files = TrainFiles.create(tmp_path / "t", small())
+    for iteration in range(1, 5):
+        files.save(Writes(), iteration)
+    assert [path.name for path in files.checkpoints()] == ["iteration-000004", "iteration-000003"]
+    assert len(list((tmp_path / "t" / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either a YAML file, or --resume"),
+        ({"file": Path("x.yaml"), "resume": Path("y")}, "give either a YAML file, or --resume"),
+        ({"resume": Path("y"), "overrides": ["seed=1"]}, "it takes neither --out nor key=value"),
+        ({"resume": Path("nowhere")}, "nowhere is not the directory of a training"),
+        ({"file": Path("nowhere.yaml")}, r"nowhere\.yaml: cannot be read"),
+    ],
+)
+def test_a_command_that_cannot_be_run_starts_nothing(options, message, in_tmp):
+    with pytest.raises(ConfigError, match=message):
+        command(**{"file": None, "overrides": None, "out_dir": None, "resume": None, "ship": False} | options)
+    assert list(in_tmp.iterdir()) == []
+
+
+# ── with RLlib
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[tuple[Path, list[Row]]]:
+    """A training of two evaluations, tracked."""
+    path = tmp_path_factory.mktemp("trained")
+    config = small(tracking={"uri": f"sqlite:///{path}/mlflow.db", "experiment": "agents"})
+    told: list[Row] = []
+    rows = train(config, path / "t", on_evaluation=told.append)
+    assert told == rows
+    yield path, rows
+
+
+@pytest.mark.slow
+def test_what_a_training_leaves(trained):
+    path, rows = trained
+    files = TrainFiles.open(path / "t")
+    assert files.progress() == rows and [row["iteration"] for row in rows] == [1, 2]
+    assert rows[0]["env_steps"] >= 200 and rows[1]["env_steps"] >= 400
+    assert {"return", "length", "score", "agreement/monotone", "gap/monotone"} <= rows[1].keys()
+    assert [place.name for place in files.checkpoints()] == ["iteration-000002", "iteration-000001"]
+    assert (path / "t" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not [place for place in (path / "t").rglob(".*") if place.name.endswith(".writing")]
+
+
+@pytest.mark.slow
+def test_the_policy_it_leaves_decides_as_it_was_judged(trained):
+    path, rows = trained
+    assert policy_problem(path / "t" / "policy", PROCESS, OBSERVATION_VERSION, FEATURES) is None
+    policy = TrainedPolicy.load(path / "t" / "policy", PROCESS, OBSERVATION_VERSION, FEATURES)
+    best = max(row["score"] for row in rows)
+    assert policy.about["measures"]["score"] == best
+    assert RateSearchProcess(states=20, problems=5).judge(policy.acts) == policy.about["measures"]
+    assert policy.about["config_digest"] == TrainFiles.open(path / "t").config().digest
+    assert "tracking" not in policy.about["config"]
+
+
+@pytest.mark.slow
+def test_mlflow_has_the_evaluations_and_the_policy(trained):
+    path, rows = trained
+    client = MlflowClient(tracking_uri=f"sqlite:///{path}/mlflow.db")
+    experiment = client.get_experiment_by_name("agents")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["algorithm.name"] == "dqn"
+    history = client.get_metric_history(run.info.run_id, "score")
+    assert [(point.step, point.value) for point in history] == [
+        (row["env_steps"], row["score"]) for row in rows
+    ]
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"policy", "curve.png"}
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_policy(trained, tmp_path):
+    path, rows = trained
+    again = train(small(), tmp_path / "again")
+    assert again == rows
+    assert module_of(tmp_path / "again") == module_of(path / "t")
+    train(small(seed=1), tmp_path / "other")
+    assert module_of(tmp_path / "other") != module_of(path / "t")
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_goes_on_with_its_counters(trained, tmp_path):
+    _, uninterrupted = trained
+
+    def interrupt(row: Row) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), tmp_path / "t", on_evaluation=interrupt)
+    files = TrainFiles.open(tmp_path / "t")
+    assert files.progress() == uninterrupted[:1] and policy_problem(files.policy, PROCESS, 1, 1) is None
+    # killed between a checkpoint and the end of the evaluation after it
+    files.append({"iteration": 2, "env_steps": 999, "score": 9.0})
+    rows = resume(tmp_path / "t")
+    assert rows[0] == uninterrupted[0] and [row["iteration"] for row in rows] == [1, 2]
+    assert 400 <= rows[1]["env_steps"] < 999
+    assert files.progress() == rows
+    assert resume(tmp_path / "t") == rows  # over: nothing is done
+
+
+@pytest.mark.slow
+def test_ppo_trains_and_its_policy_is_used_alike(ray_local, tmp_path):
+    algorithm = {"name": "ppo", "hidden": [8], "batch": 200, "minibatch": 50, "epochs": 2}
+    train(small(algorithm=algorithm, budget={"env_steps": 200, "evaluate_every": 200}), tmp_path / "t")
+    policy = TrainedPolicy.load(tmp_path / "t" / "policy", PROCESS, OBSERVATION_VERSION, FEATURES)
+    assert policy.about["algorithm"] == "ppo"
+    assert RateSearchProcess(states=20, problems=5).judge(policy.acts) == policy.about["measures"]
+
+
+@pytest.mark.slow
+def test_trials_of_tune_each_leave_a_training_and_the_best_policy_is_kept(ray_local, tmp_path):
+    budget = {"env_steps": 200, "evaluate_every": 200}
+    plan = Plan("seeds", {f"seed={seed}": small(seed=seed, budget=budget) for seed in (0, 1)}, concurrent=2)
+    told: list[str] = []
+    best = train_all(plan, tmp_path / "t", lambda name, row: told.append(name))
+    assert sorted(told) == ["seed=0", "seed=1"]
+    scores = {
+        name: TrainFiles.open(tmp_path / "t" / "trials" / name).progress()[-1]["score"] for name in told
+    }
+    assert scores[best] == max(scores.values())
+    assert module_of(tmp_path / "t") == module_of(tmp_path / "t" / "trials" / best)
+    shutil.rmtree(tmp_path / "t")
