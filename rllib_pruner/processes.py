@@ -19,6 +19,7 @@ from fedray.pruning.rate_search import RateSearch
 from fedray.types import NonNegativeFloat, PositiveInt
 from rllib_pruner.curves import FAMILIES, SPAN, Family, held_out
 from rllib_pruner.env import RateSearchEnv
+from rllib_pruner.stage_process import StageProcess
 
 Acts = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """Observations (n, features) → greedy actions (n,)."""
@@ -115,4 +116,4 @@ def walk_together(searches: Sequence[RateSearch], acts: Acts, stride: int = 10) 
         going = [search for search in going if not search.is_done]
 
 
-PROCESSES: dict[str, type[Any]] = {"rate_search": RateSearchProcess}
+PROCESSES: dict[str, type[Any]] = {"rate_search": RateSearchProcess, "stages": StageProcess}

@@ -1,0 +1,190 @@
+"""The command that judges the stage agent from the files of a sweep: at equal bytes, and at equal accuracy.
+
+    python -m rllib_pruner.judge runs/stages_judged-001 [--out FILE.md]
+
+Rows are settings of the sweep, seed by seed beside the front of fixed ones: those schedules and constant
+densities that nobody beats in mean test accuracy with fewer bytes, joined by lines over log(bytes). The front
+is drawn with hindsight, the agent's preference is not, so it is a hard partner. Intervals are bootstrapped
+over seeds.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+
+from fedray.errors import ConfigError, FedrayError
+from fedray.experiment.rundata import find_runs, load_run
+from fedray.experiment.settings import Setting, settings
+from rllib_pruner.tables import Table
+
+Floats = NDArray[np.float64]
+RESAMPLES = 10_000
+MEGA = 1e6
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A setting: bytes both ways and test accuracy of each seed, in order of seeds.
+
+    Args:
+        label: what tells it apart.
+        kind: `agent`, `fixed` (a schedule or a constant density), or `other`.
+        bytes: (seeds,), totals of a run, set-up included.
+        accuracy: (seeds,), of the final model on the test set.
+    """
+
+    label: str
+    kind: str
+    bytes: Floats
+    accuracy: Floats
+
+
+def read(path: Path) -> list[Judged]:
+    """Read the finished settings of a sweep.
+
+    Raises:
+        ConfigError: if there are none, or if settings have different seeds.
+    """
+    found = [setting for setting in settings([load_run(p) for p in find_runs([path])])]
+    finished = [setting for setting in found if setting.status == "finished"]
+    if not finished:
+        raise ConfigError(f"{path}: no finished run")
+    seeds = {tuple(sorted(str(run.seed) for run in setting.runs)) for setting in finished}
+    if len(seeds) > 1:
+        raise ConfigError(f"{path}: settings have different seeds: {sorted(seeds)}; `fedray resume` it first")
+    return [_judged(setting) for setting in finished]
+
+
+def _judged(setting: Setting) -> Judged:
+    runs = sorted(setting.runs, key=lambda run: str(run.seed))
+    name, policy = setting.flat.get("method.name"), setting.flat.get("method.policy", "schedule")
+    kind = "other"
+    if name == "staged":
+        kind = {"schedule": "fixed", "agent": "agent"}.get(str(policy), "other")
+    if name in ("snip", "random_mask", "fedavg"):
+        kind = "fixed"
+    moved = [run.last("total/bytes/up") + run.last("total/bytes/down") for run in runs]
+    accuracy = [run.last("test/accuracy") for run in runs]
+    return Judged(setting.label, kind, np.array(moved), np.array(accuracy))
+
+
+def front(fixed: Sequence[Judged]) -> list[Judged]:
+    """Return the settings that nobody beats in mean accuracy with fewer bytes, in order of bytes."""
+    kept: list[Judged] = []
+    for one in sorted(fixed, key=lambda judged: float(judged.bytes.mean())):
+        if not kept or one.accuracy.mean() > kept[-1].accuracy.mean():
+            kept.append(one)
+    return kept
+
+
+def at_bytes(best: Sequence[Judged], moved: float) -> Floats:
+    """Return the front's accuracy (seeds,) at so many bytes; its end where it does not reach."""
+    places = np.log([float(one.bytes.mean()) for one in best])
+    curves = np.array([one.accuracy for one in best])
+    return np.array([np.interp(np.log(moved), places, curves[:, k]) for k in range(curves.shape[1])])
+
+
+def at_accuracy(best: Sequence[Judged], accuracy: float) -> float:
+    """Return the bytes at which the front's mean accuracy reaches one; NaN where it never does."""
+    means = [float(one.accuracy.mean()) for one in best]
+    if accuracy > means[-1]:
+        return float("nan")
+    return float(np.exp(np.interp(accuracy, means, np.log([float(one.bytes.mean()) for one in best]))))
+
+
+def interquartile_mean(values: Floats) -> float:
+    """Return the mean of the middle half, quarters cut in part where the number is not a multiple of four."""
+    ordered = np.sort(values)
+    n = len(ordered)
+    weights = np.array([max(0.0, min(i + 1, 0.75 * n) - max(i, 0.25 * n)) for i in range(n)])
+    return float((weights * ordered).sum() / weights.sum())
+
+
+def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
+    """Return the ends of the 95 % bootstrap interval of the interquartile mean."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(values, (RESAMPLES, len(values)))
+    means = np.apply_along_axis(interquartile_mean, 1, drawn)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def tables(judged: Sequence[Judged]) -> list[Table]:
+    """Return what the judgement says: every setting beside the front of the fixed ones."""
+    fixed = [one for one in judged if one.kind == "fixed"]
+    if not fixed:
+        raise ConfigError("no schedule and no constant density among the runs to compare with")
+    best = front(fixed)
+    rows = []
+    for one in sorted(judged, key=lambda judged: (judged.kind, float(judged.bytes.mean()))):
+        rows.append(_row(one, best))
+    note = (
+        f"IQM and 95 % bootstrap interval over {len(judged[0].bytes)} seeds. The front: "
+        + ", ".join(one.label for one in best)
+        + ". A dash: no fixed setting is as accurate."
+    )
+    columns = (
+        "setting",
+        "kind",
+        "test accuracy",
+        "MB both ways",
+        "points at equal bytes",
+        "bytes at equal accuracy",
+    )
+    return [Table("Against the front of fixed schedules and constant densities", columns, rows, note)]
+
+
+def _row(one: Judged, best: Sequence[Judged]) -> list[str]:
+    low, high = interval(one.accuracy)
+    apart = 100 * (one.accuracy - at_bytes(best, float(one.bytes.mean())))
+    worst, finest = interval(apart)
+    needed = at_accuracy(best, float(one.accuracy.mean()))
+    ratio = float(one.bytes.mean()) / needed
+    return [
+        one.label,
+        one.kind,
+        f"{interquartile_mean(one.accuracy):.3f} [{low:.3f}, {high:.3f}]",
+        f"{one.bytes.mean() / MEGA:.3g}",
+        "on it" if one in best else f"{interquartile_mean(apart):+.1f} [{worst:+.1f}, {finest:+.1f}]",
+        "on it" if one in best else ("—" if np.isnan(ratio) else f"{ratio:.2f}×"),
+    ]
+
+
+@app.command()
+def judge(
+    sweep: Annotated[
+        Path, typer.Argument(help="The directory of a sweep of tune_configs/stages_judged.yaml.")
+    ],
+    out_file: Annotated[Path | None, typer.Option("--out", help="Markdown file for the tables.")] = None,
+) -> None:
+    """Judge the stage agent from the files of a sweep."""
+    found = tables(read(sweep))
+    for table in found:
+        out.print(table.for_terminal())
+    if out_file is not None:
+        out_file.write_text("\n".join(table.markdown() for table in found), encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line; turn fedray's own errors into a message and an exit status."""
+    try:
+        app()
+    except FedrayError as error:
+        err.print(f"[bold red]cannot run:[/bold red] {escape(str(error))}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
