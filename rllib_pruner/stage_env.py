@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
 from fedray.federation.server import Server
-from fedray.federation.situation import travelled
-from fedray.methods.staged import Staged, StagedMemory
+from fedray.federation.situation import look, travelled
+from fedray.methods.staged import Staged, StagedMemory, made
 from fedray.pruning import stages
 from fedray.pruning.stages import ACTIONS, FEATURES, PREFERENCES, Situation
 from fedray.types import ServerState
@@ -51,12 +51,6 @@ class Episode:
 
     server: Server
 
-    @property
-    def _method(self) -> PausedStaged:
-        method = self.server.method
-        assert isinstance(method, PausedStaged)
-        return method
-
     def begin(self) -> Situation:
         """Set up and go to the first stage."""
         self.server.setup()
@@ -70,7 +64,8 @@ class Episode:
             done = self.server.state.round - 1
             counted = memory.cohort is not None and memory.cohort.folded
             if done == self.server.schedule.rounds or (done in memory.stages and counted):
-                return self._method.look(self._state(), memory.cohort, self._ctx())
+                left = 1 - made(memory.stages, done)
+                return look(self._state(), memory.cohort, self._ctx(), memory.journey, left)
 
     @property
     def ended(self) -> bool:
@@ -79,9 +74,10 @@ class Episode:
 
     def act(self, now: Situation, action: int) -> None:
         """Carry out an action as `Staged` would have in the round that was just made."""
-        state = self._state()
-        moved = self._method.act(state, now, action, self._ctx())
-        self.server.checkpoint.state = replace(moved, round=state.round + 1)
+        state, decider = self._state(), self.server.method.decider  # type: ignore[attr-defined]
+        mask, journey = decider.act(state, self._ctx(), state.memory.journey, now, action)
+        memory = replace(state.memory, journey=journey)
+        self.server.checkpoint.state = replace(state, round=state.round + 1, mask=mask, memory=memory)
 
     def _state(self) -> ServerState:
         return replace(self.server.state, round=self.server.state.round - 1)

@@ -22,14 +22,13 @@ from torch import Tensor
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
+from fedray.federation.decider import Decider, decided
 from fedray.federation.method import Method, ServerContext, Setting
-from fedray.federation.situation import MOVED, distance, look, travelled
-from fedray.pruning import stages
+from fedray.federation.situation import MOVED, distance, travelled
 from fedray.pruning.masks import at_least, top_k
 from fedray.pruning.schedules import SCHEDULES
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
-from fedray.pruning.stages import Journey, Situation
-from fedray.pruning.trained import TrainedPolicy, policy_problem
+from fedray.pruning.stages import Journey
 from fedray.types import (
     ClientInfo,
     ClientUpdate,
@@ -71,6 +70,8 @@ class Staged(Method):
         agent: folder written by rllib_pruner.train; None: the one that ships.
         preference: λ of agent and bandit: points of accuracy, in hundreds, that the dense model's whole
             traffic is worth. 0.01 keeps accuracy, 1 saves bytes.
+        budget: traffic that the run should keep to, as a share of the dense model's; λ then starts at
+            `preference` and follows what is left, from stage to stage. None: λ stays.
         rollback: what an agent or a bandit prunes may raise the validation loss by this factor at once; else
             the next milder action is taken.
         stages: how many there are; None: 4, or 12 for an agent or a bandit.
@@ -90,20 +91,23 @@ class Staged(Method):
     policy: Literal["schedule", "agent", "bandit"] = "schedule"
     agent: Path | None = None
     preference: PositiveFloat = 0.1
+    budget: Density | None = None
     rollback: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
     stages: PositiveInt | None = None
     start: Fraction | None = None
     until: Fraction | None = None
 
     @property
-    def decides(self) -> bool:
-        """Whether somebody decides at each stage."""
-        return self.policy != "schedule"
+    def decider(self) -> Decider | None:
+        """Who decides at each stage, if anybody does."""
+        if self.policy == "schedule":
+            return None
+        return Decider(self.policy, self.agent, self.preference, self.budget, self.min_density, self.rollback)
 
     @property
     def span(self) -> tuple[int, float, float]:
         """How many stages there are, the first and the last as shares of the run."""
-        stages, start, until = (12, 0.0, 0.9) if self.decides else (4, 0.1, 0.5)
+        stages, start, until = (12, 0.0, 0.9) if self.decider else (4, 0.1, 0.5)
         return (
             stages if self.stages is None else self.stages,
             start if self.start is None else self.start,
@@ -115,17 +119,19 @@ class Staged(Method):
         _, start, until = self.span
         if start > until:
             return f"method.start={start} comes after method.until={until}"
-        if self.decides and (self.threshold is not None or self.importance != "magnitude"):
+        if self.decider and (self.threshold is not None or self.importance != "magnitude"):
             return (
                 f"method.policy={self.policy} prunes by magnitude as far as it decides: leave out "
                 "method.threshold and method.importance, or set method.policy=schedule"
             )
         if self.agent is not None and self.policy != "agent":
             return f"method.agent is given, but method.policy={self.policy}: set method.policy=agent"
-        if self.policy == "agent":
-            problem = policy_problem(self.agent, "stages", stages.VERSION, len(stages.FEATURES))
+        if self.budget is not None and not self.decider:
+            return "method.budget is given, but a schedule keeps to none: set method.policy=agent"
+        if self.decider:
+            problem = self.decider.problem()
             return f"method.agent: {problem}" if problem else None
-        if not self.decides and self.threshold is None and self.density > self.initial_density:
+        if self.threshold is None and self.density > self.initial_density:
             return f"method.density={self.density} is above method.initial_density={self.initial_density}"
         return None
 
@@ -142,7 +148,7 @@ class Staged(Method):
         extras: dict[str, Extra] = {}
         if state.round in state.memory.stages:
             extras |= {"score": True} if self.importance == "gradient" else {}
-            extras |= {"moved": True} if self.decides else {}
+            extras |= {"moved": True} if self.decider else {}
         return Task(state.params, state.mask, extras=extras)
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
@@ -156,66 +162,34 @@ class Staged(Method):
 
     def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
         """Take the mask-aware mean; before a stage's decision, keep what the clients were sent."""
-        if self.decides and state.round in state.memory.stages:
+        if self.decider and state.round in state.memory.stages:
             journey = replace(state.memory.journey, sent=state.params)
             state = replace(state, memory=replace(state.memory, journey=journey))
         return super().aggregate(state, cohort)
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """At a stage, remove what matters least, or what was decided."""
-        if self.decides:
+        rounds, decider = state.memory.stages, self.decider
+        if decider:
             journey = travelled(state.memory.journey, state, cohort, ctx)
             state = replace(state, memory=replace(state.memory, journey=journey))
-        if state.round not in state.memory.stages or not cohort.folded:
+        if state.round not in rounds or not cohort.folded:
             return state
-        if self.decides:
-            now = self.look(state, cohort, ctx)
-            return self.act(state, now, self.choose(state, now), ctx)
+        if decider:
+            left = 1 - made(rounds, state.round)
+            mask, journey = decider.decide(state, cohort, ctx, state.memory.journey, left)
+            return replace(state, mask=mask, memory=replace(state.memory, journey=journey))
         scores = self.scores(state, cohort)
         if self.threshold is not None:
             if self.threshold_unit == "layer":
                 scores = in_units_of_layer(scores, state.mask)
             return replace(state, mask=self.cut_at_threshold(scores, state.mask))
-        done = state.memory.stages.index(state.round) + 1
-        progress = done / len(state.memory.stages)
-        target = SCHEDULES[self.schedule](progress, self.initial_density, self.density)
+        target = SCHEDULES[self.schedule](made(rounds, state.round), self.initial_density, self.density)
         return replace(state, mask=top_k(scores, target, ctx.layout, within=state.mask))
 
-    def look(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> Situation:
-        """Return what there is to decide upon at a stage."""
-        rounds = state.memory.stages
-        left = sum(stage > state.round for stage in rounds) / len(rounds)
-        return look(state, cohort, ctx, state.memory.journey, left)
-
-    def choose(self, state: ServerState, now: Situation) -> int:
-        """Return the action of the agent or the bandit."""
-        journey = state.memory.journey
-        if self.policy == "bandit":
-            return stages.bandit(stages.told(journey, now, self.preference).tried)
-        agent = TrainedPolicy.load(self.agent, "stages", stages.VERSION, len(stages.FEATURES))
-        return agent.act(stages.observe(now, journey, self.preference))
-
-    def act(self, state: ServerState, now: Situation, chosen: int, ctx: ServerContext) -> ServerState:
-        """Carry out an action as far as it is safe, and remember it."""
-        params, mask = state.params, state.mask
-
-        def loss(candidate: Mask) -> float:
-            return ctx.validate(params, candidate)[1]
-
-        action, moved = stages.safe(
-            chosen, params, mask, loss, min_density=self.min_density, rollback=self.rollback
-        )
-        factor = moved.density / mask.density if mask.density else 1.0
-        journey = stages.told(state.memory.journey, now, self.preference)
-        journey = stages.after(journey, state.round, now, chosen, action, factor)
-        return replace(state, mask=moved, memory=replace(state.memory, journey=journey))
-
     def measures(self, state: ServerState) -> Mapping[str, float]:
-        """Say what was decided in the round: action, after safety; what was asked for; the factor."""
-        journey = state.memory.journey
-        if not self.decides or journey.before is None or journey.decided != state.round:
-            return {}
-        return {"action": journey.action, "asked": journey.chosen, "factor": journey.factor}
+        """Say what was decided in the round, if anything was."""
+        return decided(state.memory.journey, state.round)
 
     def scores(self, state: ServerState, cohort: CohortUpdate) -> Tensor:
         """Return the importance (size,) of each weight, now."""
@@ -229,3 +203,8 @@ class Staged(Method):
         """Keep what scores at least the threshold."""
         assert self.threshold is not None
         return at_least(scores, self.threshold, mask.layout, within=mask, min_density=self.min_density)
+
+
+def made(stages: tuple[int, ...], round: int) -> float:
+    """Return which share of the stages is over after a round, that round's included."""
+    return sum(stage <= round for stage in stages) / len(stages)

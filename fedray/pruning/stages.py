@@ -13,7 +13,7 @@ Source: the decision process is ours (FRLP's own reduces to a line search, see `
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite, log, log10, sqrt
+from math import exp, inf, isfinite, log, log10, sqrt
 
 import numpy as np
 import torch
@@ -129,6 +129,7 @@ class Journey:
         action: what was done at the last stage, after safety.
         chosen: what was asked for there.
         factor: density after over density before, there.
+        preference: λ of the last decision; 0 before the first.
         tried: each action so far and the reward that it brought.
         sent: the model that this round's clients were sent, until the round is aggregated.
     """
@@ -141,6 +142,7 @@ class Journey:
     action: int = 0
     chosen: int = 0
     factor: float = 1.0
+    preference: float = 0.0
     tried: tuple[tuple[int, float], ...] = ()
     sent: Params | None = None
 
@@ -191,6 +193,25 @@ def reward(before: Situation, now: Situation, preference: float, flops_weight: f
     bytes_since = now.spent_bytes - before.spent_bytes
     flops_since = now.spent_flops - before.spent_flops
     return now.accuracy - before.accuracy - preference * (bytes_since + flops_weight * flops_since)
+
+
+def dual(preference: float, now: Situation, budget: float, step: float = 1.0) -> float:
+    """Return λ for a decision under a budget: higher the more a run that held on from here would overspend.
+
+        λ ← λ · exp(step · (projected / budget − 1)), kept within PREFERENCES
+
+    Args:
+        preference: λ of the decision before.
+        now: the situation.
+        budget: traffic of the whole run, as a share of the dense model's, > 0.
+        step: > 0.
+
+    Source: ascent on the dual variable of a constraint, as in constrained Markov decision processes (Altman,
+        1999); on the logarithm, so that λ stays positive.
+    """
+    projected = now.spent_bytes + now.bytes_now * (1 - now.progress)
+    low, high = PREFERENCES
+    return min(high, max(low, preference * exp(step * min(2.0, projected / budget - 1))))
 
 
 def wanted(action: int, params: Params, mask: Mask, min_density: float) -> Mask:
@@ -272,7 +293,7 @@ def told(journey: Journey, now: Situation, preference: float) -> Journey:
 
 
 def after(journey: Journey, round: int, now: Situation, chosen: int, action: int, factor: float) -> Journey:
-    """Return the journey after a decision in a round."""
+    """Return the journey after a decision in a round, with what the one before it brought."""
     return replace(
         journey,
         decided=round,

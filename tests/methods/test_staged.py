@@ -307,7 +307,7 @@ class Fixed:
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> Fixed:
     policy = Fixed([3, 0, 5, 1, 0, 0])
-    monkeypatch.setattr("fedray.methods.staged.TrainedPolicy.load", lambda *_: policy)
+    monkeypatch.setattr("fedray.federation.decider.TrainedPolicy.load", lambda *_: policy)
     return policy
 
 
@@ -342,6 +342,19 @@ def test_the_traffic_of_all_rounds_is_counted(agent: Fixed) -> None:
     dense = 12 * 6 * 2 * 4 * server.place.model.layout.size
     spent = server.state.memory.journey.spent_bytes
     assert spent == pytest.approx((last["total/bytes/up"] + last["total/bytes/down"]) / dense)
+
+
+def test_a_tight_budget_raises_the_price_and_a_wide_one_lowers_it(agent: Fixed) -> None:
+    prices = {}
+    for budget in (0.05, 0.95):
+        agent.seen.clear()
+        method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, budget=budget)
+        reports = small.run(small.server(method, schedule=TWELVE))
+        prices[budget] = [r.metrics["method/preference"] for r in reports if "method/preference" in r.metrics]
+        shown = [10 ** (2 * float(seen[-1]) - 2) for seen in agent.seen]
+        assert shown == pytest.approx(prices[budget], rel=1e-3)
+    assert prices[0.05] == sorted(prices[0.05]) and prices[0.05][-1] == 1.0
+    assert prices[0.95] == sorted(prices[0.95], reverse=True) and prices[0.95][-1] < 0.1
 
 
 @pytest.mark.parametrize("policy", ["bandit", "agent"])
@@ -381,6 +394,8 @@ def test_by_default_a_policy_decides_twelve_times_from_the_first_round() -> None
         ({"policy": "bandit", "importance": "gradient"}, r"set method\.policy=schedule"),
         ({"agent": "here"}, r"method\.agent is given, but method\.policy=schedule"),
         ({"policy": "agent", "agent": "nowhere"}, r"method\.agent: .*nowhere.*rllib_pruner\.train"),
+        ({"budget": 0.3}, r"method\.budget is given, but a schedule keeps to none"),
+        ({"policy": "bandit", "budget": 0}, r"method\.budget"),
         ({"policy": "bandit", "rollback": 0.9}, r"method\.rollback"),
         ({"policy": "bandit", "preference": 0}, r"method\.preference"),
         ({"policy": "agnt"}, r"method\.policy"),

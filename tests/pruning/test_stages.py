@@ -216,6 +216,15 @@ def test_told_what_the_last_action_brought() -> None:
     assert action == 2 and brought == pytest.approx(0.03)
 
 
+def test_under_a_budget_the_price_follows_what_is_left() -> None:
+    # a run that holds on at half of the way: 0.2 spent + 0.3 · half of the rounds = 0.35
+    assert stages.dual(0.1, HERE, 0.35) == pytest.approx(0.1)
+    assert stages.dual(0.1, HERE, 0.175) == pytest.approx(0.1 * np.e)
+    assert stages.dual(0.1, HERE, 0.7) == pytest.approx(0.1 * np.exp(-0.5))
+    assert stages.dual(0.1, HERE, 1e-9) == pytest.approx(0.1 * np.exp(2))
+    assert stages.dual(0.9, HERE, 0.01) == 1.0 and stages.dual(0.011, HERE, 9.0) == 0.01
+
+
 def test_the_bandit_tries_everything_and_then_the_best() -> None:
     tried: list[tuple[int, float]] = []
     for _ in ACTIONS:
