@@ -15,8 +15,11 @@ def draw_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [row["env_steps"] for row in rows]
-    above.plot(steps, [row["score"] for row in rows], marker="o", markersize=3)
-    above.set(title=title, ylabel="score, held out")
+    scores = [row["score"] for row in rows]
+    above.plot(steps, scores, marker="o", markersize=3)
+    above.set(
+        title=title, ylabel="score, held out", ylim=(min(0.0, *scores) - 0.05, max(1.0, *scores) + 0.05)
+    )
     told = [row for row in rows if "return" in row]
     below.plot([row["env_steps"] for row in told], [row["return"] for row in told], marker="o", markersize=3)
     below.set(xlabel="environment steps", ylabel="return, exploring")

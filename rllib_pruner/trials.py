@@ -73,10 +73,6 @@ def _fit(trial: Callable[[Any], None], plan: Plan, out: Path, on_evaluation: OnT
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
 
-    class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            on_evaluation(trial.config["name"], result)
-
     tuner = tune.Tuner(
         tune.with_resources(trial, tune.PlacementGroupFactory([{"CPU": 1}])),
         param_space={"name": tune.grid_search(list(plan.trials))},
@@ -85,10 +81,27 @@ def _fit(trial: Callable[[Any], None], plan: Plan, out: Path, on_evaluation: OnT
             name="tune",
             storage_path=str(out / ".tune"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[Progress()],
+            callbacks=[_callback(on_evaluation)],
             verbose=0,
         ),
     )
     results = tuner.fit()
     shutil.rmtree(out / ".tune", ignore_errors=True)  # all that matters is in the trials' own directories
     return {result.config["name"]: str(result.error) for result in results if result.error is not None}
+
+
+def _callback(on_evaluation: OnTrial) -> Any:
+    from ray import tune
+
+    class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
+        """Hands each evaluation to whoever shows it; Tune pickles it, but not the listener."""
+
+        listener = staticmethod(on_evaluation)
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            self.listener(trial.config["name"], result)
+
+        def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+            return tune.Callback, ()
+
+    return Progress()

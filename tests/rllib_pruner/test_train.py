@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,13 @@ def test_trials_of_tune_each_leave_a_training_and_the_best_policy_is_kept(ray_lo
     budget = {"env_steps": 200, "evaluate_every": 200}
     plan = Plan("seeds", {f"seed={seed}": small(seed=seed, budget=budget) for seed in (0, 1)}, concurrent=2)
     told: list[str] = []
-    best = train_all(plan, tmp_path / "t", lambda name, row: told.append(name))
+    lock = RLock()  # what shows progress cannot be pickled, and need not
+
+    def show(name: str, row: Row) -> None:
+        with lock:
+            told.append(name)
+
+    best = train_all(plan, tmp_path / "t", show)
     assert sorted(told) == ["seed=0", "seed=1"]
     scores = {
         name: TrainFiles.open(tmp_path / "t" / "trials" / name).progress()[-1]["score"] for name in told
