@@ -61,8 +61,11 @@ class TrainFiles:
             ConfigError: if it is not one.
         """
         if not (path / "config.yaml").is_file() or not (path / "checkpoints").is_dir():
+            hint = (
+                f"; go on with its trials one by one, in {path}/trials" if (path / "trials").is_dir() else ""
+            )
             raise ConfigError(
-                f"{path} is not the directory of a training: it has no config.yaml or checkpoints"
+                f"{path} is not the directory of a training: it has no config.yaml or checkpoints{hint}"
             )
         return cls(path)
 

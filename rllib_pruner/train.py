@@ -63,7 +63,8 @@ def train(
             err.print(f"best: {train_all(plan, place, _say_trial)}")
         else:
             train_one(plan.trials[""], place, on_evaluation=_say)
-    out.print(f"Policy: {place}/policy   Learning curve: {place}/curve.png   MLflow: fedray ui")
+    curve = f"Learning curve: {place}/curve.png   " if (place / "curve.png").is_file() else ""
+    out.print(f"Policy: {place}/policy   {curve}MLflow: fedray ui")
     if ship:
         target = shipped(process)
         shutil.rmtree(target, ignore_errors=True)

@@ -193,7 +193,7 @@ def _stranger(about: Mapping[str, Any], process: str, version: int, features: in
 def _retrain(process: str) -> str:
     """Return how to get another policy."""
     command = f"python -m rllib_pruner.train tune_configs/rl_{process}.yaml --out DIR"
-    return f"train one with `{command}`, then set method.policy=DIR/policy"
+    return f"train one with `{command}`, then give the folder DIR/policy"
 
 
 def _digest(file: Path) -> str:
