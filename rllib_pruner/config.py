@@ -122,12 +122,27 @@ class TrainConfig(Section):
         """Return the whole config, defaults included, as plain values."""
         return plain_copy(self.model_dump())
 
-    @cached_property
-    def digest(self) -> str:
-        """Twelve hex digits that name what determines the policy: all but where it is tracked."""
+    def portable(self) -> Tree:
+        """Return the config without what says where something is: folders, and where it is tracked."""
         tree = self.to_tree()
         del tree["tracking"]
+        _drop_paths(tree["process"], asdict(self.process.options))  # type: ignore[call-overload]
+        return tree
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits that name what determines the policy."""
+        tree = self.portable()
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _drop_paths(tree: Tree, values: Mapping[str, Any]) -> None:
+    """Take the keys out of a tree whose values are paths."""
+    for key, value in values.items():
+        if isinstance(value, Path):
+            del tree[key]
+        elif isinstance(value, Mapping):
+            _drop_paths(tree[key], value)
 
 
 @dataclass(frozen=True)
@@ -189,5 +204,11 @@ def _tune(options: Any, where: Where) -> TuneConfig:
 
 
 def _label(point: Mapping[str, Any]) -> str:
-    text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
-    return re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", text)[:100]
+    """Name a trial by what it changes; a section by the name that it chooses."""
+    parts = []
+    for key, value in point.items():
+        if isinstance(value, Mapping) and "name" in value:
+            parts.append(str(value["name"]))
+        else:
+            parts.append(f"{key.rpartition('.')[2]}={value}")
+    return re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", ",".join(parts))[:100]

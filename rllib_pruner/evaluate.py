@@ -1,6 +1,7 @@
 """The command that compares a trained agent with what needs no training.
 
-python -m rllib_pruner.evaluate [PROCESS] [--policy DIR] [--problems N] [--no-cost] [--out FILE.md]
+python -m rllib_pruner.evaluate [PROCESS] [--policy DIR] [--problems N] [--no-cost] [--root DIR]
+                                [--out FILE.md]
 """
 
 import sys
@@ -14,12 +15,13 @@ from rich.markup import escape
 
 from fedray.errors import ConfigError, FedrayError, unknown
 from rllib_pruner.rate_search_tables import tables as rate_search_tables
+from rllib_pruner.stage_tables import tables as stage_tables
 from rllib_pruner.tables import Table
 
-Evaluation = Callable[[Path | None, int, bool], list[Table]]
-"""(policy, problems of a kind, whether to measure what takes minutes) → tables."""
+Evaluation = Callable[[Path | None, int, bool, Path | None], list[Table]]
+"""(policy, problems of a kind, whether to measure what takes minutes, where data sets are) → tables."""
 
-EVALUATIONS: dict[str, Evaluation] = {"rate_search": rate_search_tables}
+EVALUATIONS: dict[str, Evaluation] = {"rate_search": rate_search_tables, "stages": stage_tables}
 
 out = Console()
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -32,12 +34,13 @@ def evaluate(
     policy: Annotated[Path | None, typer.Option(help="Its folder; default: the policy that ships.")] = None,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems of each kind.")] = 1000,
     cost: Annotated[bool, typer.Option(help="Also measure training of the server.")] = True,
+    root: Annotated[Path | None, typer.Option(help="Folder of the data sets; default: the cache.")] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Markdown file for the tables.")] = None,
 ) -> None:
     """Compare a trained agent with what needs no training."""
     if process not in EVALUATIONS:
         raise ConfigError(unknown("process", process, EVALUATIONS))
-    tables = EVALUATIONS[process](policy, problems, cost)
+    tables = EVALUATIONS[process](policy, problems, cost, root)
     for table in tables:
         out.print(table.for_terminal())
     if out_file is not None:

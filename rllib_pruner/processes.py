@@ -40,6 +40,14 @@ class Process(Protocol):
     features: ClassVar[int]
     actions: ClassVar[tuple[str, ...]]
 
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Make what training needs and what is not there yet, e.g. logs; go on with what was begun.
+
+        Args:
+            say: takes a line for whoever waits.
+        """
+        ...
+
     def environment(self) -> tuple[type[gymnasium.Env[Any, Any]], dict[str, Any]]:
         """Return an environment's class, and the config that RLlib gives it."""
         ...
@@ -74,6 +82,9 @@ class RateSearchProcess:
     families: dict[Family, NonNegativeFloat] = field(default_factory=lambda: dict.fromkeys(FAMILIES, 1.0))
     problems: PositiveInt = 100
     enough: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Nothing: curves are made as they are needed."""
 
     def environment(self) -> tuple[type[gymnasium.Env[Any, Any]], dict[str, Any]]:
         """Return RateSearchEnv and its config."""

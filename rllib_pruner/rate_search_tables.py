@@ -53,13 +53,14 @@ class Outcome:
         ]
 
 
-def tables(policy: Path | None, curves: int, with_cost: bool) -> list[Table]:
+def tables(policy: Path | None, curves: int, with_cost: bool, root: Path | None = None) -> list[Table]:
     """Compare a policy with the line searches.
 
     Args:
         policy: its folder; None: the one that ships.
         curves: held-out curves of each family, at the paper's step and FRLP's default range.
         with_cost: also measure what a server's fine-tune takes, which is minutes of training.
+        root: folder of data sets; not used, for curves need none.
     """
     agent = TrainedPolicy.load(policy, PROCESS, OBSERVATION_VERSION, FEATURES)
     table = TabularQ()

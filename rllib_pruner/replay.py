@@ -23,6 +23,7 @@ WEIGHTS = {
     "accuracy": 3.0,
     "loss": 3.0,
     "progress": 2.0,
+    "stages left": 2.0,
     "probe 0.75": 2.0,
     "probe 0.5": 2.0,
     "probe 0.3": 2.0,
@@ -31,6 +32,10 @@ WEIGHTS = {
     "on the wire": 0.1,
 }
 """How much a feature counts in the distance of two situations, beside its spread in the log; others 1."""
+
+
+STAGES_APART = 1
+"""How many stages a situation may lie before or after the one it is compared with."""
 
 
 class Log:
@@ -56,7 +61,7 @@ class Log:
         return bool(self.action[row] < 0)
 
     def similar(self, row: int, action: int | None, count: int) -> NDArray[np.int64]:
-        """Return the rows of the same stage that are most similar to a row; maybe none.
+        """Return the rows of about the same stage that are most similar to a row; maybe none.
 
         Args:
             row: any but the end of a run.
@@ -66,7 +71,7 @@ class Log:
         key = (int(self.stage[row]), action)
         if key not in self._where:
             done = self.action >= 0 if action is None else self.action == action
-            self._where[key] = np.flatnonzero((self.stage == key[0]) & done)
+            self._where[key] = np.flatnonzero((abs(self.stage - key[0]) <= STAGES_APART) & done)
         rows = self._where[key]
         if len(rows) <= count:
             return rows

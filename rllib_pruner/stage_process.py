@@ -53,13 +53,18 @@ class StageProcess:
     problems: PositiveInt = 8
     preferences: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.1, 0.3)
 
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Play the episodes that the log lacks, where training is by replay."""
+        if not self.replay:
+            return
+        for done in logs.collect(self.log, asdict(self.federations), self.episodes, self.first):
+            say(f"{min(done, self.episodes):,} of {self.episodes:,} federations are logged in {self.log}")
+
     def environment(self) -> tuple[type[gymnasium.Env[Any, Any]], dict[str, Any]]:
-        """Return ReplayEnv, after playing the episodes that its log lacks, or StageEnv; and its config."""
+        """Return ReplayEnv or StageEnv, and its config."""
         common = {"flops_weight": self.flops_weight}
         if not self.replay:
             return StageEnv, common | {"federations": asdict(self.federations)}
-        for _ in logs.collect(self.log, asdict(self.federations), self.episodes, self.first):
-            pass
         return ReplayEnv, common | {"log": str(self.log.resolve()), "neighbours": self.neighbours}
 
     def judge(self, acts: Callable[[NDArray[np.float32]], NDArray[np.int64]]) -> dict[str, float]:

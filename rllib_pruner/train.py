@@ -59,6 +59,8 @@ def train(
         place = out_dir or numbered(RUNS, plan.name)
         process = next(iter(plan.trials.values())).process.name
         err.print(f"training in {place}; starting Ray …")
+        for trial in plan.trials.values():
+            trial.process.options.prepare(err.print)
         if plan.has_space:
             err.print(f"best: {train_all(plan, place, _say_trial)}")
         else:

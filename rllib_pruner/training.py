@@ -168,8 +168,7 @@ def _build(config: TrainConfig) -> Any:
 
 def _about(config: TrainConfig, env_steps: int) -> dict[str, Any]:
     """Return what `policy.json` says, beside what `save` adds; nothing of the machine."""
-    process, tree = config.process.options, config.to_tree()
-    del tree["tracking"]
+    process = config.process.options
     return {
         "process": process.name,
         "version": process.version,
@@ -179,5 +178,5 @@ def _about(config: TrainConfig, env_steps: int) -> dict[str, Any]:
         "seed": config.seed,
         "env_steps": env_steps,
         "config_digest": config.digest,
-        "config": tree,
+        "config": config.portable(),
     }

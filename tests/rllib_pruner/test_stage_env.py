@@ -133,7 +133,7 @@ def test_the_replay_of_one_episode_is_that_episode(log: Path) -> None:
     alone = log.parent / "alone"
     alone.mkdir(exist_ok=True)
     logs.write(first.to_dict("records"), alone / "episodes-00000.parquet")
-    env = ReplayEnv({"log": alone, "preference": 0.3})
+    env = ReplayEnv({"log": alone, "preference": 0.3, "neighbours": 1})
     seen, _ = env.reset(seed=0)
     total, ended, steps = 0.0, False, 0
     while not ended:
@@ -152,9 +152,10 @@ def test_the_most_similar_stages_are_found(log: Path) -> None:
     for row in np.flatnonzero(logged.action >= 0)[:20]:
         found = logged.similar(int(row), int(logged.action[row]), 1)
         assert len(found) == 1
-        same_stage = logged.stage[found[0]] == logged.stage[row]
-        assert same_stage and logged.action[found[0]] == logged.action[row]
-        assert found[0] == row
+        assert found[0] == row  # nothing is more similar than itself
+        others = logged.similar(int(row), 0, 5)
+        assert (abs(logged.stage[others] - logged.stage[row]) <= 1).all()
+        assert (logged.action[others] == 0).all()
 
 
 def test_no_log_says_what_to_do(tmp_path: Path) -> None:
