@@ -6,7 +6,6 @@ learning rate, local epochs, number of rounds, devices.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from fedray.experiment.run import Federation
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Server
+from fedray.types import LocalPath
 
 STAGES = 12
 """Decisions of a run, in training as in `staged`."""
@@ -42,7 +42,7 @@ class Federations:
     """
 
     cases: tuple[tuple[str, str], ...] = (("digits", "mlp"),)
-    root: Path | None = None
+    root: LocalPath | None = None
     rounds: tuple[Annotated[int, Field(ge=STAGES)], int] = (18, 45)
     cohort: tuple[Annotated[int, Field(ge=1)], int] = (4, 10)
     lr: tuple[Annotated[float, Field(gt=0)], float] = (0.05, 0.3)

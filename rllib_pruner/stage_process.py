@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from fedray.pruning import stages
-from fedray.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rllib_pruner import logs
 from rllib_pruner.federations import Federations
 from rllib_pruner.replay import ReplayEnv
@@ -45,7 +45,7 @@ class StageProcess:
 
     federations: Federations = field(default_factory=Federations)
     replay: bool = True
-    log: Path = Path("runs/stage_log")
+    log: LocalPath = Path("runs/stage_log")
     episodes: PositiveInt = 800
     first: NonNegativeInt = 0
     neighbours: PositiveInt = 4

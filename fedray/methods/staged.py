@@ -13,7 +13,6 @@ multiple of its own scale.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -35,6 +34,7 @@ from fedray.types import (
     Density,
     Extra,
     Fraction,
+    LocalPath,
     Mask,
     NonNegativeFloat,
     PositiveFloat,
@@ -89,7 +89,7 @@ class Staged(Method):
     importance: Literal["magnitude", "gradient"] = "magnitude"
     schedule: Literal["linear", "cubic", "cosine", "geometric"] = "cubic"
     policy: Literal["schedule", "agent", "bandit"] = "schedule"
-    agent: Path | None = None
+    agent: LocalPath | None = None
     preference: PositiveFloat = 0.1
     budget: Density | None = None
     rollback: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5

@@ -9,6 +9,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from fedray.experiment import figures, paper
+from fedray.experiment.decisions import DECISIONS
 from fedray.experiment.rundata import load_run
 from fedray.experiment.settings import settings
 from tests.experiment.rundirs import lines_of, staged, write_run
@@ -32,15 +33,15 @@ def test_a_line_is_the_mean_over_seeds_where_all_were_measured(tmp_path):
 
 
 def test_fedavg_is_black_and_the_best_have_colours(tmp_path):
-    many = figures.MAX_NAMED + 3
+    many = paper.MAX_NAMED + 3
     paths = [write_run(tmp_path / "dense", accuracies=(0.1, 0.2))]
     paths += [write_run(tmp_path / f"t{n}", staged(threshold=n), (0.1, 0.3 + n / 100)) for n in range(many)]
     looks = figures.looks_of(settings_of(*paths))
     named = [look for look in looks if look.name is not None]
     assert [look.setting.label for look in looks[:4]] == [f"staged threshold={n}" for n in range(4)]
     assert len(looks) - len(named) == 4
-    assert named[0].name == "fedavg" and named[0].color == figures.BLACK
-    assert len({(look.color, look.stroke) for look in named}) == figures.MAX_NAMED
+    assert named[0].name == "fedavg" and named[0].color == paper.BLACK
+    assert len({(look.color, look.stroke) for look in named}) == paper.MAX_NAMED
 
 
 def test_density_of_clients_is_drawn_only_where_it_is_their_own(tmp_path):
@@ -86,5 +87,5 @@ def test_decisions_are_drawn_where_somebody_decided(tmp_path):
     lines[1]["metrics"] |= {"method/action": 2, "method/asked": 4, "method/factor": 0.75}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     plain = write_run(tmp_path / "b", staged(), (0.1, 0.5, 0.8))
-    assert figures.DECISIONS in figures.draw(settings_of(decided, plain))
-    assert figures.DECISIONS not in figures.draw(settings_of(plain))
+    assert DECISIONS in figures.draw(settings_of(decided, plain))
+    assert DECISIONS not in figures.draw(settings_of(plain))

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedray.errors import ConfigError
 from fedray.experiment import figures
+from fedray.experiment.decisions import DECISIONS
 from fedray.experiment.report import (
     accuracy_at,
     comparison,
@@ -262,7 +263,7 @@ def test_a_report_is_pictures_and_tables_and_touches_nothing_else(two):
     before = contents(two)
     report = write_report([two], target=0.8)
     assert report.path == two / "report"
-    pictures = [name for name in figures.NAMES if name != figures.DECISIONS]  # nobody decides in these
+    pictures = [name for name in figures.NAMES if name != DECISIONS]  # nobody decides in these
     assert [path.name for path in report.files] == [*pictures, "table.md", "table.csv"]
     for path in report.files[:5]:
         image = imread(path)

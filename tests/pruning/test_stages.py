@@ -1,5 +1,6 @@
 """The stage process: what is seen, what actions do, what is safe, what a decision brings."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from math import inf, nan
@@ -203,7 +204,7 @@ def test_a_reward_by_hand() -> None:
 
 def test_rewards_add_up_to_the_end() -> None:
     path = [replace(HERE, accuracy=a, spent_bytes=b) for a, b in [(0.1, 0.1), (0.5, 0.3), (0.7, 0.35)]]
-    brought = sum(reward(x, y, 0.2) for x, y in zip(path, path[1:], strict=False))
+    brought = sum(reward(x, y, 0.2) for x, y in itertools.pairwise(path))
     assert brought == pytest.approx(0.6 - 0.2 * 0.25)
 
 
