@@ -64,7 +64,12 @@ def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | Non
         root: folder with the data sets that are downloaded; None: the default cache.
     """
     trained = TrainedPolicy.load(policy, PROCESS, VERSION, len(FEATURES))
-    process = process_of(trained, root)
+    found = [comparison(trained, process_of(trained, root), problems)]
+    return [*found, _decision(trained)] if with_cost else found
+
+
+def comparison(trained: TrainedPolicy, process: StageProcess, problems: int) -> Table:
+    """Play held-out federations with the agent, the bandit and fixed ways to prune, at each λ."""
     env = StageEnv({"federations": asdict(process.federations), "flops_weight": process.flops_weight})
     numbers = [HELD_OUT + FRESH + number for number in range(problems)]
 
@@ -87,8 +92,7 @@ def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | Non
         f"{problems} federations of digits and MNIST that training never saw; bytes as a share of the dense "
         "model's; the difference of returns ± half of the 95 % t-interval, paired by federation."
     )
-    found = [Table("On held-out micro-federations", columns, rows, note)]
-    return found + ([_decision(trained)] if with_cost else [])
+    return Table("On held-out micro-federations", columns, rows, note)
 
 
 def process_of(trained: TrainedPolicy, root: Path | None) -> StageProcess:
