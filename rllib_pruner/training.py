@@ -20,7 +20,7 @@ from fedray.pruning.trained import TrainedPolicy, quiet, save
 from fedray.types import RoundReport
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row
-from rllib_pruner.learning_curve import draw_curve
+from rllib_pruner.learning_curve import draw_curves
 
 OnEvaluation = Callable[[Row], None]
 
@@ -115,7 +115,7 @@ def _track(
     status: RunStatus = "FAILED"
     try:
         rows = _learn(config, files, rows, report)
-        draw_curve(rows, files.path / "curve.png", config.process.name)
+        draw_curves({config.algorithm.name: rows}, files.path / "curve.png", config.process.name)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

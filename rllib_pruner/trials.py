@@ -13,6 +13,7 @@ from fedray.experiment.placement import start_ray
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
+from rllib_pruner.learning_curve import draw_curves
 from rllib_pruner.training import resume, train
 
 OnTrial = Callable[[str, Row], None]
@@ -56,6 +57,8 @@ def train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
     finish_parent(store, parent, "FAILED" if broken else "FINISHED")
     if broken:
         raise RunError("\n".join(f"trial {name} broke: {error}" for name, error in broken.items()))
+    trained = {name: TrainFiles.open(out / "trials" / name).progress() for name in plan.trials}
+    draw_curves(trained, out / "curve.png", plan.name)
     best = max(plan.trials, key=lambda name: _score(out / "trials" / name))
     shutil.copytree(out / "trials" / best / "policy", out / "policy")
     return best
