@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedray.pruning.stages import ACTIONS, FEATURES
+from fedray.pruning.observation import FEATURES
+from fedray.pruning.stages import ACTIONS
 from rllib_pruner.federations import STAGES
 from rllib_pruner.stage_env import StageEnv
 

@@ -14,7 +14,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from fedray.pruning.stages import ACTIONS, FEATURES, PREFERENCES
+from fedray.pruning.observation import FEATURES, PREFERENCES
+from fedray.pruning.stages import ACTIONS
 from rllib_pruner import logs
 
 WEIGHTS = {

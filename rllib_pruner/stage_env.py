@@ -17,8 +17,9 @@ from fedray.federation.method import ServerContext
 from fedray.federation.server import Server
 from fedray.federation.situation import look, travelled
 from fedray.methods.staged import Staged, StagedMemory, made
-from fedray.pruning import stages
-from fedray.pruning.stages import ACTIONS, FEATURES, PREFERENCES, Situation
+from fedray.pruning import observation, stages
+from fedray.pruning.observation import FEATURES, PREFERENCES, Situation
+from fedray.pruning.stages import ACTIONS
 from fedray.types import ServerState
 from rllib_pruner.federations import Federations, server_of
 
@@ -91,7 +92,7 @@ class Episode:
 class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
     """Gymnasium's view of the stage process.
 
-    Observation: `stages.observe`, float32 (25,) in [−1, 1]. Actions: `stages.ACTIONS`. Reward:
+    Observation: `observation.observe`, float32 (25,) in [−1, 1]. Actions: `stages.ACTIONS`. Reward:
     `stages.reward` of what lies between two stages, from validation data.
 
     Args:
@@ -144,7 +145,7 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     def _observation(self) -> NDArray[np.float32]:
         assert self._episode is not None and self._now is not None
-        return stages.observe(self._now, self._episode.server.state.memory.journey, self._lambda)
+        return observation.observe(self._now, self._episode.server.state.memory.journey, self._lambda)
 
     def _info(self) -> dict[str, Any]:
         assert self._now is not None and self._episode is not None

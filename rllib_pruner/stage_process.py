@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from fedray.pruning import stages
+from fedray.pruning import observation, stages
 from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rllib_pruner import logs
 from rllib_pruner.federations import Federations
@@ -39,8 +39,8 @@ class StageProcess:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     name: ClassVar[str] = "stages"
-    version: ClassVar[int] = stages.VERSION
-    features: ClassVar[int] = len(stages.FEATURES)
+    version: ClassVar[int] = observation.VERSION
+    features: ClassVar[int] = len(observation.FEATURES)
     actions: ClassVar[tuple[str, ...]] = stages.ACTIONS
 
     federations: Federations = field(default_factory=Federations)

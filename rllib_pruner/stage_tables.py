@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from fedray.federation.decider import PROCESS
 from fedray.pruning import stages
-from fedray.pruning.stages import FEATURES, REGROW, VERSION
+from fedray.pruning.observation import FEATURES, VERSION
+from fedray.pruning.stages import REGROW
 from fedray.pruning.trained import TrainedPolicy
 from rllib_pruner import logs
 from rllib_pruner.config import TrainConfig

@@ -13,8 +13,8 @@ from typing import Literal
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
 from fedray.federation.situation import look
-from fedray.pruning import stages
-from fedray.pruning.stages import Journey, Situation
+from fedray.pruning import observation, stages
+from fedray.pruning.observation import Journey, Situation
 from fedray.pruning.trained import TrainedPolicy, policy_problem
 from fedray.types import Mask, ServerState
 
@@ -46,7 +46,7 @@ class Decider:
         """Return why the agent cannot be used, or None; costs no process."""
         if self.policy == "bandit":
             return None
-        return policy_problem(self.agent, PROCESS, stages.VERSION, len(stages.FEATURES))
+        return policy_problem(self.agent, PROCESS, observation.VERSION, len(observation.FEATURES))
 
     def decide(
         self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext, journey: Journey, left: float
@@ -76,8 +76,8 @@ class Decider:
         """Return the action that is asked for."""
         if self.policy == "bandit":
             return stages.bandit(journey.tried)
-        agent = TrainedPolicy.load(self.agent, PROCESS, stages.VERSION, len(stages.FEATURES))
-        return agent.act(stages.observe(now, journey, journey.preference))
+        agent = TrainedPolicy.load(self.agent, PROCESS, observation.VERSION, len(observation.FEATURES))
+        return agent.act(observation.observe(now, journey, journey.preference))
 
     def act(
         self, state: ServerState, ctx: ServerContext, journey: Journey, now: Situation, chosen: int

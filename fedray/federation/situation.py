@@ -7,8 +7,8 @@ from fedray.costs.devices import seconds
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
 from fedray.pruning.masks import top_k
+from fedray.pruning.observation import PROBES, Journey, Situation, layer_summary, ratio, spread
 from fedray.pruning.scores import magnitude
-from fedray.pruning.stages import PROBES, Journey, Situation, layer_summary, ratio, spread
 from fedray.types import Mask, Params, ServerState
 
 MOVED = "moved"

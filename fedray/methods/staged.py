@@ -25,9 +25,9 @@ from fedray.federation.decider import Decider, decided
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.federation.situation import MOVED, distance, travelled
 from fedray.pruning.masks import at_least, top_k
+from fedray.pruning.observation import Journey
 from fedray.pruning.schedules import SCHEDULES
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
-from fedray.pruning.stages import Journey
 from fedray.types import (
     ClientInfo,
     ClientUpdate,

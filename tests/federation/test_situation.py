@@ -13,8 +13,8 @@ from fedray.federation.server import Schedule
 from fedray.federation.situation import bytes_share, distance, look, travelled
 from fedray.methods.staged import Staged
 from fedray.pruning.masks import top_k
+from fedray.pruning.observation import PROBES, Situation
 from fedray.pruning.scores import magnitude
-from fedray.pruning.stages import PROBES, Situation
 from fedray.types import Mask, Params, ServerState
 from tests import small
 

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.pruning import stages
+from fedray.pruning import observation, stages
 from fedray.pruning.masks import top_k
-from fedray.pruning.stages import ACTIONS, FEATURES, REGROW, Journey, Situation, observe, reward, safe, wanted
+from fedray.pruning.observation import FEATURES, Journey, Situation, observe
+from fedray.pruning.stages import ACTIONS, REGROW, reward, safe, wanted
 from fedray.types import Layout, Mask, Params
 
 LAYOUT = Layout(("a", "b", "bias"), ((10, 8), (20,), (4,)), (True, True, False), (True, True, True))
@@ -109,18 +110,18 @@ def test_an_observation_is_finite_and_in_range(values, preference):
 def test_layer_summary_by_hand() -> None:
     mask = Mask(FULL.flat.clone(), LAYOUT)
     mask.flat[:40] = False  # half of a; its others are 41 … 80, and b is 81 … 100
-    sparsest, layer_spread, smaller_half = stages.layer_summary(PARAMS, mask)
+    sparsest, layer_spread, smaller_half = observation.layer_summary(PARAMS, mask)
     assert (sparsest, layer_spread) == pytest.approx((0.5, 0.25))
     squares = [w * w for w in range(41, 101)]
     assert smaller_half == pytest.approx(sum(squares[:30]) / sum(squares))
     nothing = Mask(~LAYOUT.prunable_flat, LAYOUT)
-    assert stages.layer_summary(PARAMS, nothing) == (0.0, 0.0, 0.5)
+    assert observation.layer_summary(PARAMS, nothing) == (0.0, 0.0, 0.5)
 
 
 def test_spread_and_ratio() -> None:
-    assert stages.spread([1.0, 3.0]) == pytest.approx(0.5)
-    assert stages.spread([]) == stages.spread([nan]) == stages.spread([0.0, 0.0]) == 0.0
-    assert (stages.ratio(1, 2), stages.ratio(0, 0), stages.ratio(1, 0)) == (0.5, 1.0, inf)
+    assert observation.spread([1.0, 3.0]) == pytest.approx(0.5)
+    assert observation.spread([]) == observation.spread([nan]) == observation.spread([0.0, 0.0]) == 0.0
+    assert (observation.ratio(1, 2), observation.ratio(0, 0), observation.ratio(1, 0)) == (0.5, 1.0, inf)
 
 
 # ── what actions do

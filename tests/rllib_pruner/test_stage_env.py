@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Server
 from fedray.methods.staged import Staged
-from fedray.pruning import stages
-from fedray.pruning.stages import ACTIONS, FEATURES, REGROW
+from fedray.pruning import observation
+from fedray.pruning.observation import FEATURES
+from fedray.pruning.stages import ACTIONS, REGROW
 from rllib_pruner import logs
 from rllib_pruner.federations import STAGES, Federations, server_of
 from rllib_pruner.replay import Log, ReplayEnv
@@ -176,4 +177,4 @@ def test_the_server_is_in_this_process() -> None:
     config = Federations(**SMALL).draw(0, {"name": "fedavg"})  # type: ignore[arg-type]
     server = server_of(config)
     assert isinstance(server, Server) and isinstance(server.pool, LocalPool)
-    assert StageProcess.version == stages.VERSION
+    assert StageProcess.version == observation.VERSION

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedray.pruning.stages import ACTIONS, FEATURES, VERSION
+from fedray.pruning.observation import FEATURES, VERSION
+from fedray.pruning.stages import ACTIONS
 from fedray.pruning.trained import TrainedPolicy, policy_problem, shipped
 from rllib_pruner.config import Plan
 from rllib_pruner.stage_process import StageProcess

@@ -1,0 +1,130 @@
+"""Who decides at the stages of `staged`: when, from what, within what bounds, and what is remembered."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedray.errors import ConfigError
+from fedray.experiment.config import RunConfig
+from fedray.federation.server import Schedule
+from fedray.methods.staged import Staged
+from fedray.pruning import observation
+from tests import small
+
+WEIGHTS = 128
+"""Prunable weights of small.MLP."""
+TWELVE = Schedule(rounds=12, cohort=6)
+
+
+class Fixed:
+    """A policy that plays actions from a list, and keeps what it was shown."""
+
+    def __init__(self, actions: list[int]) -> None:
+        self.actions, self.seen = actions, list[np.ndarray]()
+
+    def act(self, observation: np.ndarray) -> int:
+        self.seen.append(observation)
+        return self.actions[len(self.seen) - 1]
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Fixed:
+    policy = Fixed([3, 0, 5, 1, 0, 0])
+    monkeypatch.setattr("fedray.federation.decider.TrainedPolicy.load", lambda *_: policy)
+    return policy
+
+
+def test_an_agent_decides_at_each_stage(agent: Fixed) -> None:
+    method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, rollback=1e9)
+    reports = small.run(small.server(method, schedule=TWELVE))
+    found = [report.metrics["density/global"] for report in reports]
+    assert [round(found[r] * WEIGHTS) for r in range(1, 7)] == [64, 64, 70, 63, 63, 63]
+    decided = [r.round for r in reports if "method/action" in r.metrics]
+    assert decided == [1, 2, 3, 4, 5, 6] and len(agent.seen) == 6
+    assert [reports[r].metrics["method/asked"] for r in decided] == agent.actions
+    assert reports[1].metrics["method/factor"] == 0.5
+    shown = [dict(zip(observation.FEATURES, seen.tolist(), strict=True)) for seen in agent.seen]
+    assert [s["density"] for s in shown] == pytest.approx(found[0:6])
+    assert [s["progress"] for s in shown] == pytest.approx([r / 12 for r in decided])
+    assert all(s["preference"] == pytest.approx(0.5) for s in shown)
+
+
+def test_what_would_spoil_the_model_is_not_done(agent: Fixed) -> None:
+    agent.actions = [4] * 6
+    method = Staged(
+        policy="agent", stages=6, start=1 / 12, until=0.5, rollback=1.0
+    )  # not the least rise of the loss
+    for report in small.run(small.server(method, schedule=TWELVE)):
+        if "method/action" in report.metrics:
+            assert report.metrics["method/action"] <= report.metrics["method/asked"] == 4
+
+
+def test_the_traffic_of_all_rounds_is_counted(agent: Fixed) -> None:
+    server = small.server(Staged(policy="agent", stages=6, start=1 / 12, until=0.5), schedule=TWELVE)
+    last = small.run(server)[-1].metrics
+    dense = 12 * 6 * 2 * 4 * server.place.model.layout.size
+    spent = server.state.memory.journey.spent_bytes
+    assert spent == pytest.approx((last["total/bytes/up"] + last["total/bytes/down"]) / dense)
+
+
+def test_a_tight_budget_raises_the_price_and_a_wide_one_lowers_it(agent: Fixed) -> None:
+    prices = {}
+    for budget in (0.05, 0.95):
+        agent.seen.clear()
+        method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, budget=budget)
+        reports = small.run(small.server(method, schedule=TWELVE))
+        prices[budget] = [r.metrics["method/preference"] for r in reports if "method/preference" in r.metrics]
+        shown = [10 ** (2 * float(seen[-1]) - 2) for seen in agent.seen]
+        assert shown == pytest.approx(prices[budget], rel=1e-3)
+    assert prices[0.05] == sorted(prices[0.05]) and prices[0.05][-1] == 1.0
+    assert prices[0.95] == sorted(prices[0.95], reverse=True) and prices[0.95][-1] < 0.1
+
+
+@pytest.mark.parametrize("policy", ["bandit", "agent"])
+def test_the_same_seed_gives_the_same_decisions(policy: Any, agent: Fixed) -> None:
+    method = Staged(policy=policy, stages=6, start=1 / 12, until=0.5)
+    first, second = (small.server(method, schedule=TWELVE) for _ in range(2))
+    small.run(first)
+    agent.seen.clear()
+    small.run(second)
+    assert first.model.sha256 == second.model.sha256
+    assert first.state.memory.journey.tried == second.state.memory.journey.tried
+
+
+def test_decisions_go_on_from_a_checkpoint() -> None:
+    method = Staged(policy="bandit", stages=9)
+    whole = small.server(method, schedule=TWELVE)
+    small.run(whole)
+    first = small.server(method, schedule=TWELVE)
+    first.setup()
+    for _ in range(5):
+        first.step()
+    second = small.server(method, schedule=TWELVE, checkpoint=first.checkpoint)
+    small.run(second)
+    assert second.model.sha256 == whole.model.sha256
+
+
+def test_by_default_a_policy_decides_twelve_times_from_the_first_round() -> None:
+    server = small.server(Staged(policy="bandit"), schedule=Schedule(rounds=60, cohort=2))
+    server.setup()
+    assert server.state.memory.stages == (1, 5, 10, 15, 20, 25, 29, 34, 39, 44, 49, 54)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"policy": "bandit", "threshold": 0.5}, r"method\.policy=bandit prunes by magnitude"),
+        ({"policy": "bandit", "importance": "gradient"}, r"set method\.policy=schedule"),
+        ({"agent": "here"}, r"method\.agent is given, but method\.policy=schedule"),
+        ({"policy": "agent", "agent": "nowhere"}, r"method\.agent: .*nowhere.*rllib_pruner\.train"),
+        ({"budget": 0.3}, r"method\.budget is given, but a schedule keeps to none"),
+        ({"policy": "bandit", "budget": 0}, r"method\.budget"),
+        ({"policy": "bandit", "rollback": 0.9}, r"method\.rollback"),
+        ({"policy": "bandit", "preference": 0}, r"method\.preference"),
+        ({"policy": "agnt"}, r"method\.policy"),
+    ],
+)
+def test_policies_that_cannot_be_are_refused(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        RunConfig.from_tree({"method": {"name": "staged", **options}, "tracking": {"uri": "none"}})
