@@ -27,6 +27,8 @@ from rllib_pruner.tables import Table
 
 Floats = NDArray[np.float64]
 RESAMPLES = 10_000
+CONSTANT = ("fedavg", "snip", "random_mask")
+"""Methods whose mask never moves after the set-up."""
 MEGA = 1e6
 
 out = Console(soft_wrap=True)
@@ -40,15 +42,17 @@ class Judged:
 
     Args:
         label: what tells it apart.
-        kind: `agent`, `fixed` (a schedule or a constant density), or `other`.
+        kind: `agent`, `schedule`, `constant` (a density that never changes), or `other`.
         bytes: (seeds,), totals of a run, set-up included.
         accuracy: (seeds,), of the final model on the test set.
+        validation: (seeds,), on the validation set, which is what one may choose by.
     """
 
     label: str
     kind: str
     bytes: Floats
     accuracy: Floats
+    validation: Floats
 
 
 def read(path: Path) -> list[Judged]:
@@ -72,12 +76,24 @@ def _judged(setting: Setting) -> Judged:
     name, policy = setting.flat.get("method.name"), setting.flat.get("method.policy", "schedule")
     kind = "other"
     if name == "staged":
-        kind = {"schedule": "fixed", "agent": "agent"}.get(str(policy), "other")
-    if name in ("snip", "random_mask", "fedavg"):
-        kind = "fixed"
+        kind = {"schedule": "schedule", "agent": "agent"}.get(str(policy), "other")
+    elif name in CONSTANT:
+        kind = "constant"
     moved = [run.last("total/bytes/up") + run.last("total/bytes/down") for run in runs]
     accuracy = [run.last("test/accuracy") for run in runs]
-    return Judged(setting.label, kind, np.array(moved), np.array(accuracy))
+    validation = [run.last("val/accuracy") for run in runs]
+    return Judged(setting.label, kind, np.array(moved), np.array(accuracy), np.array(validation))
+
+
+def tuned(constants: Sequence[Judged]) -> Judged:
+    """Return the constant density that is best on validation data, seed by seed, with all trials paid."""
+    best = np.argmax([one.validation for one in constants], axis=0)
+    accuracy, validation = (
+        np.array([getattr(constants[k], name)[seed] for seed, k in enumerate(best)])
+        for name in ("accuracy", "validation")
+    )
+    moved = np.sum([one.bytes for one in constants], axis=0)
+    return Judged(f"best of {len(constants)} constants, all paid", "tuned", moved, accuracy, validation)
 
 
 def front(fixed: Sequence[Judged]) -> list[Judged]:
@@ -123,12 +139,14 @@ def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
 
 def tables(judged: Sequence[Judged]) -> list[Table]:
     """Return what the judgement says: every setting beside the front of the fixed ones."""
-    fixed = [one for one in judged if one.kind == "fixed"]
+    fixed = [one for one in judged if one.kind in ("schedule", "constant")]
     if not fixed:
         raise ConfigError("no schedule and no constant density among the runs to compare with")
     best = front(fixed)
+    sparse = [one for one in judged if one.kind == "constant" and "fedavg" not in one.label]
+    shown = [*judged, tuned(sparse)] if len(sparse) > 1 else judged
     rows = []
-    for one in sorted(judged, key=lambda judged: (judged.kind, float(judged.bytes.mean()))):
+    for one in sorted(shown, key=lambda judged: (judged.kind, float(judged.bytes.mean()))):
         rows.append(_row(one, best))
     note = (
         f"IQM and 95 % bootstrap interval over {len(judged[0].bytes)} seeds. The front: "

@@ -5,17 +5,17 @@ import pytest
 
 from fedray.errors import ConfigError
 from rllib_pruner import judge
-from rllib_pruner.judge import Judged, at_accuracy, at_bytes, front, interquartile_mean, interval
+from rllib_pruner.judge import Judged, at_accuracy, at_bytes, front, interquartile_mean, interval, tuned
 from tests.experiment.rundirs import write_run
 
 
 def judged(label: str, kind: str, moved: list[float], accuracy: list[float]) -> Judged:
-    return Judged(label, kind, np.array(moved), np.array(accuracy))
+    return Judged(label, kind, np.array(moved), np.array(accuracy), np.array(accuracy[::-1]))
 
 
-SMALL = judged("small", "fixed", [10.0, 10.0], [0.5, 0.7])
-LARGE = judged("large", "fixed", [1000.0, 1000.0], [0.8, 0.8])
-WASTE = judged("waste", "fixed", [100.0, 100.0], [0.55, 0.6])  # more bytes than SMALL, less accurate
+SMALL = judged("small", "constant", [10.0, 10.0], [0.5, 0.7])
+LARGE = judged("large", "schedule", [1000.0, 1000.0], [0.8, 0.8])
+WASTE = judged("waste", "schedule", [100.0, 100.0], [0.55, 0.6])  # more bytes than SMALL, less accurate
 
 
 def test_the_front_leaves_out_who_is_beaten_with_fewer_bytes() -> None:
@@ -35,6 +35,14 @@ def test_the_interquartile_mean_by_hand() -> None:
     # of five, the middle 2.5: all of the third, three quarters of its neighbours
     assert interquartile_mean(np.array([0.0, 1.0, 2.0, 5.0, 9.0])) == pytest.approx((0.75 + 2 + 3.75) / 2.5)
     assert interquartile_mean(np.array([7.0])) == 7.0
+
+
+def test_whoever_tunes_pays_for_all_trials() -> None:
+    first = judged("first", "constant", [10.0, 20.0], [0.5, 0.7])  # validation 0.7, 0.5
+    second = judged("second", "constant", [1.0, 2.0], [0.6, 0.65])  # validation 0.65, 0.6
+    best = tuned([first, second])
+    assert best.accuracy.tolist() == [0.5, 0.65]  # chosen by validation, not by the test set
+    assert best.bytes.tolist() == [11.0, 22.0]
 
 
 def test_an_interval_holds_the_mean_and_shrinks_to_a_point() -> None:
@@ -61,7 +69,7 @@ def test_runs_are_read_by_what_they_are(tmp_path) -> None:
         write_run(tmp_path / f"b{seed}", shared | {"method": staged | {"policy": "agent"}}, test=0.7, up=2e6)
         write_run(tmp_path / f"c{seed}", shared | {"method": {"name": "prunefl", "lr": 0.1}}, test=0.6)
     found = judge.read(tmp_path)
-    assert [one.kind for one in found] == ["fixed", "agent", "other"]
+    assert [one.kind for one in found] == ["schedule", "agent", "other"]
     assert found[0].bytes.tolist() == [6e6, 6e6]  # two rounds, a million up and two down
     assert found[1].accuracy.tolist() == [0.7, 0.7]
 
