@@ -33,6 +33,7 @@ class Decider:
         budget: traffic to keep to, as a share of the dense model's; None: none.
         min_density: nothing is pruned below it.
         rollback: largest factor by which pruning may raise the validation loss at once.
+        steepest: smallest factor of the density at once.
     """
 
     policy: Literal["agent", "bandit"]
@@ -41,6 +42,7 @@ class Decider:
     budget: float | None
     min_density: float
     rollback: float
+    steepest: float
 
     def problem(self) -> str | None:
         """Return why the agent cannot be used, or None; costs no process."""
@@ -89,7 +91,13 @@ class Decider:
             return ctx.validate(params, candidate)[1]
 
         action, moved = stages.safe(
-            chosen, params, mask, loss, min_density=self.min_density, rollback=self.rollback
+            chosen,
+            params,
+            mask,
+            loss,
+            min_density=self.min_density,
+            rollback=self.rollback,
+            steepest=self.steepest,
         )
         factor = moved.density / mask.density if mask.density else 1.0
         return moved, stages.after(journey, state.round, now, chosen, action, factor)

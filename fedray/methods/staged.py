@@ -74,6 +74,7 @@ class Staged(Method):
             `preference` and follows what is left, from stage to stage. None: λ stays.
         rollback: what an agent or a bandit prunes may raise the validation loss by this factor at once; else
             the next milder action is taken.
+        steepest: an agent or a bandit keeps at least this share of what is held at a stage.
         stages: how many there are; None: 4, or 12 for an agent or a bandit.
         start: the first stage, as a share of the run's rounds; None: 0.1, or 0 for an agent or a bandit.
         until: the last stage, as a share of the run's rounds; None: 0.5, or 0.9 for an agent or a bandit.
@@ -93,6 +94,7 @@ class Staged(Method):
     preference: PositiveFloat = 0.1
     budget: Density | None = None
     rollback: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
+    steepest: Fraction = 0.5
     stages: PositiveInt | None = None
     start: Fraction | None = None
     until: Fraction | None = None
@@ -102,7 +104,15 @@ class Staged(Method):
         """Who decides at each stage, if anybody does."""
         if self.policy == "schedule":
             return None
-        return Decider(self.policy, self.agent, self.preference, self.budget, self.min_density, self.rollback)
+        return Decider(
+            self.policy,
+            self.agent,
+            self.preference,
+            self.budget,
+            self.min_density,
+            self.rollback,
+            self.steepest,
+        )
 
     @property
     def span(self) -> tuple[int, float, float]:

@@ -83,11 +83,12 @@ def safe(
     *,
     min_density: float,
     rollback: float,
+    steepest: float = 0.0,
 ) -> tuple[int, Mask]:
     """Return the action that is carried out, and its mask: the one asked for, or the next milder safe one.
 
-    Safe is what leaves the validation loss within `rollback` times the loss without pruning; holding and
-    regrowing always are.
+    Safe is what keeps at least `steepest` of what is held and leaves the validation loss within `rollback`
+    times the loss without pruning; holding and regrowing always are.
 
     Args:
         action: what was asked for.
@@ -96,9 +97,12 @@ def safe(
         loss: validation loss of the model under a mask.
         min_density: as in `wanted`.
         rollback: ≥ 1.
+        steepest: smallest factor of the density at once, in [0, 1].
     """
     if action in (0, REGROW):
         return action, wanted(action, params, mask, min_density)
+    while FACTORS[action] < steepest:
+        action -= 1
     bound = rollback * loss(mask)
     for milder in range(action, 0, -1):
         moved = wanted(milder, params, mask, min_density)

@@ -185,6 +185,12 @@ def test_the_next_milder_action_is_taken(table: dict[float, float], done: int) -
     assert action == done and mask.density == pytest.approx(stages.FACTORS[done])
 
 
+@pytest.mark.parametrize(("steepest", "done"), [(0.0, 4), (0.3, 4), (0.31, 3), (0.5, 3), (0.8, 1), (0.95, 0)])
+def test_nothing_steeper_than_allowed_is_done(steepest: float, done: int) -> None:
+    action, mask = safe(4, PARAMS, FULL, lambda _: 1.0, min_density=0.01, rollback=1.5, steepest=steepest)
+    assert action == done and mask.density == pytest.approx(stages.FACTORS[done])
+
+
 @pytest.mark.parametrize("action", [0, REGROW])
 def test_holding_and_regrowing_cost_no_look_at_the_data(action: int) -> None:
     def never(mask: Mask) -> float:
