@@ -97,7 +97,8 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     Args:
         config: `federations` (options of `Federations`), `preference` (λ; None: drawn for each episode),
-            `seed` (of the first federation) and `flops_weight`.
+            `seed` (of the first federation), `flops_weight`, and `steepest` as in `staged` (0: whatever is
+            asked for may be done).
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -105,6 +106,7 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.federations = Federations(**config.get("federations", {}))
         self.preference: float | None = config.get("preference")
         self.flops_weight = float(config.get("flops_weight", 0.25))
+        self.steepest = float(config.get("steepest", 0.0))
         self._seed = int(config.get("seed", 0)) + 10_007 * int(getattr(config, "worker_index", 0))
         self.observation_space = gym.spaces.Box(-1.0, 1.0, (len(FEATURES),), np.float32)
         self.action_space = gym.spaces.Discrete(len(ACTIONS))
@@ -129,7 +131,8 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         number = int(options.get("federation", self._rng.integers(2**31)))
         drawn = float(np.exp(self._rng.uniform(*np.log(PREFERENCES))))
         self._lambda = float(options.get("preference", self.preference or drawn))
-        config = self.federations.draw(number, {"name": "staged", "policy": "bandit"})
+        method = {"name": "staged", "policy": "bandit", "steepest": self.steepest}
+        config = self.federations.draw(number, method)
         self._episode = Episode(server_of(config, PausedStaged(**vars(config.method.options))))
         self._now = self._episode.begin()
         return self._observation(), self._info()

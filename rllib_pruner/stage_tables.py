@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedray.federation.decider import PROCESS
+from fedray.methods.staged import Staged
 from fedray.pruning import stages
 from fedray.pruning.observation import FEATURES, VERSION
 from fedray.pruning.stages import REGROW
@@ -34,11 +35,10 @@ def in_order(*actions: int) -> Choose:
 
 FIXED: dict[str, Choose] = {
     "dense": in_order(),
-    "0.3 at the first stage": in_order(4),
-    "0.09 in two stages": in_order(4, 4),
+    "0.5 at the first stage": in_order(3),
     "0.1 in five stages": in_order(3, 3, 3, 2, 1),
     "0.1 in eight stages": in_order(2, 2, 2, 2, 2, 2, 2, 2),
-    "0.09 in two, regrown at the end": in_order(4, 4, 0, 0, 0, 0, 0, 0, REGROW, REGROW),
+    "0.1 in five, regrown at the end": in_order(3, 3, 3, 2, 1, 0, 0, 0, REGROW, REGROW),
 }
 
 
@@ -71,7 +71,8 @@ def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | Non
 
 def comparison(trained: TrainedPolicy, process: StageProcess, problems: int) -> Table:
     """Play held-out federations with the agent, the bandit and fixed ways to prune, at each λ."""
-    env = StageEnv({"federations": asdict(process.federations), "flops_weight": process.flops_weight})
+    options = {"flops_weight": process.flops_weight, "steepest": Staged.steepest}  # as in a run
+    env = StageEnv({"federations": asdict(process.federations), **options})
     numbers = [HELD_OUT + FRESH + number for number in range(problems)]
 
     def ends(choose: Callable[[], Choose], preference: float) -> Ends:

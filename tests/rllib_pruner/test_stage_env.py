@@ -55,7 +55,7 @@ def test_an_episode_is_the_run_that_the_same_decisions_make(monkeypatch: pytest.
 
     monkeypatch.setattr("fedray.federation.decider.TrainedPolicy.load", lambda *_: Played())
     config = Federations(**SMALL).draw(7, {"name": "staged", "policy": "bandit"})  # type: ignore[arg-type]
-    options = {**vars(config.method.options), "policy": "agent", "preference": 0.2}
+    options = {**vars(config.method.options), "policy": "agent", "preference": 0.2, "steepest": 0.0}
     server = server_of(config, Staged(**options))
     server.setup()
     reports = []
