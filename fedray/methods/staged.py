@@ -94,7 +94,7 @@ class Staged(Method):
     preference: PositiveFloat = 0.1
     budget: Density | None = None
     rollback: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
-    steepest: Fraction = 0.5
+    steepest: Fraction = 0.0
     stages: PositiveInt | None = None
     start: Fraction | None = None
     until: Fraction | None = None
