@@ -76,9 +76,9 @@ class Episode:
     def act(self, now: Situation, action: int) -> None:
         """Carry out an action as `Staged` would have in the round that was just made."""
         state, decider = self._state(), self.server.method.decider  # type: ignore[attr-defined]
-        mask, journey = decider.act(state, self._ctx(), state.memory.journey, now, action)
+        state, journey = decider.act(state, self._ctx(), state.memory.journey, now, action)
         memory = replace(state.memory, journey=journey)
-        self.server.checkpoint.state = replace(state, round=state.round + 1, mask=mask, memory=memory)
+        self.server.checkpoint.state = replace(state, round=state.round + 1, memory=memory)
 
     def _state(self) -> ServerState:
         return replace(self.server.state, round=self.server.state.round - 1)

@@ -52,8 +52,8 @@ class Decider:
 
     def decide(
         self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext, journey: Journey, left: float
-    ) -> tuple[Mask, Journey]:
-        """Return the mask after a stage, and the journey.
+    ) -> tuple[ServerState, Journey]:
+        """Return the state after a stage, and the journey.
 
         Args:
             state: after aggregation.
@@ -83,8 +83,8 @@ class Decider:
 
     def act(
         self, state: ServerState, ctx: ServerContext, journey: Journey, now: Situation, chosen: int
-    ) -> tuple[Mask, Journey]:
-        """Carry out an action as far as it is safe; return the mask and the journey after it."""
+    ) -> tuple[ServerState, Journey]:
+        """Carry out an action as far as it is safe; return the state and the journey after it."""
         params, mask = state.params, state.mask
 
         def loss(candidate: Mask) -> float:
@@ -100,7 +100,8 @@ class Decider:
             steepest=self.steepest,
         )
         factor = moved.density / mask.density if mask.density else 1.0
-        return moved, stages.after(journey, state.round, now, chosen, action, factor)
+        state = replace(state, params=stages.regrown(params, mask, moved), mask=moved)
+        return state, stages.after(journey, state.round, now, chosen, action, factor)
 
 
 def decided(journey: Journey, round: int) -> Mapping[str, float]:

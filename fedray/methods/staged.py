@@ -187,8 +187,8 @@ class Staged(Method):
             return state
         if decider:
             left = 1 - made(rounds, state.round)
-            mask, journey = decider.decide(state, cohort, ctx, state.memory.journey, left)
-            return replace(state, mask=mask, memory=replace(state.memory, journey=journey))
+            state, journey = decider.decide(state, cohort, ctx, state.memory.journey, left)
+            return replace(state, memory=replace(state.memory, journey=journey))
         scores = self.scores(state, cohort)
         if self.threshold is not None:
             if self.threshold_unit == "layer":

@@ -112,6 +112,20 @@ def safe(
     return 0, mask
 
 
+def regrown(params: Params, before: Mask, after: Mask) -> Params:
+    """Return the weights after a mask has moved: what comes back starts from zero.
+
+    Its value from behind the mask belongs to another model by now, and would disturb this one; a zero leaves
+    what the model computes as it is.
+    """
+    back = after.flat & ~before.flat
+    if not bool(back.any()):
+        return params
+    flat = params.flat.clone()
+    flat[back] = 0.0
+    return Params(flat, params.layout)
+
+
 def bandit(tried: Sequence[tuple[int, float]], explore: float = 0.05) -> int:
     """Return the action with the highest upper confidence bound (UCB1); each is tried once first.
 

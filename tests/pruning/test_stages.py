@@ -145,6 +145,16 @@ def test_regrowing_takes_the_largest_behind_the_mask() -> None:
     assert sorted(new.tolist()) == [46, 47, 48, 49, 50]
 
 
+def test_what_comes_back_starts_from_zero() -> None:
+    half = wanted(3, PARAMS, FULL, 0.01)
+    grown = wanted(REGROW, PARAMS, half, 0.01)
+    after = stages.regrown(PARAMS, half, grown)
+    back = grown.flat & ~half.flat
+    assert after.flat[back].tolist() == [0.0] * 5
+    assert torch.equal(after.flat[~back], PARAMS.flat[~back])
+    assert stages.regrown(PARAMS, FULL, half) is PARAMS
+
+
 def test_nothing_is_pruned_below_the_floor() -> None:
     third = wanted(4, PARAMS, FULL, 0.01)
     assert wanted(4, PARAMS, third, 0.2).density == pytest.approx(0.2)
