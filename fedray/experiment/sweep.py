@@ -114,7 +114,9 @@ def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
         if parent:
             (path / "mlflow.json").write_text(f'{{"run_id": "{parent}"}}\n', encoding="utf-8")
         errors = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
-        for point in waiting:
+        # a trial that ended without finishing was stopped on purpose, or cut short with the whole sweep (Tune
+        # catches signals); only a scheduler stops on purpose
+        for point in waiting if plan.tune.scheduler != "fifo" else ():
             _settle(_place(path, point), errors.get(point.name), Tracking(store=store, parent=parent))
         finish_parent(store, parent, "FINISHED", [path / "sweep.yaml"])
     else:

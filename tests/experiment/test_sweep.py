@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def test_a_failed_trial_is_reported_and_a_sweep_goes_on_with_what_is_missing(ray
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_can_be_gone_on_from(in_tmp):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_sweep_can_be_gone_on_from(in_tmp, how):
     planned = plan(in_tmp, {"seed": {"grid": [0, 1]}}, {"concurrent": 2}, rounds=400)
     assert len(planned.points) == 2
     command = [sys.executable, "-m", "fedray.cli", "sweep", "some_sweep.yaml", "--out", "sweep"]
@@ -150,8 +152,12 @@ def test_a_killed_sweep_can_be_gone_on_from(in_tmp):
     try:
         logs = [in_tmp / "sweep" / "trials" / point.name / "rounds.jsonl" for point in planned.points]
         wait_until(lambda: all(log.exists() and log.read_text().count("\n") > 5 for log in logs), process)
+        if how != signal.SIGKILL:  # Tune catches these, and ends the trials in its own way
+            process.send_signal(how)
+            process.wait(timeout=60)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not list(in_tmp.glob("sweep/trials/*/result.json"))
     done = subprocess.run(
