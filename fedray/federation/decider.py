@@ -34,6 +34,7 @@ class Decider:
         min_density: nothing is pruned below it.
         rollback: largest factor by which pruning may raise the validation loss at once.
         steepest: smallest factor of the density at once.
+        regrow_from: what comes back has its value from behind the mask, or starts from zero.
     """
 
     policy: Literal["agent", "bandit"]
@@ -43,6 +44,7 @@ class Decider:
     min_density: float
     rollback: float
     steepest: float
+    regrow_from: Literal["shadow", "zero"]
 
     def problem(self) -> str | None:
         """Return why the agent cannot be used, or None; costs no process."""
@@ -100,7 +102,9 @@ class Decider:
             steepest=self.steepest,
         )
         factor = moved.density / mask.density if mask.density else 1.0
-        state = replace(state, params=stages.regrown(params, mask, moved), mask=moved)
+        if self.regrow_from == "zero":
+            params = stages.regrown(params, mask, moved)
+        state = replace(state, params=params, mask=moved)
         return state, stages.after(journey, state.round, now, chosen, action, factor)
 
 

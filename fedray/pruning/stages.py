@@ -113,10 +113,9 @@ def safe(
 
 
 def regrown(params: Params, before: Mask, after: Mask) -> Params:
-    """Return the weights after a mask has moved: what comes back starts from zero.
+    """Return the weights after a mask has moved, with zeros in what comes back.
 
-    Its value from behind the mask belongs to another model by now, and would disturb this one; a zero leaves
-    what the model computes as it is.
+    A value from behind the mask belongs to an earlier model; a zero leaves what the model computes as it is.
     """
     back = after.flat & ~before.flat
     if not bool(back.any()):

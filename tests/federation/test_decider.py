@@ -128,3 +128,17 @@ def test_by_default_a_policy_decides_twelve_times_from_the_first_round() -> None
 def test_policies_that_cannot_be_are_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         RunConfig.from_tree({"method": {"name": "staged", **options}, "tracking": {"uri": "none"}})
+
+
+@pytest.mark.parametrize(("regrow_from", "zeros"), [("zero", True), ("shadow", False)])
+def test_what_comes_back_has_the_value_that_is_asked_for(agent: Fixed, regrow_from: Any, zeros: bool) -> None:
+    agent.actions = [3, 5, 0, 0, 0, 0]
+    method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, regrow_from=regrow_from)
+    server = small.server(method, schedule=TWELVE)
+    server.setup()
+    server.step()
+    before = server.state.mask
+    server.step()
+    back = server.state.mask.flat & ~before.flat
+    assert int(back.sum()) == 6
+    assert bool((server.state.params.flat[back] == 0).all()) is zeros
