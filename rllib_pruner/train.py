@@ -50,8 +50,9 @@ def train(
             raise ConfigError(
                 "--resume goes on with a training as it is: it takes neither --out nor key=value"
             )
-        process = TrainFiles.open(resume).config().process.name
-        place = resume
+        config = TrainFiles.open(resume).config()
+        process, place = config.process.name, resume
+        config.process.options.prepare(err.print)
         go_on(resume, on_evaluation=_say)
     else:
         assert file is not None
