@@ -113,11 +113,9 @@ def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
         parent = known or parent_run(store, path.name, {"sweep": plan.name}, plan.tree)
         if parent:
             (path / "mlflow.json").write_text(f'{{"run_id": "{parent}"}}\n', encoding="utf-8")
-        errors = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
-        # a trial that ended without finishing was stopped on purpose, or cut short with the whole sweep (Tune
-        # catches signals); only a scheduler stops on purpose
-        for point in waiting if plan.tune.scheduler != "fifo" else ():
-            _settle(_place(path, point), errors.get(point.name), Tracking(store=store, parent=parent))
+        errors, stopped = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
+        for name in sorted(stopped):
+            _settle(path / "trials" / name, Tracking(store=store, parent=parent))
         finish_parent(store, parent, "FINISHED", [path / "sweep.yaml"])
     else:
         errors = {}
@@ -127,8 +125,8 @@ def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
 
 def _fit(
     plan: Sweep, points: Sequence[Point], path: Path, tracking: Tracking, on_round: OnTrialRound | None
-) -> dict[str, str]:
-    """Run the points as Tune trials; return the errors by name."""
+) -> tuple[dict[str, str], set[str]]:
+    """Run the points as Tune trials; return the errors by name, and whom the scheduler stopped."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
@@ -136,6 +134,7 @@ def _fit(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
     by_name = {point.name: point for point in points}
     cpus, concurrent = _shares(plan, len(points))
+    stopped: set[str] = set()
     actors = _actors([point.config for point in points], cpus)
     # Ray leaves the trial's own bundle out, since it is empty; the selectors are of those that stay
     labels = [dict(options.labels) for options in actors]
@@ -151,7 +150,7 @@ def _fit(
         tune_config=tune.TuneConfig(
             metric=plan.tune.metric,
             mode=plan.tune.mode,
-            scheduler=_scheduler(plan),
+            scheduler=_scheduler(plan, stopped),
             max_concurrent_trials=concurrent,
         ),
         run_config=tune.RunConfig(
@@ -164,11 +163,12 @@ def _fit(
     )
     grid = tuner.fit()
     shutil.rmtree(path / ".tune", ignore_errors=True)  # all that matters is in the trials' own directories
-    return {
+    errors = {
         result.config["name"]: _reason(result.error)
         for result in grid
         if result.error is not None and result.config is not None
     }
+    return errors, stopped - errors.keys()
 
 
 def _trial(point: Point, path: Path, cpus: float, tracking: Tracking) -> None:
@@ -234,12 +234,24 @@ def _check_room(bundles: Sequence[Mapping[str, float]]) -> None:
             )
 
 
-def _scheduler(plan: Sweep) -> Any:
+def _scheduler(plan: Sweep, stopped: set[str]) -> Any:
+    """Return Tune's scheduler; it writes down whom it stops.
+
+    A trial that ended without finishing may also have been cut short with the whole sweep, for Tune catches
+    signals; from outside the two look alike.
+    """
     if plan.tune.scheduler == "fifo":
         return None
     from ray.tune.schedulers import ASHAScheduler
 
-    return ASHAScheduler(
+    class Noting(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
+        def on_trial_result(self, controller: Any, trial: Any, result: Any) -> str:
+            decision: str = super().on_trial_result(controller, trial, result)
+            if decision == self.STOP:
+                stopped.add(trial.config["name"])
+            return decision
+
+    return Noting(
         time_attr="round",
         max_t=plan.rounds,
         grace_period=min(plan.rounds, plan.tune.grace_rounds or max(1, plan.rounds // 4)),
@@ -281,12 +293,12 @@ def _status(place: Path) -> Status:
     return status
 
 
-def _settle(place: Path, error: str | None, tracking: Tracking) -> None:
-    """Write down that the scheduler stopped a trial.
+def _settle(place: Path, tracking: Tracking) -> None:
+    """Write down that the scheduler stopped a trial, unless it had finished.
 
     It was ended from outside, and could not do so itself.
     """
-    if error is not None or _status(place) != "failed":
+    if _status(place) != "failed":
         return
     files = RunFiles(place)
     rounds = files.rounds()
