@@ -13,7 +13,7 @@ from fedray.errors import ConfigError, unknown
 from fedray.models.cnn import CNN, CONV2
 from fedray.models.fedlp_cnn import FEDLP_CNN, FEDLP_CNN_EXITS
 from fedray.models.lenet import LENET5
-from fedray.models.mlp import MLP
+from fedray.models.mlp import MLP, MLP_WIDE
 from fedray.models.norms import Norm
 from fedray.models.resnet import RESNET18
 from fedray.models.spec import Architecture, InputShape, ModelSpec, layout_of
@@ -23,6 +23,7 @@ __all__ = ["MODELS", "Architecture", "InputShape", "ModelSpec", "Norm", "build_m
 
 MODELS: dict[str, Architecture] = {
     "mlp": MLP,
+    "mlp_wide": MLP_WIDE,
     "lenet5": LENET5,
     "cnn": CNN,
     "vgg11": VGG11,

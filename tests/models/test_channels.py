@@ -46,6 +46,7 @@ def test_the_groups_of_a_small_network_by_hand() -> None:
     ("name", "sizes"),
     [
         ("mlp", [200]),
+        ("mlp_wide", [512, 512]),
         ("lenet5", [6, 16, 120, 84]),
         ("cnn", [32, 64, 512]),
         ("vgg11", [64, 128, 256, 256, *[512] * 6]),

@@ -55,6 +55,7 @@ def trainable_count(spec: ModelSpec) -> int:
     ("name", "input_shape", "count"),
     [
         ("mlp", MNIST, 784 * 200 + 200 + 200 * 10 + 10),
+        ("mlp_wide", MNIST, 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10),
         ("lenet5", MNIST, 61_706),
         ("lenet5", CIFAR10, 62_006),
         ("cnn", MNIST, 1_663_370),  # McMahan et al. 2017
