@@ -24,6 +24,10 @@ STAGES = 12
 
 EXAMPLES_PER_CLIENT = (40, 120)
 VALIDATION_EXAMPLES = 500
+JURY_EXAMPLES = 3000
+"""By which an episode is paid: more than an agent sees, so that less of the reward is chance. Training examples
+that no client has, kept where a server's own would be."""
+
 DEVICES = ("phone", "raspberry_pi_4", "laptop", "jetson_nano")
 ALPHAS = (0.1, 0.5, 5.0)
 TRAIN_EXAMPLES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000}
@@ -58,9 +62,9 @@ class Federations:
         data, model = self.cases[int(rng.integers(len(self.cases)))]
         per_client = int(rng.integers(*EXAMPLES_PER_CLIENT))
         left = TRAIN_EXAMPLES[data]
-        share = min(0.25, VALIDATION_EXAMPLES / left)
+        share, jury = min(0.25, VALIDATION_EXAMPLES / left), min(0.2, JURY_EXAMPLES / left)
         cohort = int(rng.integers(self.cohort[0], self.cohort[1] + 1))
-        population = max(cohort, min(1000, int(left * (1 - share) / per_client)))
+        population = max(cohort, min(1000, int(left * (1 - share - jury) / per_client)))
         kind = str(rng.choice(["iid", "dirichlet"], p=[0.25, 0.75]))
         partition: dict[str, Any] = {"kind": kind}
         if kind == "dirichlet":
@@ -75,6 +79,7 @@ class Federations:
                 "data": {
                     "name": data,
                     "validation_fraction": share,
+                    "server_fraction": jury,
                     "partition": partition,
                     **({"root": str(self.root)} if self.root is not None and data != "digits" else {}),
                 },

@@ -1,6 +1,7 @@
 """Logs of micro-federations: what was seen at each stage, what was done, what came of it.
 
-Episodes are played by random styles (how long somebody prunes, and how hard), several at once as Ray tasks,
+Episodes are played in random styles (how long somebody prunes, and how hard; every other one follows a
+schedule towards a density), several at once as Ray tasks,
 and written in shards: a collection that was interrupted goes on with the shards that are missing. Preference
 plays no part, so that one log serves every λ.
 """
@@ -14,7 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedray.pruning.observation import FEATURES
-from fedray.pruning.stages import ACTIONS
+from fedray.pruning.schedules import cubic
+from fedray.pruning.stages import ACTIONS, FACTORS, GROWTH
 from rllib_pruner.federations import STAGES
 from rllib_pruner.stage_env import StageEnv
 
@@ -30,14 +32,44 @@ Choose = Callable[[int, NDArray[np.float32]], int]
 
 
 def style(rng: np.random.Generator) -> Choose:
+    """Return one of the two styles, at random."""
+    if rng.random() >= 0.5:
+        return eager(rng)
+    final = float(np.exp(rng.uniform(np.log(0.01), 0.0)))
+    until = int(rng.integers(1, STAGES + 1))
+    return scheduled(final, until, float(rng.choice([0.0, 0.1, 0.3])), rng)
+
+
+def scheduled(final: float, until: int, whims: float, rng: np.random.Generator) -> Choose:
+    """Return somebody who keeps to a cubic schedule as closely as the actions allow.
+
+    Args:
+        final: density at the end of the schedule.
+        until: stages of the schedule.
+        whims: probability of any action instead.
+        rng: where whims come from.
+    """
+    factors = np.log((*FACTORS, GROWTH))
+
+    def choose(stage: int, seen: NDArray[np.float32]) -> int:
+        if rng.random() < whims:
+            return int(rng.integers(len(ACTIONS)))
+        target = cubic(min(1.0, (stage + 1) / until), 1.0, final)
+        density = max(1e-3, float(seen[FEATURES.index("density")]))
+        return int(np.argmin(abs(factors - np.log(target / density))))
+
+    return choose
+
+
+def eager(rng: np.random.Generator) -> Choose:
     """Return somebody who prunes in their own way for some stages, and mostly holds from then on."""
     until = int(rng.integers(0, STAGES + 1))
-    eager, late = rng.dirichlet(np.full(len(ACTIONS), 0.5)), rng.dirichlet(np.full(len(ACTIONS), 0.5))
+    early, late = rng.dirichlet(np.full(len(ACTIONS), 0.5)), rng.dirichlet(np.full(len(ACTIONS), 0.5))
     late = 0.5 * late + 0.5 * np.eye(len(ACTIONS))[0]
     uniform = np.full(len(ACTIONS), 1 / len(ACTIONS))
 
     def choose(stage: int, _: NDArray[np.float32]) -> int:
-        own = eager if stage < until else late
+        own = early if stage < until else late
         return int(rng.choice(len(ACTIONS), p=0.9 * own + 0.1 * uniform))
 
     return choose

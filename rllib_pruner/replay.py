@@ -28,6 +28,7 @@ WEIGHTS = {
     "probe 0.75": 2.0,
     "probe 0.5": 2.0,
     "probe 0.3": 2.0,
+    "probe 0.1": 2.0,
     "spread of losses": 0.3,
     "participation": 0.1,
     "on the wire": 0.1,

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from fedray.data.datasets import Examples
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
 from fedray.federation.server import Server
@@ -20,7 +21,7 @@ from fedray.methods.staged import Staged, StagedMemory, made
 from fedray.pruning import observation, stages
 from fedray.pruning.observation import FEATURES, PREFERENCES, Situation
 from fedray.pruning.stages import ACTIONS
-from fedray.types import ServerState
+from fedray.types import ServerState, Task
 from rllib_pruner.federations import Federations, server_of
 
 
@@ -68,6 +69,11 @@ class Episode:
                 left = 1 - made(memory.stages, done)
                 return look(self._state(), memory.cohort, self._ctx(), memory.journey, left)
 
+    def accuracy(self) -> float:
+        """Return the model's accuracy now on examples that nobody trains on and no decision sees."""
+        rows, train = self.server.side.rows, self.server.place.dataset.train
+        return self.server.evaluate(Examples(train.x[rows], train.y[rows])).accuracy
+
     @property
     def ended(self) -> bool:
         """Whether all rounds are made."""
@@ -92,8 +98,9 @@ class Episode:
 class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
     """Gymnasium's view of the stage process.
 
-    Observation: `observation.observe`, float32 (25,) in [−1, 1]. Actions: `stages.ACTIONS`. Reward:
-    `stages.reward` of what lies between two stages, from validation data.
+    Observation: `observation.observe`, float32 (26,) in [−1, 1]. Actions: `stages.ACTIONS`. Reward:
+    `stages.reward` of what lies between two stages, with accuracies on a jury: training examples that no
+    client has, and more of them than the validation data that are observed.
 
     Args:
         config: `federations` (options of `Federations`), `preference` (λ; None: drawn for each episode),
@@ -113,6 +120,7 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         self._rng = np.random.default_rng(self._seed)
         self._episode: Episode | None = None
         self._now: Situation | None = None
+        self._paid_by = 0.0
         self._lambda = 0.1
 
     def reset(
@@ -135,15 +143,17 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         config = self.federations.draw(number, method)
         self._episode = Episode(server_of(config, PausedStaged(**vars(config.method.options))))
         self._now = self._episode.begin()
+        self._paid_by = self._episode.accuracy()
         return self._observation(), self._info()
 
     def step(self, action: np.int64) -> tuple[NDArray[np.float32], SupportsFloat, bool, bool, dict[str, Any]]:
         """Carry out an action, train to the next stage, and say what it brought."""
         assert self._episode is not None and self._now is not None, "reset comes first"
-        before = self._now
-        self._episode.act(before, int(action))
-        self._now = self._episode.advance()
-        brought = stages.reward(before, self._now, self._lambda, self.flops_weight)
+        before = replace(self._now, accuracy=self._paid_by)
+        self._episode.act(self._now, int(action))
+        self._now, self._paid_by = self._episode.advance(), self._episode.accuracy()
+        now = replace(self._now, accuracy=self._paid_by)
+        brought = stages.reward(before, now, self._lambda, self.flops_weight)
         return self._observation(), brought, self._episode.ended, False, self._info()
 
     def _observation(self) -> NDArray[np.float32]:
@@ -154,7 +164,7 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         assert self._now is not None and self._episode is not None
         journey = self._episode.server.state.memory.journey
         return {
-            "accuracy": self._now.accuracy,
+            "accuracy": self._paid_by,
             "spent_bytes": self._now.spent_bytes,
             "spent_flops": self._now.spent_flops,
             "density": self._now.density,

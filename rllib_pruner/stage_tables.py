@@ -33,12 +33,20 @@ def in_order(*actions: int) -> Choose:
     return lambda stage, _: actions[stage] if stage < len(actions) else 0
 
 
+def cubic(density: float) -> Choose:
+    """Return somebody who follows a cubic schedule over the first eight stages, as the actions allow."""
+    return logs.scheduled(density, 8, 0.0, np.random.default_rng(0))
+
+
 FIXED: dict[str, Choose] = {
     "dense": in_order(),
-    "0.5 at the first stage": in_order(3),
-    "0.1 in five stages": in_order(3, 3, 3, 2, 1),
+    "0.1 at the first stages": in_order(4, 4),
     "0.1 in eight stages": in_order(2, 2, 2, 2, 2, 2, 2, 2),
-    "0.1 in five, regrown at the end": in_order(3, 3, 3, 2, 1, 0, 0, 0, REGROW, REGROW),
+    "cubic to 0.02": cubic(0.02),
+    "cubic to 0.05": cubic(0.05),
+    "cubic to 0.1": cubic(0.1),
+    "cubic to 0.2": cubic(0.2),
+    "cubic to 0.1, regrown at the end": lambda stage, seen: cubic(0.1)(stage, seen) if stage < 10 else REGROW,
 }
 
 

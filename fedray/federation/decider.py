@@ -34,7 +34,7 @@ class Decider:
         min_density: nothing is pruned below it.
         rollback: largest factor by which pruning may raise the validation loss at once.
         steepest: smallest factor of the density at once.
-        regrow_from: what comes back has its value from behind the mask, or starts from zero.
+        regrow_from: what comes back starts from zero, or has its value from behind the mask.
     """
 
     policy: Literal["agent", "bandit"]
@@ -44,7 +44,7 @@ class Decider:
     min_density: float
     rollback: float
     steepest: float
-    regrow_from: Literal["shadow", "zero"]
+    regrow_from: Literal["zero", "shadow"]
 
     def problem(self) -> str | None:
         """Return why the agent cannot be used, or None; costs no process."""

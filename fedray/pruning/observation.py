@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from fedray.types import Mask, Params
 
-VERSION = 1
-"""Of the observation; a policy that was trained on another one cannot be used."""
+VERSION = 2
+"""Of the observation and of what actions do; a policy that was trained on another one cannot be used."""
 
-PROBES = (0.75, 0.5, 0.3)
+PROBES = (0.75, 0.5, 0.3, 0.1)
 """Shares of the held weights at which a situation tells how much the loss would rise."""
 
 FEATURES = (
@@ -41,6 +41,7 @@ FEATURES = (
     "probe 0.75",
     "probe 0.5",
     "probe 0.3",
+    "probe 0.1",
     "spread of losses",
     "participation",
     "on the wire",

@@ -22,10 +22,10 @@ from fedray.types import Mask, Params
 FACTORS = (1.0, 0.9, 0.75, 0.5, 0.3)
 """What the first actions multiply the density with, the milder one first."""
 
-REGROWN = 0.05
-"""Share of the prunable weights that the last action brings back."""
+GROWTH = 1.25
+"""What the last action multiplies the density with."""
 
-ACTIONS = ("hold", "×0.9", "×0.75", "×0.5", "×0.3", "regrow")
+ACTIONS = ("hold", "×0.9", "×0.75", "×0.5", "×0.3", "×1.25")
 REGROW = len(FACTORS)
 
 
@@ -70,7 +70,8 @@ def wanted(action: int, params: Params, mask: Mask, min_density: float) -> Mask:
     """
     scores, layout = magnitude(params), mask.layout
     if action == REGROW:
-        return grow(scores, round(REGROWN * layout.prunable_count), layout, within=mask)
+        held = round(mask.density * layout.prunable_count)
+        return grow(scores, max(1, round((GROWTH - 1) * held)), layout, within=mask)
     target = max(mask.density * FACTORS[action], min(min_density, mask.density))
     return mask if target >= mask.density else top_k(scores, target, layout, within=mask)
 

@@ -39,7 +39,7 @@ def test_an_agent_decides_at_each_stage(agent: Fixed) -> None:
     method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, rollback=1e9)
     reports = small.run(small.server(method, schedule=TWELVE))
     found = [report.metrics["density/global"] for report in reports]
-    assert [round(found[r] * WEIGHTS) for r in range(1, 7)] == [64, 64, 70, 63, 63, 63]
+    assert [round(found[r] * WEIGHTS) for r in range(1, 7)] == [64, 64, 80, 72, 72, 72]
     decided = [r.round for r in reports if "method/action" in r.metrics]
     assert decided == [1, 2, 3, 4, 5, 6] and len(agent.seen) == 6
     assert [reports[r].metrics["method/asked"] for r in decided] == agent.actions
@@ -140,5 +140,5 @@ def test_what_comes_back_has_the_value_that_is_asked_for(agent: Fixed, regrow_fr
     before = server.state.mask
     server.step()
     back = server.state.mask.flat & ~before.flat
-    assert int(back.sum()) == 6
+    assert int(back.sum()) == 16
     assert bool((server.state.params.flat[back] == 0).all()) is zeros

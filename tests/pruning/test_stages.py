@@ -32,7 +32,7 @@ HERE = Situation(
     accuracy=0.8,
     loss=0.4,
     train_loss=0.2,
-    probes=(1.0, 1.5, inf),
+    probes=(1.0, 1.5, inf, 1.5),
     moved=0.01,
     agreement=0.6,
     loss_spread=0.2,
@@ -77,6 +77,7 @@ def test_an_observation_by_hand() -> None:
         "probe 0.75": 0.0,
         "probe 0.5": 0.2027326,  # ln 1.5 / 2
         "probe 0.3": 1.0,
+        "probe 0.1": 0.2027326,
         "spread of losses": 0.2,
         "participation": 0.9,
         "on the wire": 0.7,
@@ -100,7 +101,7 @@ numbers = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-12, 1e9, inf, nan]
 @given(st.lists(numbers, min_size=17, max_size=17), st.floats(1e-6, 1e6))
 def test_an_observation_is_finite_and_in_range(values, preference):
     fields = [name for name in vars(HERE) if name != "probes"]
-    situation = replace(HERE, **dict(zip(fields, values, strict=True)), probes=tuple(values[:3]))
+    situation = replace(HERE, **dict(zip(fields, values, strict=True)), probes=tuple(values[:4]))
     for journey in (Journey(), Journey(before=HERE, best=0.9, factor=0.001)):
         found = observe(situation, journey, preference)
         assert found.shape == (len(FEATURES),) and found.dtype == np.float32
@@ -142,7 +143,7 @@ def test_regrowing_takes_the_largest_behind_the_mask() -> None:
     half = wanted(3, PARAMS, FULL, 0.01)
     grown = wanted(REGROW, PARAMS, half, 0.01)
     new = PARAMS.flat[grown.flat & ~half.flat]
-    assert sorted(new.tolist()) == [46, 47, 48, 49, 50]
+    assert sorted(new.tolist()) == list(range(39, 51))  # a quarter of 50, rounded to even
 
 
 def test_what_comes_back_starts_from_zero() -> None:
@@ -150,7 +151,7 @@ def test_what_comes_back_starts_from_zero() -> None:
     grown = wanted(REGROW, PARAMS, half, 0.01)
     after = stages.regrown(PARAMS, half, grown)
     back = grown.flat & ~half.flat
-    assert after.flat[back].tolist() == [0.0] * 5
+    assert after.flat[back].tolist() == [0.0] * 12
     assert torch.equal(after.flat[~back], PARAMS.flat[~back])
     assert stages.regrown(PARAMS, FULL, half) is PARAMS
 
@@ -167,7 +168,7 @@ def test_the_density_moves_as_asked(action, density, floor):
     mask = top_k(PARAMS.flat, density, LAYOUT)
     moved = wanted(action, PARAMS, mask, floor)
     if action == REGROW:
-        assert mask.density <= moved.density <= mask.density + 0.05 + 1e-9
+        assert mask.density <= moved.density <= max(1.25 * mask.density, mask.density + 0.01) + 0.005
     else:
         assert moved.density <= mask.density
         assert moved.density >= min(floor, mask.density) - 0.005

@@ -70,4 +70,4 @@ def test_the_shipped_policy_is_tabled_beside_all_others() -> None:
     trained = TrainedPolicy.load(None, "stages", VERSION, len(FEATURES))
     table = comparison(trained, StageProcess(), 1)  # digits need no download
     assert {row[0].split(", ", 1)[1] for row in table.rows} >= {"agent", "bandit", "dense"}
-    assert len(table.rows) == 21
+    assert len(table.rows) == 30
