@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted.
 """
 
+import inspect
 import json
 import logging
 import signal
@@ -11,14 +12,17 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedray.errors import ConfigError, DataError, FedrayError
+from fedray.errors import ConfigError, DataError, FedrayError, unknown
+
+if TYPE_CHECKING:
+    from fedray.federation.method import Method
 
 app = typer.Typer(
     name="fedray",
@@ -144,26 +148,25 @@ def ui(
 
 
 @app.command()
-def methods(imports: Import = None) -> None:
-    """List the methods: what each is, and what it needs."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    imports: Import = None,
+) -> None:
+    """List the methods, what each is and needs; or the options of one."""
     _import(imports)
     from dataclasses import fields
 
     from fedray.federation.method import Method
     from fedray.methods import METHODS
 
-    shared = {field.name for field in fields(Method)}
-    table = _table("method", "source", "what it is", "needs", "options of its own")
-    for name, method in METHODS.items():
-        title = (sys.modules[method.__module__].__doc__ or method.__doc__ or "").strip().splitlines()[0]
-        options = [f"{field.name}={field.default}" for field in fields(method) if field.name not in shared]
-        needs = "; ".join(
-            ["data.server_fraction"] * method.uses_server_data + [method.needs] * bool(method.needs)
-        )
-        table.add_row(name, method.citation, title.split(".  ")[0], needs or "—", "\n".join(options) or "—")
+    if name is not None:
+        return _method(name)
+    table = _table("method", "what it is", "source", "needs")
+    for known, method in METHODS.items():
+        table.add_row(known, _title(method), method.citation, _needs(method) or "—")
     out.print(table)
     common = ", ".join(f"{field.name}={field.default}" for field in fields(Method))
-    out.print(f"Every method has: {common}")
+    out.print(f"Every method has: {common}\nOptions of its own: fedray methods NAME")
 
 
 @app.command()
@@ -384,6 +387,34 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _method(name: str) -> None:
+    """Print one method: what it is, its own options with their defaults, and what they mean."""
+    from dataclasses import fields
+
+    from fedray.federation.method import Method
+    from fedray.methods import METHODS
+
+    if name not in METHODS:
+        raise ConfigError(unknown("method", name, METHODS))
+    method, shared = METHODS[name], {field.name for field in fields(Method)}
+    own = [f"method.{field.name}={field.default}" for field in fields(method) if field.name not in shared]
+    out.print(f"{name}: {_title(method)}", style="bold", highlight=False)
+    out.print(f"Source: {method.citation or '—'}   Needs: {_needs(method) or '—'}\n", highlight=False)
+    out.print(_escape(inspect.getdoc(method) or ""), highlight=False)
+    out.print("\nDefaults: " + ("  ".join(own) or "none of its own"), highlight=False)
+
+
+def _title(method: type["Method"]) -> str:
+    """Return the first line of the method's file."""
+    first = (sys.modules[method.__module__].__doc__ or method.__doc__ or "").strip().splitlines()[0]
+    return first.split(".  ")[0]
+
+
+def _needs(method: type["Method"]) -> str:
+    server = ["data.server_fraction"] * method.uses_server_data
+    return "; ".join([*server, *[method.needs] * bool(method.needs)])
 
 
 def _import(paths: list[Path] | None) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from fedray.costs.devices import DEVICES, LINKS
 from fedray.data import DATASETS
 from fedray.experiment import yaml
 from fedray.experiment.run import run
+from fedray.federation.method import Method
 from fedray.methods import METHODS
 from fedray.models import MODELS
 from tests.experiment import tiny
@@ -345,7 +347,24 @@ def test_methods():
 def test_methods_of_ones_own(fedray):
     done = fedray("methods", "--import", "holding.py")
     assert done.status == 0
-    assert re.search(r"holding .* FedAvg whose clients wait\. .* patience=3", done.out)
+    assert re.search(r"holding .* FedAvg whose clients wait\.", done.out)
+    assert "method.patience=3" in fedray("methods", "holding", "--import", "holding.py").out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_options_of_a_method_are_told_with_their_defaults(name):
+    text, shared = listed("methods", name), {field.name for field in fields(Method)}
+    assert text.startswith(f"{name}: ") and METHODS[name].citation in text
+    for field in fields(METHODS[name]):
+        if field.name not in shared:
+            assert f"method.{field.name}={field.default}" in text
+            assert f"    {field.name}: " in text  # what it means
+
+
+def test_a_method_that_there_is_not_is_refused_with_the_nearest(fedray):
+    done = fedray("methods", "prunfl")
+    assert done.status == 2
+    assert "unknown method 'prunfl'" in done.err and "prunefl" in done.err
 
 
 def test_models():

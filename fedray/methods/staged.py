@@ -75,7 +75,8 @@ class Staged(Method):
         rollback: what an agent or a bandit prunes may raise the validation loss by this factor at once; else
             the next milder action is taken.
         steepest: an agent or a bandit keeps at least this share of what is held at a stage.
-        regrow_from: what an agent or a bandit brings back starts from zero, or has its value from behind the mask.
+        regrow_from: what an agent or a bandit brings back starts from zero, or has its value from behind the
+            mask.
         stages: how many there are; None: 4, or 12 for an agent or a bandit.
         start: the first stage, as a share of the run's rounds; None: 0.1, or 0 for an agent or a bandit.
         until: the last stage, as a share of the run's rounds; None: 0.5, or 0.9 for an agent or a bandit.

@@ -1,8 +1,8 @@
 """Multi-layer perceptrons: 784-200-10 on 28×28 images, and a wide one, 784-512-512-10.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, use
-two hidden layers of 200 (their 2NN); `mlp` is the same network with one, 159,010 parameters on MNIST. `mlp_wide`
-has 669,706 there, many more than such data need.
+two hidden layers of 200 (their 2NN); `mlp` is the same network with one, 159,010 parameters on MNIST.
+`mlp_wide` has 669,706 there, many more than such data need.
 """
 
 from collections import OrderedDict
