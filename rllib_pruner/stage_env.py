@@ -21,7 +21,7 @@ from fedray.methods.staged import Staged, StagedMemory, made
 from fedray.pruning import observation, stages
 from fedray.pruning.observation import FEATURES, PREFERENCES, Situation
 from fedray.pruning.stages import ACTIONS
-from fedray.types import ServerState, Task
+from fedray.types import ServerState
 from rllib_pruner.federations import Federations, server_of
 
 
