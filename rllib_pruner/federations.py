@@ -25,8 +25,10 @@ STAGES = 12
 EXAMPLES_PER_CLIENT = (40, 120)
 VALIDATION_EXAMPLES = 500
 JURY_EXAMPLES = 3000
-"""By which an episode is paid: more than an agent sees, so that less of the reward is chance. They are training
-examples that no client has, kept where a server's own would be."""
+"""By which an episode is paid: more than an agent sees, so that less of the reward is chance.
+
+They are training examples that no client has, kept where a server's own would be."""
+
 DEVICES = ("phone", "raspberry_pi_4", "laptop", "jetson_nano")
 ALPHAS = (0.1, 0.5, 5.0)
 TRAIN_EXAMPLES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000}
