@@ -87,7 +87,7 @@ def test_vgg_convolutions_are_torchvisions():
 @pytest.mark.parametrize("input_shape", [DIGITS, MNIST, CIFAR10])
 def test_every_model_trains_on_every_data_set_or_says_why_not(name: str, input_shape: InputShape):
     if name.startswith("vgg") and input_shape == DIGITS:
-        reason = rf"model: {name} halves .* 32×32, .* got 8×8\. .*: mlp, lenet5, cnn, resnet18"
+        reason = rf"model: {name} halves .* 32×32, .* got 8×8\. .*: mlp, mlp_wide, lenet5, cnn, resnet18"
         with pytest.raises(ConfigError, match=reason):
             build_model(name, input_shape, 10)
         return
