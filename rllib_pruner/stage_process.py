@@ -28,7 +28,8 @@ class StageProcess:
     Args:
         federations: what federations are drawn from.
         replay: train in the replay of logged federations, or in federations as they are played.
-        log: folder of the logged episodes; those that are missing are played first.
+        log: folder of the logged episodes; those that are missing are played first. Absolute, for Tune's
+            trials work elsewhere.
         episodes: how many are logged.
         first: the federation of the first one.
         neighbours: similar stages of the log of which one is followed.
@@ -45,7 +46,7 @@ class StageProcess:
 
     federations: Federations = field(default_factory=Federations)
     replay: bool = True
-    log: LocalPath = Path("runs/stage_log")
+    log: LocalPath = field(default_factory=lambda: Path("runs/stage_log").resolve())
     episodes: PositiveInt = 800
     first: NonNegativeInt = 0
     neighbours: PositiveInt = 4

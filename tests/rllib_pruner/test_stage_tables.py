@@ -53,6 +53,14 @@ def test_a_config_without_folders_is_the_same_training() -> None:
     assert "/a" not in json.dumps(here.portable())
 
 
+def test_the_log_is_found_from_where_a_trial_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for config in Plan.load(CONFIG, []).trials.values():
+        options = config.process.options
+        assert isinstance(options, StageProcess)
+        assert options.log == tmp_path / "runs" / "stage_log"
+
+
 def test_the_policy_that_ships_fits_the_process_and_names_no_folder() -> None:
     assert policy_problem(None, "stages", VERSION, len(FEATURES)) is None
     text = (shipped("stages") / "policy.json").read_text(encoding="utf-8")
