@@ -1,9 +1,9 @@
 """Logs of micro-federations: what was seen at each stage, what was done, what came of it.
 
 Episodes are played in random styles (how long somebody prunes, and how hard; every other one follows a
-schedule towards a density), several at once as Ray tasks,
-and written in shards: a collection that was interrupted goes on with the shards that are missing. Preference
-plays no part, so that one log serves every λ.
+schedule towards a density), several at once as Ray tasks, and written in shards: a collection that was
+interrupted goes on with the shards that are missing. Preference plays no part, so that one log serves every
+λ.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -69,7 +69,7 @@ class Episode:
                 left = 1 - made(memory.stages, done)
                 return look(self._state(), memory.cohort, self._ctx(), memory.journey, left)
 
-    def accuracy(self) -> float:
+    def jury_accuracy(self) -> float:
         """Return the model's accuracy now on examples that nobody trains on and no decision sees."""
         rows, train = self.server.side.rows, self.server.place.dataset.train
         return self.server.evaluate(Examples(train.x[rows], train.y[rows])).accuracy
@@ -120,7 +120,7 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         self._rng = np.random.default_rng(self._seed)
         self._episode: Episode | None = None
         self._now: Situation | None = None
-        self._paid_by = 0.0
+        self._jury_accuracy = 0.0
         self._lambda = 0.1
 
     def reset(
@@ -143,16 +143,16 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         config = self.federations.draw(number, method)
         self._episode = Episode(server_of(config, PausedStaged(**vars(config.method.options))))
         self._now = self._episode.begin()
-        self._paid_by = self._episode.accuracy()
+        self._jury_accuracy = self._episode.jury_accuracy()
         return self._observation(), self._info()
 
     def step(self, action: np.int64) -> tuple[NDArray[np.float32], SupportsFloat, bool, bool, dict[str, Any]]:
         """Carry out an action, train to the next stage, and say what it brought."""
         assert self._episode is not None and self._now is not None, "reset comes first"
-        before = replace(self._now, accuracy=self._paid_by)
+        before = replace(self._now, accuracy=self._jury_accuracy)
         self._episode.act(self._now, int(action))
-        self._now, self._paid_by = self._episode.advance(), self._episode.accuracy()
-        now = replace(self._now, accuracy=self._paid_by)
+        self._now, self._jury_accuracy = self._episode.advance(), self._episode.jury_accuracy()
+        now = replace(self._now, accuracy=self._jury_accuracy)
         brought = stages.reward(before, now, self._lambda, self.flops_weight)
         return self._observation(), brought, self._episode.ended, False, self._info()
 
@@ -164,7 +164,7 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         assert self._now is not None and self._episode is not None
         journey = self._episode.server.state.memory.journey
         return {
-            "accuracy": self._paid_by,
+            "accuracy": self._jury_accuracy,
             "spent_bytes": self._now.spent_bytes,
             "spent_flops": self._now.spent_flops,
             "density": self._now.density,

@@ -40,7 +40,7 @@ def cubic(density: float) -> Choose:
 
 FIXED: dict[str, Choose] = {
     "dense": in_order(),
-    "0.1 at the first stages": in_order(4, 4),
+    "0.09 at the first two stages": in_order(4, 4),
     "0.1 in eight stages": in_order(2, 2, 2, 2, 2, 2, 2, 2),
     "cubic to 0.02": cubic(0.02),
     "cubic to 0.05": cubic(0.05),

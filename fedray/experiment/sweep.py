@@ -114,8 +114,9 @@ def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
         if parent:
             (path / "mlflow.json").write_text(f'{{"run_id": "{parent}"}}\n', encoding="utf-8")
         errors, stopped = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
-        for name in sorted(stopped):
-            _settle(path / "trials" / name, Tracking(store=store, parent=parent))
+        for point in waiting:
+            if point.name in stopped:
+                _settle(_place(path, point), Tracking(store=store, parent=parent))
         finish_parent(store, parent, "FINISHED", [path / "sweep.yaml"])
     else:
         errors = {}
