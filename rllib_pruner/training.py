@@ -7,12 +7,12 @@ RLlib's checkpoints: DQN fills it anew before it learns on, so the result is not
 """
 
 from collections.abc import Callable, Sequence
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedray.comparing import as_gain, highest
 from fedray.experiment.placement import start_ray
 from fedray.experiment.provenance import git_revision
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
@@ -131,7 +131,7 @@ def _learn(config: TrainConfig, files: TrainFiles, rows: list[Row], report: OnEv
         if rows:
             with quiet():
                 algorithm.restore_from_path(str(files.checkpoints()[0]))
-        best = max((row["score"] for row in rows), default=-inf)
+        best = highest(row["score"] for row in rows)
         while not is_over(config, rows):
             with quiet():
                 result = algorithm.train()
@@ -140,8 +140,8 @@ def _learn(config: TrainConfig, files: TrainFiles, rows: list[Row], report: OnEv
             measures = config.process.options.judge(TrainedPolicy(module, about).acts)
             iteration = int(result["training_iteration"])
             row = as_row(iteration, about["env_steps"], result["env_runners"], measures)
-            if row["score"] >= best:  # of equals the one that has learnt longer
-                best = row["score"]
+            if as_gain(row["score"]) >= best:  # of equals the one that has learnt longer
+                best = as_gain(row["score"])
                 save(module, files.policy, about | {"measures": measures})
             with quiet():
                 files.save(algorithm, iteration)

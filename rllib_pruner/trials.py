@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedray.comparing import highest
 from fedray.errors import RunError
 from fedray.experiment.files import check_free
 from fedray.experiment.placement import start_ray
@@ -65,7 +66,7 @@ def train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
 
 
 def _score(path: Path) -> float:
-    return max(row["score"] for row in TrainFiles.open(path).progress())
+    return highest(row["score"] for row in TrainFiles.open(path).progress())
 
 
 def _fit(trial: Callable[[Any], None], plan: Plan, out: Path, on_evaluation: OnTrial) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # `fedray` stands for fedray/__init__.py, the public names
 FLOORS = (
-    {"types", "errors", "randomness"},
+    {"types", "errors", "randomness", "comparing"},
     {"pruning", "costs", "models", "data"},
     {"federation"},
     {"methods"},

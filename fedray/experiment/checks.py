@@ -145,6 +145,12 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
             f"0, but {config.method.name} trains on the server's own examples; set it, e.g. "
             "data.server_fraction=0.02",
         )
+    if method.uses_validation_data and not config.data.validation_fraction:
+        yield (
+            "data.validation_fraction",
+            f"0, but {config.method.name} decides by validation data with these options; set it, e.g. "
+            "data.validation_fraction=0.1",
+        )
     if method.optimizer == "adam" and method.momentum:
         yield "method.momentum", f"{method.momentum:g}, but Adam has moments of its own; set it to 0"
     spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)

@@ -113,7 +113,12 @@ class ServerContext:
         return self._server()
 
     def validate(self, params: Params, mask: Mask) -> tuple[float, float]:
-        """Return (accuracy, mean loss) of `params ⊙ mask` on validation data."""
+        """Return (accuracy, mean loss) of `params ⊙ mask` on validation data.
+
+        Raises:
+            MethodError: if there is no validation data; a method that declares `uses_validation_data` is
+                refused before the start then.
+        """
         return self._validate(params, mask)
 
 
@@ -136,6 +141,7 @@ class Method:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     uses_server_data: ClassVar[bool] = False
+    """Whether it trains on the server's own examples; refused before the start where there are none."""
     needs: ClassVar[str] = ""
     """What it asks of the model, for the list of methods; `check` is what refuses."""
     citation: ClassVar[str] = ""
@@ -170,6 +176,11 @@ class Method:
     def zero_policy(self) -> Literal["enforce", "regrow", "reprune"]:
         """What clients do with pruned weights; recorded with the run."""
         return "enforce"
+
+    @property
+    def uses_validation_data(self) -> bool:
+        """Whether it decides by validation data, with these options; refused before the start without any."""
+        return False
 
     def check(self, setting: Setting) -> str | None:
         """Return why this cannot run in such a setting, beginning with the key to change; or None.

@@ -316,6 +316,11 @@ class Server:
             return answer
 
         def validate(params: Params, mask: Mask) -> tuple[float, float]:
+            if not len(self.side.validation):
+                raise MethodError(
+                    f"{type(self.method).__name__} decides by validation data, and there is none: set "
+                    "data.validation_fraction above 0, e.g. 0.1"
+                )
             task = Task(params.masked(mask), place.model.norms.global_mask(mask))
             outcome = self.pool.evaluate(task, self.side.validation)
             examples, profile = len(self.side.validation), self.side.profile

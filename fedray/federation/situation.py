@@ -1,7 +1,7 @@
 """What a decision at a stage looks at, gathered from a round: state, folded cohort, validation data."""
 
 from dataclasses import replace
-from math import log, nan, sqrt
+from math import isnan, log, nan, sqrt
 
 from fedray.costs.devices import seconds
 from fedray.federation.aggregate import CohortUpdate
@@ -55,8 +55,8 @@ def look(
     probed = [top_k(scores, mask.density * share, ctx.layout, within=mask) for share in PROBES]
     records = cohort.folded
     losses = [record.loss for record in records]
-    weights = [record.num_examples for record in records]
-    trained = sum(x * n for x, n in zip(losses, weights, strict=True)) / sum(weights) if records else nan
+    known = [(record.loss, record.num_examples) for record in records if not isnan(record.loss)]
+    trained = sum(x * n for x, n in known) / sum(n for _, n in known) if known else nan
     moved = distance(journey.sent, params, mask) if journey.sent is not None else 0.0
     apart = cohort.metrics.get(MOVED, 0.0)
     sparsest, layer_spread, smaller_half = layer_summary(params, mask)
@@ -72,7 +72,7 @@ def look(
         train_loss=trained / guess,
         probes=tuple(ratio(ctx.validate(params, probe)[1], loss) for probe in probed),
         moved=sqrt(moved),
-        agreement=min(1.0, ratio(moved, apart)),
+        agreement=0.0 if isnan(apart) else min(1.0, ratio(moved, apart)),
         loss_spread=spread(losses),
         participation=len(records) / len(cohort.records) if cohort.records else 0.0,
         on_the_wire=_on_the_wire(cohort, ctx),

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedray.comparing import as_loss
 from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
@@ -150,8 +151,9 @@ class AutoFLIP(Method):
         params, best, waited = task.params, inf, 0
         for _ in range(int(task.extras["epochs"])):
             params = client.sgd(params, task.mask, epochs=1)
-            waited = 0 if client.meter.last_loss < best else waited + 1
-            best = min(best, client.meter.last_loss)
+            loss = as_loss(client.meter.last_loss)
+            waited = 0 if loss < best else waited + 1
+            best = min(best, loss)
             if waited == self.patience:
                 break
         return params

@@ -19,7 +19,7 @@ An ensemble Σ_k α_k,c (W_k φ + b_k)_c of linear classifiers IS one linear cla
 """
 
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, isfinite
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedray.comparing import no_worse
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
@@ -94,7 +95,7 @@ class CEAFL(Method):
     """
 
     citation: ClassVar[str] = "Pei et al., Journal of Chinese Computer Systems 47(5), 2026"
-    needs: ClassVar[str] = "a linear classifier"
+    needs: ClassVar[str] = "a linear classifier; validation data"
 
     importance: Literal["gw", "g", "g2"] = "gw"
     initial_density: Density = 0.7
@@ -112,6 +113,11 @@ class CEAFL(Method):
     kd_weight: Fraction = 0.5
     temperature: PositiveFloat = 2.0
     alpha: Literal["class", "uniform"] = "class"
+
+    @property
+    def uses_validation_data(self) -> bool:
+        """Whether there are events: each is undone that spoils the validation loss."""
+        return self.until > 0
 
     @property
     def taught(self) -> bool:
@@ -169,6 +175,7 @@ class CEAFL(Method):
         every = memory.events.step
         last, before = memory.losses[-every:], memory.losses[-2 * every : -every]
         fall = 1 - (sum(last) / len(last)) / (sum(before) / len(before)) if sum(before) else 0.0
+        fall = fall if isfinite(fall) else 0.0  # a loss that is no number has not fallen
         wanted = state.mask.density * (1 - self.kappa * min(1.0, max(0.0, fall)) - self.kappa0)
         size = layout.prunable_count
         held = round(state.mask.density * size)
@@ -257,7 +264,7 @@ class CEAFL(Method):
         mask = grow(tally(votes, state.mask), grown, ctx.layout, within=kept)
         params = state.params.masked(state.mask)  # what grows starts from zero
         before, after = (ctx.validate(params, held)[1] for held in (state.mask, mask))
-        if after > (1 + self.rollback) * before:
+        if not no_worse(after, (1 + self.rollback) * before):
             return state
         teacher = None
         if self.taught:

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from fedray.comparing import as_loss
 from fedray.errors import MethodError
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
@@ -57,8 +58,9 @@ class FedAvgWarm(Method):
         params, best, waited = task.params, inf, 0
         for _ in range(int(task.extras["epochs"])):
             params = client.sgd(params, task.mask, epochs=1)
-            waited = 0 if client.meter.last_loss < best else waited + 1
-            best = min(best, client.meter.last_loss)
+            loss = as_loss(client.meter.last_loss)
+            waited = 0 if loss < best else waited + 1
+            best = min(best, loss)
             if waited == self.patience:
                 break
         return ClientUpdate(params, task.mask)

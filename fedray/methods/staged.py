@@ -119,6 +119,11 @@ class Staged(Method):
         )
 
     @property
+    def uses_validation_data(self) -> bool:
+        """An agent and a bandit look at it; a schedule and a threshold do not."""
+        return self.decider is not None
+
+    @property
     def span(self) -> tuple[int, float, float]:
         """How many stages there are, the first and the last as shares of the run."""
         stages, start, until = (12, 0.0, 0.9) if self.decider else (4, 0.1, 0.5)

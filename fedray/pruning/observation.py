@@ -8,12 +8,13 @@ front.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, log, log10, sqrt
+from math import inf, isfinite, isinf, isnan, log, log10, sqrt
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedray.comparing import as_loss
 from fedray.types import Mask, Params
 
 VERSION = 2
@@ -141,6 +142,7 @@ def observe(now: Situation, journey: Journey, preference: float) -> NDArray[np.f
         preference: λ > 0.
     """
     before = journey.before or now
+    accuracy, accuracy_before = (0.0 if isnan(seen.accuracy) else seen.accuracy for seen in (now, before))
     features = (
         now.progress,
         now.stages_left,
@@ -148,11 +150,11 @@ def observe(now: Situation, journey: Journey, preference: float) -> NDArray[np.f
         now.bytes_now,
         now.density,
         1 + log10(max(now.density, 1e-3)) / 3,
-        now.accuracy,
-        now.loss / 2,
-        5 * (now.accuracy - before.accuracy),
-        1 - now.loss / before.loss if before.loss > 0 else 0.0,
-        5 * (journey.best - now.accuracy),
+        accuracy,
+        as_loss(now.loss) / 2,
+        5 * (accuracy - accuracy_before),
+        _fallen(as_loss(before.loss), as_loss(now.loss)),
+        5 * (journey.best - accuracy),
         log10(max(journey.factor, 0.1)),
         1 + log10(max(now.moved, 1e-4)) / 4,
         now.agreement,
@@ -201,6 +203,14 @@ def ratio(above: float, below: float) -> float:
     return 1.0 if above <= 0 else inf
 
 
+def _fallen(before: float, now: float) -> float:
+    if isinf(now):
+        return 0.0 if isinf(before) else -1.0
+    return 1 - now / before if before > 0 else 0.0
+
+
 def _gap(loss: float, train_loss: float) -> float:
     both = loss + train_loss
+    if isinf(as_loss(loss)) and isfinite(train_loss):
+        return 1.0
     return (loss - train_loss) / both if isfinite(both) and both > 0 else 0.0

@@ -17,12 +17,13 @@ Source: Nie et al., "Distributed model pruning by federated reinforcement learni
 from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
-from math import inf, isinf, isnan
+from math import isinf
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedray.comparing import as_loss
 from fedray.errors import MethodError
 
 PROCESS = "rate_search"
@@ -199,6 +200,5 @@ class RateSearch:
     def _at(self, rate: float) -> float:
         density = self._density(rate)
         if density not in self._seen:
-            distance = self._distance(density)
-            self._seen[density] = inf if isnan(distance) else distance
+            self._seen[density] = as_loss(self._distance(density))
         return self._seen[density]

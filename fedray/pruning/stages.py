@@ -14,6 +14,7 @@ from math import exp
 
 import numpy as np
 
+from fedray.comparing import as_gain, no_worse
 from fedray.pruning.masks import grow, top_k
 from fedray.pruning.observation import PREFERENCES, Journey, Situation
 from fedray.pruning.scores import magnitude
@@ -108,7 +109,7 @@ def safe(
     for milder in range(action, 0, -1):
         moved = wanted(milder, params, mask, min_density)
         risen = loss(moved) if moved is not mask else 0.0
-        if risen <= bound:  # false for NaN too
+        if no_worse(risen, bound):
             return milder, moved
     return 0, mask
 
@@ -140,7 +141,7 @@ def bandit(tried: Sequence[tuple[int, float]], explore: float = 0.05) -> int:
     counts, sums = np.zeros(len(ACTIONS)), np.zeros(len(ACTIONS))
     for action, brought in tried:
         counts[action] += 1
-        sums[action] += brought
+        sums[action] += as_gain(brought)
     if not counts.all():
         return int(np.argmin(counts))
     bonus = explore * np.sqrt(2 * np.log(len(tried)) / counts)
@@ -161,7 +162,7 @@ def after(journey: Journey, round: int, now: Situation, chosen: int, action: int
         journey,
         decided=round,
         before=now,
-        best=max(journey.best, now.accuracy),
+        best=max(journey.best, as_gain(now.accuracy)),
         chosen=chosen,
         action=action,
         factor=factor,

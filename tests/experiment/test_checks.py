@@ -8,7 +8,10 @@ from torch import nn
 
 from fedray.errors import ConfigError
 from fedray.experiment.overrides import Tree
+from fedray.experiment.run import Federation
 from fedray.federation.method import Method, Setting
+from fedray.federation.pool import LocalPool
+from fedray.federation.server import Server
 from fedray.methods import METHODS
 from fedray.models import MODELS, Architecture, InputShape
 from tests import small
@@ -39,6 +42,38 @@ def test_adam_with_momentum_is_refused(name: str) -> None:
 def test_either_alone_is_fine() -> None:
     assert tiny.config({"method.momentum": 0.9}).method.options.momentum == 0.9
     assert tiny.config({"method.optimizer": "adam", "method.weight_decay": 0.1}).method.options.momentum == 0
+
+
+# ── methods that decide by validation data
+
+
+DECIDING = {
+    "ceafl": {"method.name": "ceafl"},
+    "agent": {"method.name": "staged", "method.policy": "agent"},
+    "bandit": {"method.name": "staged", "method.policy": "bandit"},
+}
+
+
+@pytest.mark.parametrize("who", DECIDING)
+def test_whoever_decides_by_validation_data_needs_some(who: str) -> None:
+    message = refused(DECIDING[who] | {"data.validation_fraction": 0})
+    assert message.startswith(
+        f"data.validation_fraction (config): 0, but {DECIDING[who]['method.name']} decides"
+    )
+    assert tiny.config(DECIDING[who] | {"data.validation_fraction": 0.01}).method.options.uses_validation_data
+
+
+@every_method
+def test_what_a_method_asks_of_validation_data_is_declared(name: str) -> None:
+    """Every method runs without validation data with its defaults, or is refused before it starts."""
+    options = {"method.name": name, "data.server_fraction": 0.1, "data.validation_fraction": 0, "rounds": 10}
+    if METHODS[name]().uses_validation_data:
+        assert refused(options).startswith("data.validation_fraction")
+        return
+    config = tiny.config(options)
+    federation = Federation.of(config)
+    server = Server(federation.place, LocalPool(federation.place), federation.schedule, federation.side)
+    small.run(server)
 
 
 # ── methods that need channels

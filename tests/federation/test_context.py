@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from fedray.data.datasets import Examples
 from fedray.errors import MethodError
 from fedray.federation.client import Client
-from fedray.federation.method import ServerContext
+from fedray.federation.method import Method, ServerContext
+from fedray.methods.ceafl import CEAFL
+from fedray.methods.staged import Staged
 from fedray.types import Mask, Params, ServerState, Task
 from tests import small
 from tests.federation.probes import Hooked, HookedWithData, half, score, train_at_server
@@ -65,6 +69,25 @@ def test_a_task_of_another_layout_is_the_methods_mistake(wrong: str):
 
     with pytest.raises(MethodError, match=rf"the task for client 2 has (a )?{wrong} of another layout"):
         small.server(Hooked(at_setup=ask)).setup()
+
+
+# ── validation data ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Hooked(at_prune=lambda state, ctx: ctx.validate(state.params, state.mask)),
+        CEAFL(interval=1),
+        Staged(policy="bandit", stages=3),
+        Staged(policy="agent", stages=3),
+    ],
+)
+def test_nobody_decides_without_validation_data(method: Method):
+    server = small.server(method)
+    server.side = replace(server.side, validation=Examples(server.side.validation.x[:0], np.zeros(0, int)))
+    with pytest.raises(MethodError, match=rf"{type(method).__name__} decides.*data\.validation_fraction"):
+        small.run(server)
 
 
 # ── the rest ──────────────────────────────────────────────────────────────────────────────────────────────

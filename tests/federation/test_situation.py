@@ -1,7 +1,8 @@
 """What a decision at a stage looks at, against numbers worked out from the round's own records."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import log
+from math import log, nan
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from fedray.federation.server import Schedule
 from fedray.federation.situation import bytes_share, distance, look, travelled
 from fedray.methods.staged import Staged
 from fedray.pruning.masks import top_k
-from fedray.pruning.observation import PROBES, Situation
+from fedray.pruning.observation import PROBES, Journey, Situation
 from fedray.pruning.scores import magnitude
 from fedray.types import Mask, Params, ServerState
 from tests import small
@@ -96,3 +97,15 @@ def test_what_was_spent_is_a_share_of_the_dense_run(seen) -> None:
     assert now.spent_flops == pytest.approx(
         ctx.flops.train(state.mask) / ctx.flops.train(Mask.full(ctx.layout)) / 2
     )
+
+
+def test_what_a_client_does_not_know_is_left_out_and_is_no_agreement(seen) -> None:
+    state, cohort, ctx, _ = seen
+    first, *rest = cohort.records
+    partial = deepcopy(cohort.partial)
+    partial.metrics["moved"] = (nan, 1.0)
+    lacking = CohortUpdate(partial, (replace(first, loss=nan), *rest))
+    now = look(state, lacking, ctx, Journey(sent=state.params), 0.5)
+    losses, sizes = [r.loss for r in rest], [r.num_examples for r in rest]
+    assert now.train_loss == pytest.approx(np.average(losses, weights=sizes) / log(small.CLASSES))
+    assert now.agreement == 0.0

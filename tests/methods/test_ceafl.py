@@ -1,6 +1,7 @@
 """CEAFL: both stages by hand, regrowth, what is undone, and the one classifier that teaches."""
 
 from dataclasses import dataclass, field, replace
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,9 @@ def test_an_event_removes_the_least_important_and_grows_what_is_voted_for() -> N
         assert len(after.memory.losses) == min(2, before.round)
 
 
-@pytest.mark.parametrize(("loss", "undone"), [(1.04, False), (1.06, True), (0.5, False)])
+@pytest.mark.parametrize(
+    ("loss", "undone"), [(1.04, False), (1.06, True), (0.5, False), (nan, True), (inf, True)]
+)
 def test_an_event_that_spoils_the_model_is_undone(loss: float, undone: bool) -> None:
     method = Watched(interval=2, probes=[1.0, loss])
     server = begin(method, rounds=4)
@@ -183,6 +186,16 @@ def test_an_event_that_spoils_the_model_is_undone(loss: float, undone: bool) -> 
     assert (server.state.mask == mask) == undone
     assert (after.params == before.params) == undone
     assert ("finetune" in extras(server)) != undone
+
+
+@pytest.mark.parametrize("losses", [(1.0, 1.0, nan, nan), (nan, nan, 1.0, 1.0), (1.0, 1.0, inf, inf)])
+def test_a_loss_that_is_no_number_has_not_fallen(losses: tuple[float, ...]) -> None:
+    method = CEAFL(kappa=1.0, kappa0=0.1, regrow=0.0)
+    server = begin(method, rounds=4)
+    server.setup()
+    memory = CEAFLMemory(range(2, 5, 2), losses)
+    removed, _ = method.plan(replace(server.state, round=4, memory=memory))
+    assert removed == round(0.7 * WEIGHTS) - round(0.7 * 0.9 * WEIGHTS)  # kappa0 alone
 
 
 def test_an_event_that_nobody_answers_changes_nothing() -> None:

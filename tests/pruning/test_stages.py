@@ -108,6 +108,22 @@ def test_an_observation_is_finite_and_in_range(values, preference):
         assert np.isfinite(found).all() and np.abs(found).max() <= 1
 
 
+@pytest.mark.parametrize("loss", [nan, inf])
+def test_a_model_that_diverged_is_seen_as_worse(loss: float) -> None:
+    found = seen(replace(HERE, loss=loss), Journey(before=HERE))
+    assert (found["loss"], found["loss fallen"], found["train loss gap"]) == (1.0, -1.0, 1.0)
+    mended = seen(HERE, Journey(before=replace(HERE, loss=loss)))
+    assert mended["loss fallen"] == 1.0
+    assert seen(replace(HERE, loss=loss), Journey(before=replace(HERE, loss=loss)))["loss fallen"] == 0.0
+
+
+def test_an_accuracy_of_nan_is_the_lowest() -> None:
+    found = seen(replace(HERE, accuracy=nan), Journey(before=HERE, best=0.8))
+    assert (found["accuracy"], found["accuracy gained"], found["behind the best"]) == (0.0, -1.0, 1.0)
+    journey = stages.after(Journey(best=0.4), 2, replace(HERE, accuracy=nan), 0, 0, 1.0)
+    assert journey.best == 0.4
+
+
 def test_layer_summary_by_hand() -> None:
     mask = Mask(FULL.flat.clone(), LAYOUT)
     mask.flat[:40] = False  # half of a; its others are 41 … 80, and b is 81 … 100
@@ -202,6 +218,11 @@ def test_nothing_steeper_than_allowed_is_done(steepest: float, done: int) -> Non
     assert action == done and mask.density == pytest.approx(stages.FACTORS[done])
 
 
+def test_a_model_that_diverged_already_is_pruned_only_if_that_mends_it() -> None:
+    for table, done in [({1.0: nan, 0.3: 2.0}, 4), (dict.fromkeys((1.0, 0.3, 0.5, 0.75, 0.9), nan), 0)]:
+        assert safe(4, PARAMS, FULL, losses(table), min_density=0.01, rollback=1.5)[0] == done
+
+
 @pytest.mark.parametrize("action", [0, REGROW])
 def test_holding_and_regrowing_cost_no_look_at_the_data(action: int) -> None:
     def never(mask: Mask) -> float:
@@ -253,3 +274,11 @@ def test_the_bandit_tries_everything_and_then_the_best() -> None:
         action = stages.bandit(tried)
         tried.append((action, 0.3 if action == 2 else 0.1))
     assert sum(action == 2 for action, _ in tried) > 150
+
+
+def test_a_reward_of_nan_is_the_worst() -> None:
+    tried = [(action, nan if action == 1 else 0.1) for action in range(len(ACTIONS))]
+    for _ in range(100):
+        action = stages.bandit(tried)
+        assert action != 1
+        tried.append((action, 0.1))
