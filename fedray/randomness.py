@@ -20,9 +20,20 @@ PURPOSES = (
     "server",
     "method",
     "evaluate",
+    "wait",
 )
 Purpose = Literal[
-    "init", "split", "partition", "devices", "sample", "client", "fate", "server", "method", "evaluate"
+    "init",
+    "split",
+    "partition",
+    "devices",
+    "sample",
+    "client",
+    "fate",
+    "server",
+    "method",
+    "evaluate",
+    "wait",
 ]
 
 

@@ -1,5 +1,6 @@
 """What a round came to: the costs of training, of what was asked beside it, and of the server's own work."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isnan
 
@@ -21,11 +22,22 @@ class Accounts:
         asked: what was asked of clients outside the round's training.
         validated: the server's forward passes over validation data that the method asked for.
         server: the server as a client of its own, if it did anything.
+        present: clients that were there in this round, and need not be waited for again.
+        waited_s: simulated seconds in which the server waited for clients to be available.
+        absent: clients that the method asked and that never came.
     """
 
     asked: Cost = field(default_factory=Cost)
     validated: Cost = field(default_factory=Cost)
     server: Client | None = None
+    present: set[int] = field(default_factory=set)
+    waited_s: float = 0.0
+    absent: list[int] = field(default_factory=list)
+
+    def found(self, clients: Iterable[int], waited_s: float) -> None:
+        """Note who was there, and how long the server waited for them."""
+        self.present.update(clients)
+        self.waited_s += waited_s
 
     @property
     def server_cost(self) -> Cost:
@@ -55,7 +67,9 @@ class Accounts:
             "flops/clients": clients.flops,
             "flops/executed": clients.executed_flops,
             "flops/server": server.flops,
-            "time/simulated_s": waited_s(records, deadline_s) + self.asked.seconds + server.seconds,
+            "time/simulated_s": (
+                waited_s(records, deadline_s) + self.asked.seconds + server.seconds + self.waited_s
+            ),
             "time/server_s": server.seconds,
             "clients/selected": float(len(records)),
             "clients/dropped": float(sum(r.fate != "folded" for r in records)),
@@ -75,9 +89,13 @@ def waited_s(records: tuple[ClientRecord, ...], deadline_s: float | None) -> flo
     return max((r.cost.seconds for r in records if r.fate != "dropped"), default=0.0)
 
 
-def notes(records: tuple[ClientRecord, ...]) -> tuple[str, ...]:
-    """Name the clients whose updates were left out for a reason that a reader should know."""
+def notes(accounts: Accounts, records: tuple[ClientRecord, ...]) -> tuple[str, ...]:
+    """Name what a reader should know: how long nobody was there, and whose updates were left out, and why."""
     found = []
+    if accounts.waited_s:
+        found.append(f"the server waited {accounts.waited_s:,.0f} simulated s for clients to be available")
+    if accounts.absent:
+        found.append(f"{len(accounts.absent)} client(s) were asked and never came: {accounts.absent[:10]}")
     for fate in ("non-finite", "malformed"):
         clients = [r.client for r in records if r.fate == fate]
         if clients:

@@ -86,7 +86,14 @@ class ServerContext:
         return self.model.layout
 
     def sample(self, count: int) -> tuple[int, ...]:
-        """Draw up to `count` different clients that are available now; their ids, sorted."""
+        """Draw up to `count` different clients that are available now; their ids, sorted.
+
+        At least one if `count` is: where no client is there, the server looks again, as it does before a
+        round, and the wait is charged.
+
+        Raises:
+            RunError: if no client is ever there.
+        """
         return self._sample(count)
 
     def ask(
@@ -94,12 +101,18 @@ class ServerContext:
     ) -> CohortUpdate:
         """Run `function(task, client)` on clients outside the round's training; metered like a round.
 
-        Nobody is late or drops out here. The seconds of the slowest client are added to the round's.
+        No client is late or drops out here. The seconds of the slowest one are added to the round's. For
+        clients that were neither in the round's cohort nor drawn by `sample` in it, the server waits until
+        they are available, and the wait is charged; one that never comes is missing in the answer.
 
         Args:
             function: a method's bound method, or any function that can be pickled.
             tasks: client id → task.
             keep_updates: keep every client's model in `.updates`.
+
+        Raises:
+            MethodError: if there is no task, or one for a client that does not exist.
+            RunError: if none of the clients ever comes.
         """
         return self._ask(function, tasks, keep_updates)
 

@@ -1,6 +1,6 @@
 """Who there is, and who is asked. Nothing here costs anything per registered client in a round."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import overload
 
 import numpy as np
@@ -10,8 +10,10 @@ from fedray.data.partition import Partition
 from fedray.errors import RunError
 from fedray.types import ClientInfo
 
-ATTEMPTS = 100
-"""How often the server looks again when nobody is there, before it gives up."""
+LOOKS = 100
+"""How often the server looks for clients, before it gives up."""
+LOOK_AGAIN_S = 60.0
+"""Simulated seconds from one look to the next; whether a client is there then is drawn anew."""
 
 
 class Population(Sequence[ClientInfo]):
@@ -60,13 +62,66 @@ def sample(population: Population, count: int, rng: np.random.Generator) -> tupl
     return tuple(sorted(chosen))
 
 
+def wait_for_any(
+    population: Population, count: int, rng: np.random.Generator
+) -> tuple[tuple[int, ...], float]:
+    """Draw as `sample` does, and look again as long as no client is there.
+
+    Returns:
+        Up to `count` clients, at least one if any is asked for; and the simulated seconds waited for them.
+
+    Raises:
+        RunError: if no client was there in LOOKS looks.
+    """
+    for look in range(LOOKS):
+        clients = sample(population, count, rng)
+        if clients or count <= 0:
+            return clients, look * LOOK_AGAIN_S
+    raise RunError(_nobody(f"all {len(population):,}"))
+
+
+def wait_for_all(
+    population: Population, clients: Iterable[int], rng_of: Callable[[int], np.random.Generator]
+) -> tuple[tuple[int, ...], float]:
+    """Wait for given clients, each of which is asked when it is there.
+
+    Args:
+        population: who there is.
+        clients: whom to wait for.
+        rng_of: client → generator of when it comes.
+
+    Returns:
+        Who came within LOOKS looks, in the order given; and the simulated seconds until the last look.
+    """
+    availability, came, last = population.fleet.availability, list[int](), 1
+    for client in clients:
+        chance = float(availability[client])
+        look = 1 if chance >= 1 else int(rng_of(client).geometric(chance)) if chance > 0 else LOOKS + 1
+        last = max(last, min(look, LOOKS))
+        if look <= LOOKS:
+            came.append(client)
+    return tuple(came), (last - 1) * LOOK_AGAIN_S
+
+
+def none_came(asked: int) -> RunError:
+    """Return the error that says that none of the clients that were asked was ever there."""
+    return RunError(_nobody(f"the {asked:,} that the method asks"))
+
+
+def _nobody(who: str) -> str:
+    return (
+        f"no client is available: {who} were away in {LOOKS} looks, one every {LOOK_AGAIN_S:g} simulated s; "
+        "take devices with a higher availability into clients.devices, or more clients"
+    )
+
+
 def draw_cohort(
     population: Population,
     cohort: int,
     over_selection: float,
     predicted_seconds: Callable[[int], float],
     rng: np.random.Generator,
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], float]:
     """Draw `cohort` clients; with over-selection draw more, and keep those that are predicted to be fastest.
 
     Args:
@@ -76,17 +131,14 @@ def draw_cohort(
         predicted_seconds: client → seconds its part will take; asked only with over-selection.
         rng: the round's generator.
 
+    Returns:
+        The cohort's ids, sorted; and the simulated seconds waited until any client was there.
+
     Raises:
-        RunError: if nobody is available.
+        RunError: if no client is ever available.
     """
     extra = min(len(population), round(cohort * (1 + over_selection)))
-    attempts = (sample(population, extra, rng) for _ in range(ATTEMPTS))
-    drawn = next((clients for clients in attempts if clients), ())
-    if not drawn:
-        raise RunError(
-            f"no client is available: all were away in {ATTEMPTS} attempts; "
-            "take devices with a higher availability into clients.devices, or more clients"
-        )
+    drawn, waited_s = wait_for_any(population, extra, rng)
     if len(drawn) > cohort:
         drawn = tuple(sorted(sorted(drawn, key=lambda k: (predicted_seconds(k), k))[:cohort]))
-    return drawn
+    return drawn, waited_s

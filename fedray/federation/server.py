@@ -28,7 +28,7 @@ from fedray.federation.aggregate import CohortUpdate, cut, merge_all
 from fedray.federation.client import Client, ClientFunction, Outcome, norm_statistics
 from fedray.federation.method import ServerContext, check_mask
 from fedray.federation.pool import ClientPool, one_thread
-from fedray.federation.population import draw_cohort, sample
+from fedray.federation.population import draw_cohort, none_came, wait_for_all, wait_for_any
 from fedray.federation.worker import (
     OWN_NORMS,
     Chunk,
@@ -149,13 +149,14 @@ class Server:
         state, method = self.state, self.method
 
         # 1 SAMPLE: available clients, the fastest of those over-selected
-        cohort = draw_cohort(
+        cohort, waited_s = draw_cohort(
             self.population,
             self.schedule.cohort,
             self.schedule.over_selection,
             self._predicted_seconds,
             generator(self.place.seed, "sample", state.round),
         )
+        self._accounts.found(cohort, waited_s)
 
         # 2 CONFIGURE: what each client gets; equal tasks are sent as one
         tasks = {client: method.configure(state, self.population[client]) for client in cohort}
@@ -310,8 +311,13 @@ class Server:
         state, place = self.state, self.place
         rng = generator(place.seed, "method", state.round, purpose)
 
+        def draw(count: int) -> tuple[int, ...]:
+            clients, waited_s = wait_for_any(self.population, count, rng)
+            self._accounts.found(clients, waited_s)
+            return clients
+
         def ask(function: ClientFunction, tasks: Mapping[int, Task], keep: bool) -> CohortUpdate:
-            answer = self._exchange(function, tasks, keep_updates=keep)
+            answer = self._exchange(function, self._when_there(tasks), keep_updates=keep)
             self._accounts.asked += answer.cost
             return answer
 
@@ -339,11 +345,26 @@ class Server:
             flops=place.flops,
             clients=self.population,
             rng=rng,
-            _sample=lambda count: sample(self.population, count, rng),
+            _sample=draw,
             _ask=ask,
             _server=self._as_client,
             _validate=validate,
         )
+
+    def _when_there(self, tasks: Mapping[int, Task]) -> Mapping[int, Task]:
+        """Wait for the clients that were not there yet in this round; return the tasks of those who come."""
+        reject_unknown(tasks, len(self.population))
+        accounts, seed, round = self._accounts, self.place.seed, self.state.round
+        missing = sorted(tasks.keys() - accounts.present)
+        came, waited_s = wait_for_all(
+            self.population, missing, lambda client: generator(seed, "wait", round, client)
+        )
+        accounts.found(came, waited_s)
+        accounts.absent += sorted(set(missing) - set(came))
+        there = {client: task for client, task in tasks.items() if client in accounts.present}
+        if tasks and not there:
+            raise none_came(len(tasks))
+        return there
 
     def _as_client(self) -> Client:
         """Return the server as a client of its own, one for each phase of a round."""
@@ -379,7 +400,7 @@ class Server:
             totals[name] = totals.get(name, 0.0) + metrics[name]
         metrics |= {f"total/{name}": value for name, value in totals.items()}
         records = cohort.records if cohort is not None else ()
-        return RoundReport(round, metrics, records, notes(records))
+        return RoundReport(round, metrics, records, notes(self._accounts, records))
 
 
 def _check_layout(task: Task, layout: Layout, client: int) -> None:

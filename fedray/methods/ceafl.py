@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedray.comparing import no_worse
+from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
@@ -141,6 +142,10 @@ class CEAFL(Method):
         events = range(every, int(self.until * ctx.rounds) + 1, every)
         task = Task(state.params, state.mask)
         scored = ctx.ask(self.first_scores, {client: task for client in ctx.sample(self.scorers)})
+        if not scored.folded:
+            raise MethodError(
+                f"the scores of all {len(scored.records)} scorers are not finite: check the data and model"
+            )
         mask = top_k(self.scores(scored, state.mask), self.initial_density, ctx.layout)
         return replace(state, mask=mask, memory=CEAFLMemory(events))
 

@@ -126,7 +126,7 @@ class PruneFL(Method):
             return state
         first = self.initial_client
         if first is None:
-            first = max(ctx.sample(ASKED) or (0,), key=lambda k: ctx.clients[k].num_examples)
+            first = max(ctx.sample(ASKED), key=lambda k: ctx.clients[k].num_examples)
         task = Task(state.params, state.mask, extras={"times": times.vector(ctx.layout), "interval": every})
         answer = ctx.ask(self.prune_at_client, {first: task}, keep_updates=True)
         if not answer.folded:

@@ -12,6 +12,7 @@ scaling; the score is global over all prunable weights, as in the paper.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
@@ -39,6 +40,10 @@ class SNIP(Method):
         """Ask for gradients, keep the weights that matter most."""
         task = Task(state.params, state.mask)
         scored: CohortUpdate = ctx.ask(self.score, {client: task for client in ctx.sample(self.scorers)})
+        if not scored.folded:
+            raise MethodError(
+                f"the gradients of all {len(scored.records)} scorers are not finite: check the data and model"
+            )
         gradient = scored.sum("gradient") / scored.num_examples
         return replace(state, mask=top_k(sensitivity(state.params, gradient), self.density, ctx.layout))
 

@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from fedray.data.datasets import Examples
-from fedray.errors import MethodError
+from fedray.errors import MethodError, RunError
+from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
+from fedray.federation.population import LOOK_AGAIN_S
+from fedray.methods.autoflip import AutoFLIP
 from fedray.methods.ceafl import CEAFL
+from fedray.methods.fedavg_warm import FedAvgWarm
+from fedray.methods.prunefl import PruneFL
+from fedray.methods.snip import SNIP
 from fedray.methods.staged import Staged
 from fedray.types import Mask, Params, ServerState, Task
 from tests import small
@@ -69,6 +75,81 @@ def test_a_task_of_another_layout_is_the_methods_mistake(wrong: str):
 
     with pytest.raises(MethodError, match=rf"the task for client 2 has (a )?{wrong} of another layout"):
         small.server(Hooked(at_setup=ask)).setup()
+
+
+# ── clients that are away ─────────────────────────────────────────────────────────────────────────────────
+
+AWAY = replace(small.DEVICE, name="away", availability=0.2)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SNIP(scorers=2),
+        CEAFL(scorers=2),
+        AutoFLIP(),
+        AutoFLIP(scouts="aliased"),
+        FedAvgWarm(),
+        PruneFL(),
+        PruneFL(initial_client=1),
+    ],
+)
+def test_a_set_up_waits_for_clients_and_is_charged_for_it(method: Method):
+    waited = []
+    for seed in range(5):
+        server = small.server(method, clients=2, seed=seed, devices=[AWAY])
+        report = server.setup()
+        accounts = server._accounts
+        waited.append(accounts.waited_s)
+        assert accounts.asked.seconds > 0
+        assert report.metrics["time/simulated_s"] == pytest.approx(accounts.asked.seconds + waited[-1])
+        assert any("waited" in note for note in report.notes) == (waited[-1] > 0)
+    assert max(waited) > 0 and all(wait % LOOK_AGAIN_S == 0 for wait in waited)
+
+
+def test_a_round_that_waits_is_charged_too():
+    server = small.server(Method(), clients=1, devices=[AWAY])
+    server.setup()
+    waited = []
+    for _ in range(3):
+        report = server.step()
+        waited.append(report.metrics["time/simulated_s"] - report.clients[0].cost.seconds)
+    assert max(waited) > 0 and [wait % LOOK_AGAIN_S for wait in waited] == pytest.approx([0.0] * 3)
+
+
+def test_who_took_part_in_the_round_is_not_waited_for_again():
+    def ask(state: ServerState, ctx: ServerContext) -> None:
+        ctx.ask(score, {k: Task(state.params, state.mask) for k in server._accounts.present})
+
+    server = small.server(Hooked(at_prune=ask), devices=[AWAY])
+    server.setup()
+    for _ in range(3):
+        server.step()
+        cohort_waited = server._accounts.waited_s
+        assert cohort_waited in (0.0, LOOK_AGAIN_S, 2 * LOOK_AGAIN_S), "for the cohort alone"
+
+
+def test_a_client_that_never_comes_is_missing_and_named():
+    def ask(state: ServerState, ctx: ServerContext) -> None:
+        answers.append(ctx.ask(score, {k: Task(state.params, state.mask) for k in range(4)}))
+
+    answers: list[CohortUpdate] = []
+    gone = replace(small.DEVICE, name="gone", availability=1e-9)
+    server = small.server(Hooked(at_setup=ask), clients=4, devices=[small.DEVICE, gone])
+    report = server.setup()
+    assert [record.client for record in answers[0].folded] == [0, 2]
+    assert any("2 client(s) were asked and never came: [1, 3]" in note for note in report.notes)
+    with pytest.raises(RunError, match="no client is available: the 4 that the method asks"):
+        small.server(Hooked(at_setup=ask), clients=4, devices=[gone]).setup()
+
+
+@pytest.mark.parametrize("method", [SNIP(), CEAFL()])
+def test_scorers_whose_answers_are_not_finite_are_named_as_the_cause(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Client, "grad", lambda self, params, mask, **_: params.flat * torch.nan)
+    with pytest.raises(MethodError, match="all 6 scorers are not finite"):
+        small.server(method).setup()
 
 
 # ── validation data ──────────────────────────────────────────────────────────────────────────────────────

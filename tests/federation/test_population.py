@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from fedray.data.partition import Drawn
 from fedray.errors import RunError
-from fedray.federation.population import Population, draw_cohort, sample
+from fedray.federation.population import (
+    LOOK_AGAIN_S,
+    LOOKS,
+    Population,
+    draw_cohort,
+    sample,
+    wait_for_all,
+    wait_for_any,
+)
 from fedray.randomness import generator
 from fedray.types import ClientInfo
 from tests import small
@@ -156,7 +164,7 @@ def test_nobody_is_looked_up_twice(availability: float):
 
 def test_without_over_selection_nobody_is_timed():
     everybody = population(100)
-    assert draw_cohort(everybody, 7, 0.0, never, rng()) == sample(everybody, 7, rng())
+    assert draw_cohort(everybody, 7, 0.0, never, rng()) == (sample(everybody, 7, rng()), 0.0)
 
 
 def test_over_selection_keeps_the_fastest():
@@ -168,10 +176,10 @@ def test_over_selection_keeps_the_fastest():
         asked.append(client)
         return -float(client)  # the higher the id, the faster
 
-    kept = draw_cohort(everybody, 5, 1.0, seconds, rng())
+    kept, _ = draw_cohort(everybody, 5, 1.0, seconds, rng())
     assert kept == drawn[5:]
     assert sorted(asked) == list(drawn), "only who was drawn is timed"
-    assert draw_cohort(everybody, 5, 1.0, lambda client: 1.0, rng()) == drawn[:5], (
+    assert draw_cohort(everybody, 5, 1.0, lambda client: 1.0, rng())[0] == drawn[:5], (
         "a tie goes to the lower id"
     )
 
@@ -184,16 +192,56 @@ def test_over_selection_is_a_share_of_the_cohort(over: float, drawn: int):
         asked.append(client)
         return 0.0
 
-    assert len(draw_cohort(population(20), 10, over, seconds, rng())) == 10
+    assert len(draw_cohort(population(20), 10, over, seconds, rng())[0]) == 10
     assert len(asked) == (drawn if drawn > 10 else 0)
 
 
 def test_a_cohort_is_as_large_as_it_can_be():
-    assert draw_cohort(population(3), 10, 0.0, never, rng()) == (0, 1, 2)
+    assert draw_cohort(population(3), 10, 0.0, never, rng()) == ((0, 1, 2), 0.0)
     everybody = population(40, [1.0] + [0.0] * 9)
-    assert draw_cohort(everybody, 10, 0.5, never, rng()) == (0, 10, 20, 30)
+    assert draw_cohort(everybody, 10, 0.5, never, rng()) == ((0, 10, 20, 30), 0.0)
 
 
 def test_nobody_available_is_an_error():
     with pytest.raises(RunError, match=r"no client is available.*clients\.devices"):
         draw_cohort(population(10, [0.0]), 3, 0.0, never, rng())
+
+
+# ── waiting ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_whoever_looks_finds_a_client_and_pays_for_each_look_in_vain(size: int):
+    everybody, random, again = population(size, [0.2]), rng(), rng()
+    for _ in range(50):
+        found, waited_s = wait_for_any(everybody, 3, random)
+        looks = 0
+        while not (expected := sample(everybody, 3, again)):
+            looks += 1
+        assert (found, waited_s) == (expected, looks * LOOK_AGAIN_S)
+
+
+def test_who_asks_for_nobody_does_not_wait():
+    assert wait_for_any(population(3, [0.0]), 0, rng()) == ((), 0.0)
+
+
+@pytest.mark.parametrize("availability", [0.0, 1e-9])
+def test_the_server_gives_up_in_the_end(availability: float):
+    everybody = population(10, [availability])
+    with pytest.raises(RunError, match=rf"no client is available: all 10 were away in {LOOKS} looks"):
+        wait_for_any(everybody, 3, rng())
+    assert wait_for_all(everybody, [1, 2], rng) == ((), (LOOKS - 1) * LOOK_AGAIN_S)
+
+
+def test_clients_that_are_there_are_not_waited_for():
+    assert wait_for_all(population(4), [3, 1], rng) == ((3, 1), 0.0)
+    assert wait_for_all(population(4, [0.0]), [], rng) == ((), 0.0)
+
+
+def test_the_last_of_the_clients_is_waited_for():
+    everybody = population(2000, [0.25])
+    waits = [wait_for_all(everybody, [client], rng)[1] for client in range(2000)]
+    # geometric: 1/p looks on average, the first of which costs nothing; ± 4 standard deviations
+    assert np.mean(waits) == pytest.approx(3 * LOOK_AGAIN_S, abs=4 * LOOK_AGAIN_S * (12 / 2000) ** 0.5)
+    came, waited_s = wait_for_all(everybody, range(20), rng)
+    assert came == tuple(range(20)) and waited_s == max(waits[:20])
