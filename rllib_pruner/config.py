@@ -3,7 +3,7 @@
 base:
   process: {name: rate_search}
   algorithm: {name: dqn, lr: 1e-3}
-  budget: {env_steps: 40_000}
+  budget: {env_steps: 40000}
 space:                                  # optional: trials, drawn by the verbs of a sweep
   algorithm.lr: {grid: [3e-4, 1e-3]}
 tune: {concurrent: 2}

@@ -344,7 +344,7 @@ def test_the_message_says_whether_the_file_or_an_override_is_to_be_changed(write
         ("- seed", "x.yaml: holds list, not a mapping of keys to values"),
         ("just text", "x.yaml: holds str, not a mapping of keys to values"),
         ("? [1, 2]\n: 3", "x.yaml, line 1: not YAML: found unhashable key"),
-        ("seed: 2001-99-99", "x.yaml: a value cannot be read: month must be in 1..12"),
+        ("seed: 2001-99-99", "seed (x.yaml): got '2001-99-99'; must be a whole number"),
         (
             "seed: &a [*a]",
             "a config holds text, numbers, lists and mappings only: Circular reference detected",
@@ -372,7 +372,7 @@ def test_a_file_that_cannot_be_read(in_tmp):
     with pytest.raises(ConfigError, match=r"cannot be read: Is a directory$"):
         RunConfig.load(in_tmp)
     (in_tmp / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"^binary\.yaml: is not a text file$"):
+    with pytest.raises(ConfigError, match=r"^binary\.yaml: is not a text file in UTF-16: "):
         RunConfig.load("binary.yaml")
 
 
