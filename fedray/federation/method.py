@@ -229,6 +229,14 @@ class Method:
         """Move the mask; only here does it move."""
         return state
 
+    def forgets(self, state: ServerState) -> bool:
+        """Tell, after `prune`, whether nothing that clients remember is of use from the next round on.
+
+        The server then drops all of `client.memory`, also of clients that it has not asked for long; else it
+        keeps them, and every checkpoint holds them.
+        """
+        return False
+
     def eval_params(self, state: ServerState) -> Params:
         """Say what is evaluated and saved as the model (under the state's mask)."""
         return state.params

@@ -170,6 +170,8 @@ class Server:
         # 5 PRUNE: only here the mask moves
         state = method.prune(state, update, self._context(purpose=1))
         check_mask(state.mask, self.place.model.channel_groups, "prune")
+        if method.forgets(state):
+            self._forget()
 
         # 6 REPORT: the last round is evaluated in any case
         evaluate = state.round % self.schedule.eval_every == 0 or state.round == self.schedule.rounds
@@ -218,6 +220,12 @@ class Server:
             self.checkpoint.memories.pop(client, None)
         records = tuple(sorted(answer.records, key=lambda record: record.client))
         return CohortUpdate(merge_all(answer.partials, len(chunks)), records)
+
+    def _forget(self) -> None:
+        """Drop what clients remember for the method; their own norms stay."""
+        memories = self.checkpoint.memories
+        norms = {k: {OWN_NORMS: memory[OWN_NORMS]} for k, memory in memories.items() if OWN_NORMS in memory}
+        self.checkpoint.memories = norms
 
     def _send(self, tasks: Mapping[int, Task]) -> tuple[tuple[Task, ...], dict[int, Order]]:
         """Encode each different task once; say what reaching each client costs, given the mask it holds."""

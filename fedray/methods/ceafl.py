@@ -256,6 +256,8 @@ class CEAFL(Method):
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """Stage 2: at an event prune, grow, and go back if that spoilt the model. Keep the losses."""
+        if state.round == state.memory.finetune:  # its lesson was given
+            state = replace(state, memory=replace(state.memory, teacher=None))
         if "loss" not in cohort.metrics:  # nobody answered, or the last event is over
             return state
         removed, grown = self.plan(state)
@@ -277,6 +279,11 @@ class CEAFL(Method):
             teacher = ensemble(cohort.sum("classifiers"), cohort.sum("weights"), otherwise=own)
         memory = replace(state.memory, finetune=state.round + 1, teacher=teacher)
         return replace(state, params=params, mask=mask, memory=memory)
+
+    def forgets(self, state: ServerState) -> bool:
+        """After the last event no client is asked for its importance any more."""
+        events = state.memory.events
+        return bool(events) and state.round == events[-1]
 
     def scores(self, cohort: CohortUpdate, mask: Mask) -> Tensor:
         """Return the cohort's importance (size,) of the weights held, up to a factor."""

@@ -210,6 +210,10 @@ class PruneFL(Method):
             params = Params(torch.where(mask.flat & ~state.mask.flat, 0.0, params.flat), ctx.layout)
         return replace(state, params=params, mask=mask)
 
+    def forgets(self, state: ServerState) -> bool:
+        """Importance of an interval is of no use after it, whoever did not upload it."""
+        return state.round in state.memory.events
+
     def layer_times(self, ctx: ServerContext) -> LayerTimes:
         """Return what the options say a round takes."""
         if self.layer_times_s is not None and self.constant_s is not None:

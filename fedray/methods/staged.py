@@ -181,7 +181,7 @@ class Staged(Method):
 
     def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
         """Take the mask-aware mean; before a stage's decision, keep what the clients were sent."""
-        if self.decider and state.round in state.memory.stages:
+        if self.decider and state.round in state.memory.stages and cohort.folded:
             journey = replace(state.memory.journey, sent=state.params)
             state = replace(state, memory=replace(state.memory, journey=journey))
         return super().aggregate(state, cohort)

@@ -12,7 +12,8 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.server import Schedule, Server
-from fedray.federation.worker import Rules
+from fedray.federation.worker import OWN_NORMS, Rules
+from fedray.models.norms import Norm
 from fedray.types import ClientUpdate, Params, ServerState, Task
 from tests import small
 from tests.federation.probes import Moving, SpyPool, score, spied, without_clocks
@@ -109,6 +110,29 @@ def test_what_a_client_forgets_is_not_kept():
     assert server.checkpoint.memories == {k: {"met": True} for k in range(6)}
     server.step()
     assert server.checkpoint.memories == {}
+
+
+@pytest.mark.parametrize("norm", ["average", "local"])
+def test_the_server_drops_what_a_method_says_is_over(norm: Norm):
+    @dataclass(frozen=True, kw_only=True)
+    class Weekly(Method):
+        def client_update(self, task: Task, client: Client) -> ClientUpdate:
+            client.memory["seen"] = client.round
+            return super().client_update(task, client)
+
+        def forgets(self, state: ServerState) -> bool:
+            return state.round == 2
+
+    server = small.server(Weekly(), clients=30, norm=norm, architecture=small.CNN)
+    server.setup()
+    server.step()
+    known = set(server.checkpoint.memories)
+    server.step()
+    memories = server.checkpoint.memories
+    assert all(set(memory) == {OWN_NORMS} for memory in memories.values()), "norms are not the method's"
+    assert (known <= set(memories)) if norm == "local" else memories == {}
+    server.step()
+    assert {m["seen"] for m in server.checkpoint.memories.values() if "seen" in m} == {3}
 
 
 def test_memories_travel_with_the_chunk_of_their_client():

@@ -269,6 +269,24 @@ def asked_in(server: Server, round: int) -> set[int]:
     return {r.client for r in small.run(again)[round].clients}
 
 
+def test_after_the_last_event_no_client_remembers_anything() -> None:
+    server = begin(CEAFL(interval=2, until=0.5, finetune_epochs=0), rounds=6, clients=30)
+    server.setup()
+    for round in range(1, 7):
+        server.step()
+        assert bool(server.checkpoint.memories) == (round < 2), "until=0.5 of 6 rounds: the event is in 2"
+
+
+def test_a_teacher_is_kept_until_it_has_taught() -> None:
+    server = begin(CEAFL(interval=2, until=1.0, rollback=99.0, kappa0=0.2), rounds=6)
+    server.setup()
+    taught = []
+    for _ in range(3):
+        server.step()
+        taught.append(server.state.memory.teacher is not None)
+    assert taught == [False, True, False]
+
+
 # ── fine-tuning
 
 

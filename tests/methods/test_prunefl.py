@@ -12,7 +12,7 @@ from fedray.errors import ConfigError, MethodError
 from fedray.experiment.config import RunConfig
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
-from fedray.federation.method import ServerContext
+from fedray.federation.method import Method, ServerContext
 from fedray.federation.server import Schedule, Server
 from fedray.federation.worker import Rules
 from fedray.methods import prunefl
@@ -20,6 +20,7 @@ from fedray.methods.prunefl import PruneFL, binary_cross_entropy
 from fedray.pruning.greedy import rebuild
 from fedray.types import Mask, Params, ServerState, Task
 from tests import small
+from tests.federation.probes import without_clocks
 
 SIZE, WEIGHTS = 163, 128
 """Weights of small.MLP, and how many of them are prunable."""
@@ -380,3 +381,31 @@ def test_a_first_client_that_there_is_not() -> None:
     assert PruneFL(initial_client=9).check(small.setting(population=10)) is None
     fault = PruneFL(initial_client=10).check(small.setting(population=10))
     assert fault == "method.initial_client=10, but there are 10 clients"
+
+
+# ── what a checkpoint holds of it
+
+
+def test_what_clients_gathered_is_kept_for_its_interval_only() -> None:
+    server = begin(PruneFL(interval=3, initial_max_rounds=0), clients=40)
+    server.setup()
+    held = []
+    for round in range(1, 13):
+        server.step()
+        since = 3 * (round // 3)
+        assert all(memory["since"] == since for memory in server.checkpoint.memories.values())
+        held.append(len(server.checkpoint.memories))
+    assert held[0] > 0 and held[1] > held[0] and held[2::3] == [0, 0, 0, 0]
+    assert held[9:] == [0, 0, 0]  # after the last event nothing is gathered
+
+
+@pytest.mark.parametrize("cohort", [2, 4])
+def test_forgetting_changes_nothing_else(cohort: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = PruneFL(interval=3, initial_max_rounds=0)
+    forgetful = begin(method, clients=12, cohort=cohort)
+    reports = small.run(forgetful)
+    monkeypatch.setattr(PruneFL, "forgets", Method.forgets)
+    hoarding = begin(method, clients=12, cohort=cohort)
+    assert [without_clocks(r) for r in small.run(hoarding)] == [without_clocks(r) for r in reports]
+    assert hoarding.state.params == forgetful.state.params and hoarding.state.mask == forgetful.state.mask
+    assert len(hoarding.checkpoint.memories) > len(forgetful.checkpoint.memories) == 0
