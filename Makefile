@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(shell command -v uv 2>/dev/null || echo $(BIN)/uv)
 READY  := $(VENV)/.ready
+PARALLEL := --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 
 .PHONY: help setup demo test test-all check format lock clean
 
@@ -23,11 +24,11 @@ $(READY): requirements.lock pyproject.toml
 demo: setup      ## a sweep on real data, about two minutes
 	$(BIN)/fedray sweep tune_configs/quickstart.yaml
 
-test: setup      ## the fast tests
-	$(BIN)/python -m pytest
+test: setup      ## the fast tests, in parallel
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: setup  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu'
 
 check: setup     ## format, lint, types
 	$(BIN)/ruff format --check .

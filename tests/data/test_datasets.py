@@ -274,7 +274,9 @@ def test_writers_of_other_labels_are_refused(labels, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"index,label\n0,5\n"), gzip.compress(b"a\nb,c,d,e")]
+    "content",
+    [b"no gzip", gzip.compress(b"index,label\n0,5\n"), gzip.compress(b"a\nb,c,d,e")],
+    ids=["no gzip", "two columns", "too many columns"],
 )
 def test_broken_writers_are_named(content, tmp_path):
     write_idx(tmp_path)
