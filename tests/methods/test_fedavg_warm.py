@@ -44,7 +44,7 @@ def costs(server: Server) -> dict[str, float]:
         {"lr": 1e15, "partition": small.dealt(50, 20, 50)},  # all but one diverge
         {"uplink_values": "int8", "downlink_values": "fp16"},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "default",
 )
 @pytest.mark.parametrize("architecture", [small.MLP, small.CNN], ids=["mlp", "cnn"])
 def test_it_starts_where_an_autoflip_with_aliased_scouts_starts(
