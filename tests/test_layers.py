@@ -1,6 +1,6 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli · rllib_pruner → experiment → methods → federation → pruning · costs · models · data → types · errors
+cli · rllib_pruner → experiment → methods → federation → pruning · costs · models · data → the ground floor (types, errors, …)
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # `fedray` stands for fedray/__init__.py, the public names
 FLOORS = (
-    {"types", "errors", "randomness", "comparing"},
+    {"types", "errors", "randomness", "comparing", "shares"},
     {"pruning", "costs", "models", "data"},
     {"federation"},
     {"methods"},

@@ -223,6 +223,11 @@ class Splits:
     server: Indices
 
 
+def set_aside(fraction: float, examples: int) -> int:
+    """Return how many examples a fraction of them is: the nearest number, at least 1 if it is above 0."""
+    return max(round(fraction * examples), int(fraction > 0))
+
+
 def split(
     dataset: Dataset, validation_fraction: float, server_fraction: float, rng: np.random.Generator
 ) -> Splits:
@@ -241,7 +246,7 @@ def split(
         ConfigError: if a fraction is negative or the two leave nothing to train on.
     """
     y = dataset.train.y
-    wanted = [max(round(f * len(y)), int(f > 0)) for f in (validation_fraction, server_fraction)]
+    wanted = [set_aside(fraction, len(y)) for fraction in (validation_fraction, server_fraction)]
     if min(validation_fraction, server_fraction) < 0 or sum(wanted) >= len(y):
         raise ConfigError(
             f"data.validation_fraction={validation_fraction} and data.server_fraction={server_fraction} "

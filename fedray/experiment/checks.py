@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedray.costs import devices
 from fedray.data import DATASETS, DatasetSpec
+from fedray.data.datasets import set_aside
 from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
 from fedray.experiment.tracking import check_uri
@@ -79,7 +80,8 @@ def _data(config: "RunConfig") -> Iterator[Problem]:
             "leave nothing for the clients; the sum must be below 1",
         )
         return
-    left = int(spec.train_examples * (1 - data.validation_fraction - data.server_fraction))
+    asides = (data.validation_fraction, data.server_fraction)
+    left = spec.train_examples - sum(set_aside(fraction, spec.train_examples) for fraction in asides)
     if population > left and not isinstance(data.partition.options, Bootstrap):
         yield (
             "clients.population",

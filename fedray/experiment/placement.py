@@ -19,6 +19,7 @@ from fedray.experiment import plugins
 from fedray.experiment.config import ResourcesConfig, RunConfig
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
+from fedray.shares import floor_of
 
 
 def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
@@ -63,7 +64,7 @@ def _number_of_actors(config: RunConfig, cpus: float) -> int:
         return config.clients.population
     if actors != "auto":
         return actors
-    return max(1, int(cpus // (resources.cpu or 1)))
+    return max(1, floor_of(cpus / (resources.cpu or 1), 1))
 
 
 def _options(resources: ResourcesConfig, cpus: float, actors: int) -> ActorOptions:

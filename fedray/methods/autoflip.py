@@ -31,6 +31,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.models.spec import ModelSpec
+from fedray.pruning.schedules import part_of
 from fedray.pruning.scores import above_quantile, loss_deviation, scaled_per_layer
 from fedray.pruning.shrink import channel_mask
 from fedray.types import (
@@ -112,7 +113,7 @@ class AutoFLIP(Method):
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Let clients explore; make the first mask from what all of them found."""
-        epochs = self.explore_epochs or max(1, min(150, ctx.rounds // 20))
+        epochs = self.explore_epochs or part_of(ctx.rounds, 20, 150)
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
         if self.scouts == "aliased":
             return self.explored_in_turn(state, ctx, explorers, epochs)

@@ -34,6 +34,7 @@ from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.masks import grow, top_k
 from fedray.pruning.recovery import classifier, classify, distillation, ensemble
+from fedray.pruning.schedules import events
 from fedray.pruning.scores import sensitivity
 from fedray.pruning.votes import cast, tally
 from fedray.types import (
@@ -125,6 +126,10 @@ class CEAFL(Method):
         """Whether an ensemble teaches."""
         return self.finetune_epochs > 0 and self.kd_weight > 0
 
+    def events(self, rounds: int) -> range:
+        """Return the rounds after which the server may prune."""
+        return events(rounds, self.interval, self.until, parts=10, most=10)
+
     def check(self, setting: Setting) -> str | None:
         """Refuse a floor above the start, and fine-tuning of a model without a classifier."""
         if self.min_density > self.initial_density:
@@ -138,8 +143,6 @@ class CEAFL(Method):
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Stage 1: ask some clients what matters in the untrained model, and prune it."""
-        every = self.interval or max(1, min(10, ctx.rounds // 10))
-        events = range(every, int(self.until * ctx.rounds) + 1, every)
         task = Task(state.params, state.mask)
         scored = ctx.ask(self.first_scores, {client: task for client in ctx.sample(self.scorers)})
         if not scored.folded:
@@ -147,7 +150,7 @@ class CEAFL(Method):
                 f"the scores of all {len(scored.records)} scorers are not finite: check the data and model"
             )
         mask = top_k(self.scores(scored, state.mask), self.initial_density, ctx.layout)
-        return replace(state, mask=mask, memory=CEAFLMemory(events))
+        return replace(state, mask=mask, memory=CEAFLMemory(self.events(ctx.rounds)))
 
     def first_scores(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: the importance of each weight in the untrained model."""

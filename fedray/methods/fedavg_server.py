@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import Method, ServerContext, Setting
+from fedray.pruning.schedules import events
 from fedray.types import Fraction, NonNegativeInt, PositiveInt, ServerState
 
 
@@ -45,6 +46,12 @@ class FedAvgServer(Method):
     pretrain_epochs: NonNegativeInt = 5
     finetune_epochs: NonNegativeInt = 1
 
+    def events(self, rounds: int) -> tuple[int, ...]:
+        """Return the rounds after which the server fine-tunes."""
+        if self.finetune_rounds is not None:
+            return self.finetune_rounds
+        return tuple(events(rounds, self.interval, self.until, parts=5, most=20))
+
     def check(self, setting: Setting) -> str | None:
         """Refuse rounds that the run never reaches."""
         beyond = [event for event in self.finetune_rounds or () if event > setting.rounds]
@@ -59,11 +66,7 @@ class FedAvgServer(Method):
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data; fix the events as FRLP does."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
-        every = self.interval or max(1, min(20, ctx.rounds // 5))
-        events = self.finetune_rounds
-        if events is None:
-            events = tuple(range(every, int(self.until * ctx.rounds) + 1, every))
-        return replace(state, params=trained, memory=FedAvgServerMemory(events))
+        return replace(state, params=trained, memory=FedAvgServerMemory(self.events(ctx.rounds)))
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """At an event, fine-tune the averaged model; the mask stays full."""

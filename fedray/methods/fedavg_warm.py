@@ -20,6 +20,7 @@ from fedray.comparing import as_loss
 from fedray.errors import MethodError
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
+from fedray.pruning.schedules import part_of
 from fedray.types import ClientUpdate, Density, Params, PositiveInt, ServerState, Task
 
 
@@ -41,7 +42,7 @@ class FedAvgWarm(Method):
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Hand one model from client to client."""
-        epochs, params = self.explore_epochs or max(1, min(150, ctx.rounds // 20)), state.params
+        epochs, params = self.explore_epochs or part_of(ctx.rounds, 20, 150), state.params
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
         for client in explorers:
             task = Task(params, state.mask, extras={"epochs": epochs})

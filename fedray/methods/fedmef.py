@@ -22,7 +22,7 @@ Differs from the paper (readings of unclear points, with the flag that restores 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, tanh
+from math import tanh
 from typing import Annotated, ClassVar
 
 import torch
@@ -35,8 +35,9 @@ from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.models.sparse_layers import PrunedActivations, standardised
 from fedray.pruning.masks import erk, grow_per_layer, random, top_k_per_layer
-from fedray.pruning.schedules import adjust_rate
+from fedray.pruning.schedules import adjust_rate, events
 from fedray.pruning.scores import magnitude
+from fedray.shares import floor_of
 from fedray.types import (
     ClientInfo,
     ClientUpdate,
@@ -89,6 +90,10 @@ class FedMef(Method):
     nsconv: bool = True
     activation_pruning: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
+    def events(self, rounds: int) -> range:
+        """Return the adjustment rounds of a run."""
+        return events(rounds, self.interval, self.until, parts=5, most=10, before=True)
+
     def check(self, setting: Setting) -> str | None:
         """Refuse an interval that leaves no adjustment."""
         stop = self.until * setting.rounds
@@ -102,9 +107,8 @@ class FedMef(Method):
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Draw the first mask; fix the adjustment rounds."""
         mask = random(ctx.layout, erk(ctx.layout, self.density), ctx.rng)
-        every = self.interval or max(1, min(10, ctx.rounds // 5))
         stop = self.until * ctx.rounds
-        shares = {t: adjust_rate(t, stop, self.adjust) for t in range(every, ceil(stop), every)}
+        shares = {t: adjust_rate(t, stop, self.adjust) for t in self.events(ctx.rounds)}
         return replace(state, params=state.params.masked(mask), mask=mask, memory=FedMefMemory(shares))
 
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
@@ -168,7 +172,7 @@ class FedMef(Method):
     def exchanged(self, mask: Mask, share: float) -> dict[str, int]:
         """Return how many weights each layer exchanges: a_l = ⌊share·|M_l|⌋, or as many as are free."""
         held = {name: int(mask[name].count_nonzero()) for name in mask.layout.prunable_names}
-        return {name: min(int(share * n), mask[name].numel() - n) for name, n in held.items()}
+        return {name: min(floor_of(share, n), mask[name].numel() - n) for name, n in held.items()}
 
     def largest(self, params: Params, mask: Mask, share: float) -> Mask:
         """Return the mask without each layer's a_l smallest weights."""

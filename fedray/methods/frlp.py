@@ -29,6 +29,7 @@ from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.masks import support, top_k
 from fedray.pruning.policies import Solver, solve
 from fedray.pruning.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
+from fedray.pruning.schedules import events
 from fedray.pruning.scores import l2_distance, magnitude
 from fedray.pruning.trained import policy_problem
 from fedray.types import (
@@ -113,6 +114,12 @@ class FRLP(Method):
         """FedSA: the mask-aware mean, or its literal form; or plain FedAvg."""
         return Fold(by=self.aggregation)
 
+    def events(self, rounds: int) -> tuple[int, ...]:
+        """Return the rounds after which the server prunes."""
+        if self.prune_rounds is not None:
+            return self.prune_rounds
+        return tuple(events(rounds, self.interval, self.until, parts=5, most=20))
+
     def check(self, setting: Setting) -> str | None:
         """Refuse pruning rounds that the run never reaches, and an agent that cannot be used."""
         beyond = [event for event in self.prune_rounds or () if event > setting.rounds]
@@ -132,12 +139,8 @@ class FRLP(Method):
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data; remember what the distance is measured from."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
-        every = self.interval or max(1, min(20, ctx.rounds // 5))
-        events = self.prune_rounds
-        if events is None:
-            events = tuple(range(every, int(self.until * ctx.rounds) + 1, every))
         initial = trained if self.winit == "pretrained" else state.params
-        return replace(state, params=trained, memory=FRLPMemory(initial, events))
+        return replace(state, params=trained, memory=FRLPMemory(initial, self.events(ctx.rounds)))
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: local SGD under the policy for zeros."""

@@ -13,7 +13,7 @@ Differs from the paper and its code (jiangyuang/PruneFL), with the flag that res
   examples, not 200 of them;
 * runs under 250 rounds have shorter intervals: `interval=50`; after the last round the mask stays;
 * clients gather for themselves; what they did not upload when their interval ended is forgotten;
-* `max_density` holds for what is kept too.
+* `max_density` holds for what is left after the drop too, which then is larger; published: on admission only.
 """
 
 from bisect import bisect_left
@@ -31,6 +31,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.greedy import rebuild, settled
+from fedray.pruning.schedules import events
 from fedray.types import (
     ClientInfo,
     ClientUpdate,
@@ -118,16 +119,21 @@ class PruneFL(Method):
         passes, steps = divmod(self.local_steps(num_examples), -(-num_examples // self.batch_size))
         return passes * num_examples + steps * self.batch_size  # only the last batch of a pass is short
 
+    def events(self, rounds: int) -> range:
+        """Return the rounds after which the mask is rebuilt."""
+        return events(rounds, self.interval, parts=5, most=50, before=True)
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Fix times and rounds; let one client prune."""
-        times, every = self.layer_times(ctx), self.interval or max(1, min(50, ctx.rounds // 5))
-        state = replace(state, memory=PruneFLMemory(times, tuple(range(every, ctx.rounds, every))))
+        times, rebuilt = self.layer_times(ctx), self.events(ctx.rounds)
+        state = replace(state, memory=PruneFLMemory(times, tuple(rebuilt)))
         if not self.initial_max_rounds:
             return state
         first = self.initial_client
         if first is None:
             first = max(ctx.sample(ASKED), key=lambda k: ctx.clients[k].num_examples)
-        task = Task(state.params, state.mask, extras={"times": times.vector(ctx.layout), "interval": every})
+        beside = {"times": times.vector(ctx.layout), "interval": rebuilt.step}
+        task = Task(state.params, state.mask, extras=beside)
         answer = ctx.ask(self.prune_at_client, {first: task}, keep_updates=True)
         if not answer.folded:
             raise MethodError(f"initial pruning diverged at client {first}; lower method.lr")

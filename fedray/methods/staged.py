@@ -26,7 +26,7 @@ from fedray.federation.method import Method, ServerContext, Setting
 from fedray.federation.situation import MOVED, distance, travelled
 from fedray.pruning.masks import at_least, top_k
 from fedray.pruning.observation import Journey
-from fedray.pruning.schedules import SCHEDULES
+from fedray.pruning.schedules import SCHEDULES, spread
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
 from fedray.types import (
     ClientInfo,
@@ -156,9 +156,7 @@ class Staged(Method):
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Fix the stages; prune the initial weights if asked to."""
-        count, start, until = self.span
-        shares = [start + i * (until - start) / max(1, count - 1) for i in range(count)]
-        rounds = tuple(sorted({max(1, round(share * ctx.rounds)) for share in shares}))
+        rounds = spread(ctx.rounds, *self.span)
         mask = top_k(magnitude(state.params), self.initial_density, ctx.layout)
         return replace(state, mask=mask, memory=StagedMemory(rounds))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedray.errors import MethodError
 from fedray.pruning.masks import top_k, top_k_per_layer
 from fedray.pruning.scores import magnitude
+from fedray.shares import floor_of
 from fedray.types import Mask, Params
 
 
@@ -52,14 +53,15 @@ def rebuild(
         importance: (size,) ≥ 0, of each weight, held or not.
         times: of a round.
         drop: share of each layer's held weights that is dropped before the search, in [0, 1].
-        max_density: the mask never holds more, whatever pays. A mask that holds more now loses the same share
-            of each layer until it fits, and `drop` of what then is left.
+        max_density: the mask never holds more, whatever pays. Where more than that would be left after the
+            drop, each layer drops a larger share, the same in all of them, so that what is left just fits.
     """
     cap = 1.0 if max_density is None else max_density
-    share = drop if mask.density <= cap else 1 - (1 - drop) * cap / mask.density
-    kept = drop_smallest(params, share, within=mask)
-    # shares are rounded down, so a few weights may be left over
-    kept = top_k(magnitude(params), cap, mask.layout, within=kept)
+    kept = drop_smallest(params, drop, within=mask)
+    if round(kept.density * mask.layout.prunable_count) > round(cap * mask.layout.prunable_count):
+        kept = drop_smallest(params, max(drop, 1 - cap / mask.density), within=mask)
+        # shares are rounded down, so a few weights may be left over
+        kept = top_k(magnitude(params), cap, mask.layout, within=kept)
     return maximise_ratio(importance, kept, times, max_density=cap)
 
 
@@ -74,7 +76,7 @@ def drop_smallest(params: Params, share: float, *, within: Mask) -> Mask:
     kept = {}
     for name in within.layout.prunable_names:
         held = int(within[name].count_nonzero())
-        kept[name] = (held - int(share * held)) / within[name].numel()
+        kept[name] = (held - floor_of(share, held)) / within[name].numel()
     return top_k_per_layer(magnitude(params), kept, within.layout, within=within)
 
 

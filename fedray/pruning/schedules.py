@@ -1,11 +1,62 @@
-"""Density as a function of progress: from `initial` at progress 0 to `final` at progress 1.
+"""When a method acts, and how far: rounds of events, and density as a function of progress.
 
-Progress is the share of the pruning phase that has passed, clipped to [0, 1]. All schedules are monotone and
-end exactly at `final`.
+A schedule goes from `initial` at progress 0 to `final` at progress 1. Progress is the share of the pruning
+phase that has passed, clipped to [0, 1]. All schedules are monotone and end exactly at `final`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import cos, pi
+
+from fedray.shares import ceil_of, floor_of
+
+
+def part_of(rounds: int, parts: int, most: int) -> int:
+    """Return a `parts`-th of a run's rounds, rounded down, from 1 to `most`."""
+    return max(1, min(most, rounds // parts))
+
+
+def events(
+    rounds: int, interval: int | None, until: float = 1.0, *, parts: int, most: int, before: bool = False
+) -> range:
+    """Return the rounds after which a method acts; `.step` is the interval, also where there are none.
+
+    Args:
+        rounds: planned rounds.
+        interval: rounds from one event to the next, and before the first; None: `part_of` the run.
+        until: end of the events, as a share of the run's rounds, in [0, 1].
+        parts: see `part_of`.
+        most: see `part_of`.
+        before: whether the events stop before the round at `until`; else that round may have the last one.
+    """
+    every = interval or part_of(rounds, parts, most)
+    stop = ceil_of(until, rounds) if before else floor_of(until, rounds) + 1
+    return range(every, stop, every)
+
+
+def spread(rounds: int, count: int, start: float, until: float) -> tuple[int, ...]:
+    """Return the rounds of `count` stages in equal distances; fewer where two fall on one round.
+
+    Args:
+        rounds: planned rounds.
+        count: ≥ 1.
+        start: the first stage, as a share of the run's rounds, in [0, 1]; the nearest round, at least 1.
+        until: the last stage, likewise; ≥ `start`.
+    """
+    shares = (start + i * (until - start) / max(1, count - 1) for i in range(count))
+    return tuple(sorted({max(1, round(share * rounds)) for share in shares}))
+
+
+def due(rounds: Iterable[int], done: int, now: int) -> bool:
+    """Tell whether a method has to act in round `now`: an event's round has come since round `done`.
+
+    An event whose round brought no answer stays due, so that the next round with an answer makes up for it.
+
+    Args:
+        rounds: the rounds of all events.
+        done: the round in which the method acted last; 0 if it never did.
+        now: the round of the call.
+    """
+    return any(done < event <= now for event in rounds)
 
 
 def linear(progress: float, initial: float, final: float) -> float:

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from fedray.shares import floor_of
 from fedray.types import Layout, Mask, Params
 
 
@@ -87,7 +88,7 @@ def above_quantile(scores: Tensor, share: float) -> Tensor:
     finite = scores[scores.isfinite()]
     if not len(finite):
         return scores == inf
-    cut = finite.kthvalue(1 + int(share * (len(finite) - 1))).values
+    cut = finite.kthvalue(1 + floor_of(share, len(finite) - 1)).values
     return (scores > cut) | (scores == finite.max())
 
 

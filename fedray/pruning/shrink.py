@@ -8,12 +8,13 @@ an ordinary smaller network, and `shrink` says where each of its entries lies in
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod, sqrt
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
 
 from fedray.errors import MethodError
+from fedray.shares import ceil_of
 from fedray.types import ChannelGroup, Layout, Mask, Params
 
 WORTHWHILE = 0.75
@@ -53,7 +54,7 @@ def best_channels(scores: Tensor, share: float) -> Tensor:
 
 def channels_at(share: float, size: int) -> int:
     """Return ⌈share · size⌉, how many of `size` channels a share in [0, 1] is; at least one."""
-    return max(1, ceil(share * size - 1e-9))  # not 8 of 10 where the share is 0.7 and a rounding error
+    return max(1, ceil_of(share, size))
 
 
 def density_at(share: float, layout: Layout, groups: Sequence[ChannelGroup]) -> float:

@@ -1,12 +1,25 @@
 """Schedules: where they start and end, that they never turn back, and numbers worked out by hand."""
 
-from math import cos, pi
+from fractions import Fraction
+from math import ceil, cos, floor, pi
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.pruning.schedules import SCHEDULES, adjust_rate, cosine, cubic, geometric, linear
+from fedray.pruning.schedules import (
+    SCHEDULES,
+    adjust_rate,
+    cosine,
+    cubic,
+    due,
+    events,
+    geometric,
+    linear,
+    part_of,
+    spread,
+)
+from fedray.shares import ceil_of, floor_of
 
 PROPERTY = settings(deadline=None, max_examples=50)
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -84,3 +97,76 @@ def test_the_adjust_rate_by_hand():
 def test_the_adjust_rate_only_falls(round, stop, initial):
     now, then = adjust_rate(round, stop, initial), adjust_rate(round + 1, stop, initial)
     assert 0 <= then <= now <= initial
+
+
+# ------------------------------------------------------------------------------------------------ rounds
+
+
+@pytest.mark.parametrize(
+    ("rounds", "interval", "until", "last"),
+    [
+        (100, 1, 0.57, 57),  # 0.57 · 100 is 56.99999999999999
+        (100, 1, 0.29, 29),
+        (50, 1, 0.58, 29),
+        (90, 9, 0.7, 63),
+        (1000, 1, 0.001, 1),
+        (30, None, 0.1, 0),  # a fifth of the run is 6, and the events end in round 3
+        (30, 3, 0.1, 3),
+        (100, None, 0.6, 60),
+        (7, 2, 1.0, 6),
+        (100, 1, 0.575, 57),  # in the middle of round 58
+    ],
+)
+def test_the_last_event_by_hand(rounds: int, interval: int | None, until: float, last: int):
+    found = events(rounds, interval, until, parts=5, most=20)
+    assert max(found, default=0) == last
+    assert found.step == (interval or min(20, rounds // 5))
+
+
+@pytest.mark.parametrize(
+    ("until", "last"),
+    [(0.57, 56), (0.07, 6), (0.14, 13), (0.55, 54), (0.28, 27), (1.0, 99), (0.575, 57), (0.0, 0)],
+)
+def test_events_that_stop_before_a_round(until: float, last: int):
+    # 0.07 · 100 is 7.000000000000001, 0.55 · 100 is 55.00000000000001
+    assert max(events(100, 1, until, parts=5, most=10, before=True), default=0) == last
+
+
+decimals = st.integers(1, 6).flatmap(
+    lambda digits: st.integers(0, 10**digits).map(lambda n: f"{n / 10**digits:.{digits}f}")
+)
+
+
+@settings(deadline=None, max_examples=500)
+@given(decimals, st.integers(1, 10**7))
+def test_a_share_of_a_count_is_exact_for_every_decimal(share: str, count: int):
+    exact = Fraction(share) * count
+    assert (floor_of(float(share), count), ceil_of(float(share), count)) == (floor(exact), ceil(exact))
+    rounds = count % 10_000 + 1
+    last, every = floor(Fraction(share) * rounds), part_of(rounds, 5, 20)
+    found = events(rounds, None, float(share), parts=5, most=20)
+    assert list(found) == list(range(every, last + 1, every))
+    stop = ceil(Fraction(share) * rounds)
+    assert list(events(rounds, 1, float(share), parts=5, most=20, before=True)) == list(range(1, stop))
+
+
+@PROPERTY
+@given(st.integers(1, 5000), st.data())
+def test_a_count_over_a_count_gives_it_back(count: int, data: st.DataObject):
+    part = data.draw(st.integers(0, count))
+    assert floor_of(part / count, count) == ceil_of(part / count, count) == part
+
+
+def test_stages_are_spread_by_hand():
+    assert spread(100, 4, 0.1, 0.5) == (10, 23, 37, 50)
+    assert spread(2, 4, 0.1, 0.5) == (1,)
+    assert spread(10, 1, 0.3, 0.9) == (3,)
+    assert spread(5, 12, 0.0, 0.9) == (1, 2, 3, 4)
+
+
+def test_an_event_without_an_answer_stays_due():
+    rounds = (3, 6, 9)
+    assert [due(rounds, 0, now) for now in range(1, 5)] == [False, False, True, True]
+    assert [due(rounds, 4, now) for now in range(5, 9)] == [False, True, True, True]  # 3 was made up for in 4
+    assert [due(rounds, 9, now) for now in (10, 99)] == [False, False]
+    assert not due((), 0, 5)
