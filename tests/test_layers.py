@@ -1,6 +1,6 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli · rllib_pruner → experiment → methods → federation → pruning · costs · models · data → the ground floor (types, errors, …)
+cli · rllib_pruner → experiment → methods → federation → pruning · costs · models · data → the ground floor
 """
 
 import ast

@@ -11,6 +11,7 @@ Differs from the paper, of whose later versions (2025, 2026) only the abstracts 
   one's movement counts: `scouts="aliased"`. There the rounds start from that trained model: `warm_start`;
 * exploration is charged as round 0, and far shorter than its 150 epochs: `explore_epochs=150`;
 * biases and the classifier are not prunable, and the mask is one of zeros and ones in every round;
+* `scaling="robust"` has the mean of the two middle scores as the median, that code the lower one (no flag);
 * a tensor that did not move stays whole, where min-max divides 0 by 0 and prunes all of it;
 * how channels go, and client agreement (`agreement`, off), are interpretations: the code has neither;
 * a weight that comes back resumes from its last value; the server has no momentum: `server_momentum=0.9`.

@@ -13,8 +13,8 @@ Differs from the paper (readings of unclear points, with the flag that restores 
   `reprune`;
 * FedSA reads who holds a weight from the mask; the literal `w ≠ 0` is `aggregation="nonzero"`, the paper's
   FedAvg of sparse models `aggregation="everyone"`;
-* the process is solved by bisection, which finds what its optimal policy finds; the DQN agent, trained
-  by `rllib_pruner`, is `solver="dqn"`.
+* the process is solved by bisection, which finds what its optimal policy finds where the distance never
+  falls; `solver="scan"` walks on any distance, and `solver="dqn"` is the agent trained by `rllib_pruner`.
 """
 
 from dataclasses import dataclass, replace

@@ -36,10 +36,11 @@ def scan(search: RateSearch, stride: int = 10) -> int:
 
 
 def bisect(search: RateSearch, stride: int = 10) -> int:
-    """Return the same state as `scan` with stride 1 where the distance is monotone, in ⌈log2 limit⌉
-    evaluations.
+    """Return the first end state where the distance never falls, in ⌈log2 limit⌉ evaluations.
 
-    Falls back to `scan` where the samples are not monotone, or where the curve jumps over the window.
+    That is the state of `scan` with stride 1. Where the distance falls between two samples, it is an end
+    state, but not always the first. Falls back to `scan` where the samples fall, or where the curve jumps
+    over the window.
     """
     if not search.looks_monotone:
         return scan(search, stride)

@@ -59,7 +59,9 @@ def scaled_per_layer(scores: Tensor, layout: Layout, scaling: Literal["minmax", 
         scores: (size,), finite; what is not prunable stays as it is.
         layout: the model's layout.
         scaling: `minmax`: (s − min) / (max − min), in [0, 1]; `robust`: (s − median) / IQR, without bounds,
-            over max − min instead where the quartiles coincide.
+            over max − min instead where the quartiles coincide. Of an even number of scores the median is
+            the mean of the two in the middle, as in scikit-learn's RobustScaler; AutoFLIP's published code
+            takes the lower of the two.
     """
     scaled = scores.clone()
     for name in layout.prunable_names:

@@ -22,6 +22,9 @@ def test_in_process_there_is_no_actor() -> None:
     [
         ("auto", None, Group(4, ActorOptions(cpu=1.0))),
         ("auto", 0.5, Group(8, ActorOptions(cpu=0.5))),
+        ("auto", 0.1, Group(40, ActorOptions(cpu=0.1))),  # 4 // 0.1 is 39
+        ("auto", 0.05, Group(80, ActorOptions(cpu=0.05))),
+        ("auto", 0.4, Group(10, ActorOptions(cpu=0.4))),
         ("auto", 3.0, Group(1, ActorOptions(cpu=3.0))),
         ("auto", 9.0, Group(1, ActorOptions(cpu=9.0))),  # Ray says that this is too much
         (2, None, Group(2, ActorOptions(cpu=1.0))),  # an actor has no use for more than one

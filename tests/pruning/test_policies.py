@@ -73,6 +73,15 @@ def test_a_search_by_hand():
     assert solve(search, "scan", stride=10) == 0.5
 
 
+def test_where_the_distance_falls_between_two_samples_bisection_finds_an_end_but_not_the_first():
+    # 1.05 at rate 0.04 and again from 0.17 on; the samples at 0, 0.1, 0.2, … never fall
+    table = [1.0, 1.0, 1.0, 1.0, 1.05, *[1.0] * 12, *[1.05] * 8, *[1.2] * 26]
+    search = by_table(table)
+    assert search.looks_monotone
+    assert scan(search, stride=1) == 4
+    assert search.is_end(bisect(search)) and bisect(search) == 17
+
+
 def test_the_search_starts_at_the_best_sampled_rate():
     # lowest at rate 0.25, between two samples: 0.2 and 0.3 tie, and the lower rate wins
     search = by_table([1 + abs(i - 25) / 100 for i in range(51)])

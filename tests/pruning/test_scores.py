@@ -102,6 +102,12 @@ def test_scaling_by_hand():
     assert scores[0] == 2
 
 
+def test_the_cut_of_a_quantile_is_exact_for_decimals():
+    # 0.7 · 90 is 62.99999999999999: 64 of 91 scores are not above their 0.7 quantile
+    for share, count, kept in ((0.7, 91, 27), (0.29, 101, 71), (0.57, 101, 43), (0.3, 11, 7)):
+        assert int(above_quantile(torch.arange(float(count)), share).count_nonzero()) == kept
+
+
 @pytest.mark.parametrize("scaling", ["minmax", "robust"])
 def test_a_tensor_that_did_not_move_is_above_all_others(scaling):
     scores = torch.tensor([3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 9.0])
