@@ -132,8 +132,8 @@ class PruneFL(Method):
         first = self.initial_client
         if first is None:
             first = max(ctx.sample(ASKED), key=lambda k: ctx.clients[k].num_examples)
-        beside = {"times": times.vector(ctx.layout), "interval": rebuilt.step}
-        task = Task(state.params, state.mask, extras=beside)
+        vector, every = times.vector(ctx.layout), rebuilt.step
+        task = Task(state.params, state.mask, extras={"times": vector, "interval": every})
         answer = ctx.ask(self.prune_at_client, {first: task}, keep_updates=True)
         if not answer.folded:
             raise MethodError(f"initial pruning diverged at client {first}; lower method.lr")
