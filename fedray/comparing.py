@@ -6,6 +6,7 @@ numpy's `argmax` returns the place of the NaN. A model that diverged would thus 
 
 from collections.abc import Iterable
 from math import inf, isfinite, isnan
+from typing import Literal
 
 
 def as_loss(value: float) -> float:
@@ -26,3 +27,13 @@ def no_worse(loss: float, bound: float) -> bool:
 def highest(gains: Iterable[float], default: float = -inf) -> float:
     """Return the largest of some gains; NaN counts as minus infinity, `default` where there are none."""
     return max(map(as_gain, gains), default=default)
+
+
+def worth(value: float | None, direction: Literal["max", "min"]) -> float:
+    """Return a number of which higher is better: the value, or its negative if less of it is better.
+
+    A missing value, NaN and the infinities (which the files of a run do not tell apart) are worth -inf.
+    """
+    if value is None or not isfinite(value):
+        return -inf
+    return value if direction == "max" else -value

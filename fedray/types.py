@@ -59,6 +59,38 @@ METRICS = (
 )
 """Every metric name that a round reports. Costs (bytes, flops, time) also exist as `total/…`."""
 
+Direction = Literal["max", "min"]
+"""Whether more of a metric is better, or less."""
+
+DIRECTIONS: Mapping[str, Direction] = {
+    "val/accuracy": "max",
+    "val/loss": "min",
+    "train/loss": "min",
+    "test/accuracy": "max",
+    "test/loss": "min",
+    "density/global": "min",
+    "density/client_mean": "min",
+    "bytes/up": "min",
+    "bytes/down": "min",
+    "flops/clients": "min",
+    "flops/executed": "min",
+    "flops/server": "min",
+    "time/simulated_s": "min",
+    "time/server_s": "min",
+    "time/wall_s": "min",
+    "time/server_wall_s": "min",
+    "clients/dropped": "min",
+    "clients/accuracy_mean": "max",
+    "clients/accuracy_std": "min",
+    "clients/accuracy_worst_decile": "max",
+}
+"""Metric → its better direction; a metric that is not here, such as `clients/selected`, has none."""
+
+
+def direction_of(metric: str) -> Direction | None:
+    """Return the better direction of a metric, totals included; None where the name alone does not say."""
+    return DIRECTIONS.get(metric.removeprefix("total/"))
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -25,8 +25,9 @@ from fedray.experiment import yaml
 from fedray.experiment.config import Section, TrackingConfig, choose
 from fedray.experiment.messages import Where, explain, line
 from fedray.experiment.overrides import Tree, base_of, origin, override_tree, parse_overrides, plain_copy
-from fedray.experiment.space import TuneConfig, expand
+from fedray.experiment.space import check_samples, expand, refuse_shared
 from fedray.experiment.tracking import check_uri
+from fedray.experiment.tune_config import TuneConfig
 from fedray.types import NonNegativeInt, PositiveInt
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.processes import PROCESSES, Process
@@ -153,11 +154,13 @@ class Plan:
         name: of the file.
         trials: name of each and its config; without a space, a single one without a name.
         concurrent: trials at once; None: one per CPU.
+        max_failures: how often a trial that broke is resumed from its checkpoint.
     """
 
     name: str
     trials: Mapping[str, TrainConfig]
     concurrent: int | None = None
+    max_failures: int = 1
 
     @property
     def has_space(self) -> bool:
@@ -180,6 +183,7 @@ class Plan:
             "space": tree.get("space") or {},
             "tune": tree.get("tune") or {},
         }
+        given = dict(whole["space"])  # before an override fixes what would be drawn
         for key, value in changes.items():
             section, _, rest = key.partition(".")
             if section in ("space", "tune") and rest:
@@ -188,19 +192,31 @@ class Plan:
                 whole["space"] = {k: v for k, v in whole["space"].items() if k != key}
                 whole["base"] = override_tree(whole["base"], {key: value})
         tune = _tune(whole["tune"], where)
+        refuse_shared(whole["space"], where)
+        check_samples(given | whole["space"], tune, where)
         points = expand(whole["space"], tune, where)
         configs = [TrainConfig.from_tree(override_tree(whole["base"], point), where) for point in points]
         if not whole["space"]:
             return cls(Path(path).stem, {"": configs[0]})
         names = [f"{number:02d}-{_label(point)}" for number, point in enumerate(points)]
-        return cls(Path(path).stem, dict(zip(names, configs, strict=True)), tune.concurrent)
+        trials = dict(zip(names, configs, strict=True))
+        return cls(Path(path).stem, trials, tune.concurrent, tune.max_failures)
+
+
+COMPARING = ("metric", "mode", "scheduler", "grace_rounds", "reduction")
+"""Keys of `tune` that a training does not read."""
 
 
 def _tune(options: Any, where: Where) -> TuneConfig:
     try:
-        return TuneConfig.model_validate(options, strict=True)
+        tune = TuneConfig.model_validate(options, strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, TuneConfig, where, prefix=("tune",))) from None
+    text = "a training runs every trial to the end and keeps the policy with the best score; leave it out"
+    unread = [line(f"tune.{key}", text, where) for key in COMPARING if key in tune.model_fields_set]
+    if unread:
+        raise ConfigError("\n".join(unread))
+    return tune
 
 
 def _label(point: Mapping[str, Any]) -> str:

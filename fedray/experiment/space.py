@@ -6,28 +6,27 @@
       method.threshold: {grid: [0.2, 0.5, 1.0]}      crossed with the other grids
       method.lr:        {loguniform: [0.01, 0.3]}    drawn anew for each of `tune.num_samples`
       method:           {grid: [{name: fedavg}, {name: snip, density: 0.2}]}
-    tune: {metric: val/accuracy, mode: max, scheduler: asha, concurrent: 2}
+    tune: {metric: val/accuracy, scheduler: asha, concurrent: 2}
 
 All points, random ones too, are drawn here and validated before any process is started.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationError
 
 from fedray.errors import ConfigError, unknown
 from fedray.experiment import yaml
-from fedray.experiment.config import RunConfig, Section
-from fedray.experiment.messages import Where, explain, line, shortened
+from fedray.experiment.config import RunConfig
+from fedray.experiment.messages import Where, line, shortened
 from fedray.experiment.overrides import CHOICES, Tree, base_of, origin, override_tree, parse_overrides
 from fedray.experiment.placement import import_ray
-from fedray.types import METRICS, NonNegativeInt, PositiveInt
+from fedray.experiment.tune_config import TuneConfig, comparison_problems, tune_config
 
 VERBS = (
     "grid",
@@ -43,31 +42,15 @@ VERBS = (
 )
 """What a key of `space` may be drawn by: Tune's own names, `grid` for `grid_search`."""
 
+SHARED = {
+    "tracking": "all trials are tracked in one store, as children of one run",
+    "imports": "all trials choose from the same tables",
+}
+"""Sections that are the same for all points of a sweep, and why."""
 
-class TuneConfig(Section):
-    """`tune:` how the points are tried.
 
-    Args:
-        metric: what the scheduler compares; it must be known in every evaluated round.
-        mode: whether more is better.
-        scheduler: `fifo` runs all to the end; `asha` stops the worse ones early.
-        concurrent: trials at once; None: one per CPU of the cluster, at most.
-        num_samples: how often random verbs are drawn for each point of the grids.
-        max_failures: how often a trial that broke goes on from its checkpoint.
-        grace_rounds: rounds that ASHA leaves every trial; None: a quarter of the run.
-        reduction: ASHA keeps one in so many at each rung.
-        seed: of the random verbs.
-    """
-
-    metric: str = "val/accuracy"
-    mode: Literal["max", "min"] = "max"
-    scheduler: Literal["fifo", "asha"] = "fifo"
-    concurrent: PositiveInt | None = None
-    num_samples: PositiveInt = 1
-    max_failures: NonNegativeInt = 1
-    grace_rounds: PositiveInt | None = None
-    reduction: int = Field(default=3, ge=2)
-    seed: NonNegativeInt = 0
+OnPoint = Callable[[int, int], None]
+"""Called while points are validated: how many are done, of how many."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +79,14 @@ class Sweep:
     points: tuple[Point, ...]
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Sweep":
+    def load(
+        cls, path: str | Path, overrides: Sequence[str] = (), on_point: OnPoint | None = None
+    ) -> "Sweep":
         """Read a sweep file and apply `key=value` overrides.
 
         An override of a key of `space` fixes that key, and one of `method.name` a `space` of methods;
-        `tune.…` and `space.…` reach those sections, and everything else changes the base.
+        `tune.…` and `space.…` reach those sections, and everything else changes the base. `on_point` is
+        called as points are validated.
 
         Raises:
             ConfigError: with every problem found, in whichever point.
@@ -108,6 +94,7 @@ class Sweep:
         tree, changes = yaml.load(path), parse_overrides(overrides)
         where = origin(path, changes)
         base, space, options = base_of(tree, path), _part(tree, "space", where), _part(tree, "tune", where)
+        given = dict(space)  # before an override fixes what would be drawn
         for key, value in changes.items():
             section, _, rest = key.partition(".")
             if section in ("space", "tune"):
@@ -117,14 +104,30 @@ class Sweep:
                 _fix(space, key)
                 base = override_tree(base, {key: value})
         tune = tune_config(options, where)
+        refuse_shared(space, where)
+        check_samples(given | space, tune, where)
         tree = {"base": base, "space": space, "tune": options}
-        return cls.of(Path(path).stem, tree, tune, expand(space, tune, where), where)
+        return cls.of(Path(path).stem, tree, tune, expand(space, tune, where), where, on_point)
 
     @classmethod
     def of(
-        cls, name: str, tree: Tree, tune: TuneConfig, changes: Sequence[Mapping[str, Any]], where: Where
+        cls,
+        name: str,
+        tree: Tree,
+        tune: TuneConfig,
+        changes: Sequence[Mapping[str, Any]],
+        where: Where,
+        on_point: OnPoint | None = None,
     ) -> "Sweep":
-        """Build and validate every point.
+        """Build and validate every point; paths of base and points become absolute.
+
+        Args:
+            name: of the sweep.
+            tree: its `base`, `space` and `tune`.
+            tune: the validated section.
+            changes: what each point changes in the base.
+            where: the keys were given; for messages.
+            on_point: called with the number of points validated so far, and of all.
 
         Raises:
             ConfigError: with the problems of all points.
@@ -138,11 +141,18 @@ class Sweep:
             except ConfigError as error:
                 for problem in str(error).splitlines():
                     problems.setdefault(problem, []).append(_label(change))
-                continue
-            points.append(Point(_slug(f"{number:0{width}d}-{_label(change)}"), change, config))
+            else:
+                change = _located(change, [config])
+                points.append(Point(_slug(f"{number:0{width}d}-{_label(change)}"), change, config))
+            if on_point is not None:
+                on_point(number + 1, len(changes))
         if problems:
             raise ConfigError("\n".join(_of_points(*item, len(changes)) for item in problems.items()))
-        return cls(name, tree, tune, tuple(points))
+        configs = [point.config for point in points]
+        incomparable = [line(key, text, where) for key, text in comparison_problems(tune, configs)]
+        if incomparable:
+            raise ConfigError("\n".join(incomparable))
+        return cls(name, tree | {"base": _located(tree["base"], configs)}, tune, tuple(points))
 
     @property
     def rounds(self) -> int:
@@ -171,6 +181,64 @@ def expand(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> list[Tre
             drawn = {key: _plain(domain.sample(random_state=random)) for key, domain in domains.items()}
             points.append(dict(zip(grids, values, strict=True)) | drawn)
     return points
+
+
+def refuse_shared(space: Mapping[str, Any], where: Where) -> None:
+    """Refuse keys that cannot differ from point to point.
+
+    Raises:
+        ConfigError: with each such key, and why.
+    """
+    problems = [
+        line(f"space.{key}", f"{SHARED[section]}: set {key} in base", where)
+        for key in space
+        if (section := key.partition(".")[0]) in SHARED
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_samples(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> None:
+    """Refuse settings of random verbs where a space has none.
+
+    Raises:
+        ConfigError: with each such setting.
+    """
+    if any(isinstance(spec, Mapping) and "grid" not in spec for spec in space.values()):
+        return
+    problems = []
+    if tune.num_samples > 1:
+        text = f"{tune.num_samples}, but space draws nothing at random, so that all samples would be alike; "
+        text += "leave it out, draw a key, e.g. {loguniform: [0.01, 0.3]}, or make a grid of seeds"
+        problems.append(line("tune.num_samples", text, where))
+    if "seed" in tune.model_fields_set:
+        text = f"{tune.seed}, but space draws nothing at random; the seed of the runs is the key seed in base"
+        problems.append(line("tune.seed", text, where))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _located(tree: Mapping[str, Any], configs: Sequence[RunConfig], above: str = "") -> Tree:
+    """Return a tree of dotted keys with its paths made absolute, as the configs that come of it have them."""
+    return {key: _absolute(value, configs, above + key) for key, value in tree.items()}
+
+
+def _absolute(value: Any, configs: Sequence[RunConfig], key: str) -> Any:
+    if isinstance(value, Mapping):
+        return _located(value, configs, f"{key}.")
+    if any(isinstance(found, Path) for config in configs for found in _values(config, key)):
+        given = value if isinstance(value, list) else [value]
+        whole = [str(Path(part).expanduser().absolute()) if part is not None else None for part in given]
+        return whole if isinstance(value, list) else whole[0]
+    return value
+
+
+def _values(config: RunConfig, key: str) -> Iterator[Any]:
+    """Yield what a config holds at a dotted key; each of several."""
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(getattr(found, "options", found), part, None)
+    yield from found if isinstance(found, tuple) else (found,)
 
 
 def _part(tree: Mapping[str, Any], section: str, where: Where) -> Tree:
@@ -224,41 +292,26 @@ def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:
     return domain
 
 
-def tune_config(options: Tree, where: Where) -> TuneConfig:
-    """Validate the `tune:` section.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    try:
-        config = TuneConfig.model_validate(options, strict=True)
-    except ValidationError as error:
-        raise ConfigError(explain(error, TuneConfig, where, prefix=("tune",))) from None
-    known = [name for name in METRICS if not name.startswith("test/")]
-    known += [
-        f"total/{name}" for name in known if name.startswith(("bytes/", "flops/", "time/", "clients/dropped"))
-    ]
-    if config.metric not in known and not config.metric.startswith("train/"):  # a method has its own of these
-        raise ConfigError(line("tune.metric", unknown("metric", config.metric, known), where))
-    return config
-
-
 def _label(changes: Mapping[str, Any]) -> str:
     """Name a point by what it changes: `staged,threshold=0.5,seed=1`."""
     parts = []
     for key, value in changes.items():
         if key in CHOICES and isinstance(value, Mapping):
             choice = CHOICES[key]
-            parts += [str(value.get(choice, key))] + [f"{k}={v}" for k, v in value.items() if k != choice]
+            parts.append(str(value.get(choice, key)))
+            parts += [f"{k}={_short(v)}" for k, v in value.items() if k != choice]
         elif key.rpartition(".")[0] in CHOICES and key.endswith(("name", "kind")):
             parts.append(str(value))
         else:
-            parts.append(
-                f"{key.rpartition('.')[2]}={value:.4g}"
-                if isinstance(value, float)
-                else f"{key.rpartition('.')[2]}={value}"
-            )
+            shown = f"{value:.4g}" if isinstance(value, float) else _short(value)
+            parts.append(f"{key.rpartition('.')[2]}={shown}")
     return ",".join(parts) or "base"
+
+
+def _short(value: Any) -> str:
+    """Return a value as text; of an absolute path the last part."""
+    text = str(value)
+    return Path(text).name if text.startswith("/") and Path(text).name else text
 
 
 def _slug(text: str) -> str:

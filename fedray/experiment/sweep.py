@@ -20,8 +20,9 @@ from fedray.experiment.files import RunFiles, check_free, numbered
 from fedray.experiment.overrides import Tree, override_tree
 from fedray.experiment.placement import groups_for, pool_for, start_ray
 from fedray.experiment.run import RUNS, Federation, Tracking, resume, run
-from fedray.experiment.space import Point, Sweep, tune_config
+from fedray.experiment.space import Point, Sweep
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
+from fedray.experiment.tune_config import tune_config
 from fedray.federation.pool import ActorOptions
 from fedray.types import RoundReport
 
@@ -150,7 +151,7 @@ def _fit(
         param_space={"name": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             metric=plan.tune.metric,
-            mode=plan.tune.mode,
+            mode=plan.tune.direction,
             scheduler=_scheduler(plan, stopped),
             max_concurrent_trials=concurrent,
         ),

@@ -108,6 +108,10 @@ class Decider:
         return state, stages.after(journey, state.round, now, chosen, action, factor)
 
 
+DECIDED = ("action", "asked", "factor", "preference")
+"""Names of what `decided` returns."""
+
+
 def decided(journey: Journey, round: int) -> Mapping[str, float]:
     """Return what was decided in a round, for its report: action after safety, asked for, factor, λ."""
     if journey.decided != round or not journey.decided:

@@ -195,6 +195,17 @@ class Method:
         """Whether it decides by validation data, with these options; refused before the start without any."""
         return False
 
+    @property
+    def metric_names(self) -> tuple[str, ...] | None:
+        """The method's own metrics: `method/<name>` of `measures`, `train/<name>` of its clients' updates.
+
+        A sweep refuses to compare by any other. None, the default of a class that overrides `measures` or
+        `client_update`, says that they are not known before a run.
+        """
+        own = type(self)
+        silent = own.measures is Method.measures and own.client_update is Method.client_update
+        return () if silent else None
+
     def check(self, setting: Setting) -> str | None:
         """Return why this cannot run in such a setting, beginning with the key to change; or None.
 

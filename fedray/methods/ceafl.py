@@ -130,6 +130,11 @@ class CEAFL(Method):
         """Return the rounds after which the server may prune."""
         return events(rounds, self.interval, self.until, parts=10, most=10)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The mean loss of its clients, by which it rolls back."""
+        return ("train/loss",)
+
     def check(self, setting: Setting) -> str | None:
         """Refuse a floor above the start, and fine-tuning of a model without a classifier."""
         if self.min_density > self.initial_density:

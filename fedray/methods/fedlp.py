@@ -86,6 +86,11 @@ class FedLP(Method):
         """As `weighting` says."""
         return Fold(weight=self.weighting)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """None beside those of every run."""
+        return ()
+
     def check(self, setting: Setting) -> str | None:
         """Refuse sub-models of a model without exits, or more blocks than there are."""
         if self.mode == "homo":

@@ -94,6 +94,11 @@ class FedMef(Method):
         """Return the adjustment rounds of a run."""
         return events(rounds, self.interval, self.until, parts=5, most=10, before=True)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """None beside those of every run."""
+        return ()
+
     def check(self, setting: Setting) -> str | None:
         """Refuse an interval that leaves no adjustment."""
         stop = self.until * setting.rounds

@@ -120,6 +120,11 @@ class FRLP(Method):
             return self.prune_rounds
         return tuple(events(rounds, self.interval, self.until, parts=5, most=20))
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """None beside those of every run."""
+        return ()
+
     def check(self, setting: Setting) -> str | None:
         """Refuse pruning rounds that the run never reaches, and an agent that cannot be used."""
         beyond = [event for event in self.prune_rounds or () if event > setting.rounds]

@@ -89,6 +89,11 @@ class PQSU(Method):
         """The plain mean; to use uploads again, the server has to see each."""
         return Fold(weight="uniform", keep_updates=self.stale == "reuse")
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """None beside those of every run."""
+        return ()
+
     def check(self, setting: Setting) -> str | None:
         """Refuse models without channels, or without as few as asked for."""
         model = setting.model

@@ -100,6 +100,11 @@ class PruneFL(Method):
     initial_batches: PositiveInt = 10
     initial_max_rounds: NonNegativeInt = 1000
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """None beside those of every run."""
+        return ()
+
     def check(self, setting: Setting) -> str | None:
         """Refuse times that are not those of the model's layers, and a first client that there is not."""
         if self.initial_client is not None and self.initial_client >= setting.population:

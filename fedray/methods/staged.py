@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
-from fedray.federation.decider import Decider, decided
+from fedray.federation.decider import DECIDED, Decider, decided
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.federation.situation import MOVED, distance, travelled
 from fedray.pruning.masks import at_least, top_k
@@ -132,6 +132,13 @@ class Staged(Method):
             start if self.start is None else self.start,
             until if self.until is None else self.until,
         )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What a policy decides, in the rounds of its stages; and how far the clients moved."""
+        if self.decider is None:
+            return ()
+        return (f"train/{MOVED}", *(f"method/{name}" for name in DECIDED))
 
     def check(self, setting: Setting) -> str | None:
         """Refuse stages that run backwards, a target above the start, an agent that cannot be used."""

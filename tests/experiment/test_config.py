@@ -218,7 +218,7 @@ def test_every_file_begins_with_the_command_that_runs_it(path, in_tmp):
         verb, file, *overrides = shlex.split(command)
         assert file == f"tune_configs/{path.name}"
         known = [argument for argument in overrides if "=PATH_" not in argument]
-        {"run": RunConfig.load, "sweep": Sweep.load}[verb](path, known)
+        (RunConfig.load if verb == "run" else Sweep.load)(path, known)
 
 
 def test_frlp_in_the_quickstart_has_server_data():
