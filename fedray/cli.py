@@ -84,24 +84,45 @@ def sweep(file: File, overrides: Overrides = None, out_dir: Out = None, imports:
 
 
 @app.command()
-def resume(directory: Annotated[Path, typer.Argument(help="Directory of a run or a sweep.")]) -> None:
-    """Go on with a run or a sweep that ended early."""
-    if (directory / "sweep.yaml").is_file():
-        from fedray.experiment.sweep import resume_sweep
-
-        with _SweepProgress({}) as progress:
-            result = resume_sweep(directory, on_round=progress.show)
-        _say_sweep(result)
-        return
-    from fedray.experiment.config import RunConfig
+def resume(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run or a sweep.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="rounds=200, or what does not change results."),
+    ] = None,
+) -> None:
+    """Continue a run or a sweep that ended early, or give a run more rounds."""
+    from fedray.durable import local_path
     from fedray.experiment.files import RunFiles
+    from fedray.experiment.resuming import resumed_config
+    from fedray.experiment.run import finished_result
     from fedray.experiment.run import resume as go_on
 
+    directory, changes = local_path(directory), overrides or []
+    if (directory / "sweep.yaml").is_file():
+        _resume_sweep(directory, changes)
+        return
     files = RunFiles.open(directory)
-    config = RunConfig.from_tree(files.read_config(), str(directory / "config.yaml"))
+    _, config = resumed_config(files, changes)
+    if finished_result(files, config) is not None:
+        more = f"fedray resume {_short(directory)} rounds=N"
+        out.print(f"{_short(directory)} is finished: nothing was run. More rounds: {more}", soft_wrap=True)
     with _RunProgress(config.rounds) as progress:
-        history = go_on(directory, on_round=progress.show)
+        history = go_on(directory, changes, on_round=progress.show)
     _say_run(history.path)
+
+
+def _resume_sweep(directory: Path, changes: list[str]) -> None:
+    from fedray.experiment.sweep import resume_sweep
+
+    if changes:
+        raise ConfigError(
+            f"{directory} is a sweep, whose points do not change: got {' '.join(changes)}; resume one of its "
+            "runs, in trials/, or start another sweep"
+        )
+    with _SweepProgress({}) as progress:
+        result = resume_sweep(directory, on_round=progress.show)
+    _say_sweep(result)
 
 
 @app.command()

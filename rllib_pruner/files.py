@@ -10,15 +10,17 @@ What is not appended to is written beside its place and renamed.
 """
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+from fedray import durable
+from fedray.durable import local_path
 from fedray.errors import ConfigError
-from fedray.experiment import yaml
-from fedray.experiment.files import check_free
+from fedray.experiment import sealed
+from fedray.experiment.directory import take
 from rllib_pruner.config import TrainConfig
 
 KEPT_CHECKPOINTS = 2
@@ -31,26 +33,21 @@ class TrainFiles:
     """One training's directory; use `create` for a new one, `open` for one that is there."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()  # RLlib takes absolute paths only
+        self.path = local_path(path).resolve()  # RLlib takes absolute paths only
         self.policy = self.path / "policy"
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig) -> "TrainFiles":
-        """Make a directory that nobody else has, with the config in it.
+    def create(cls, path: Path, config: TrainConfig, *, taken: bool = False) -> "TrainFiles":
+        """Make a directory that nobody else has, unless the caller did, and write the config into it.
 
         Raises:
             ConfigError: if there is something in it.
         """
-        check_free(path)
         files = cls(path)
-        files.path.mkdir(parents=True, exist_ok=True)
-        try:
-            (files.path / "checkpoints").mkdir()  # fails for the second of two that start at once
-        except FileExistsError:
-            raise ConfigError(
-                f"{path} is another training's directory: choose a new one with --out"
-            ) from None
-        files._write("config.yaml", yaml.dump(config.to_tree()))
+        if not taken:
+            take(files.path, "checkpoints", "training")
+        with files._writing("config.yaml") as place:
+            sealed.write(place, config.to_tree())
         return files
 
     @classmethod
@@ -60,6 +57,7 @@ class TrainFiles:
         Raises:
             ConfigError: if it is not one.
         """
+        path = local_path(path)
         if not (path / "config.yaml").is_file() or not (path / "checkpoints").is_dir():
             hint = (
                 f"; go on with its trials one by one, in {path}/trials" if (path / "trials").is_dir() else ""
@@ -70,43 +68,42 @@ class TrainFiles:
         return cls(path)
 
     def config(self) -> TrainConfig:
-        """Read the config."""
+        """Read the config.
+
+        Raises:
+            RunError: if it is not as it was written.
+        """
         place = self.path / "config.yaml"
-        return TrainConfig.from_tree(yaml.load(place), str(place))
+        return TrainConfig.from_tree(sealed.load(place), str(place))
 
     def append(self, row: Row) -> None:
         """Add an evaluation, and see it onto the disk."""
-        with open(self.path / "progress.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._writing("progress.jsonl") as place:
+            durable.append(place, durable.as_lines([row]))
 
     def progress(self) -> list[Row]:
-        """Read all evaluations; a torn last line is left out."""
-        place = self.path / "progress.jsonl"
-        rows: list[Row] = []
-        for text in place.read_text(encoding="utf-8").splitlines() if place.is_file() else []:
-            try:
-                rows.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """Read all evaluations; a torn last line is left out.
+
+        Raises:
+            RunError: if another line is damaged.
+        """
+        return durable.read_lines(self.path / "progress.jsonl")
 
     def rewind(self, iteration: int) -> list[Row]:
         """Forget evaluations after an iteration, which are made again; return those that stay."""
         rows = [row for row in self.progress() if row["iteration"] <= iteration]
-        self._write("progress.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        with self._writing("progress.jsonl") as place:
+            durable.replace(place, durable.as_lines(rows).encode())
         return rows
 
     def save(self, algorithm: Any, iteration: int) -> None:
         """Write a checkpoint of RLlib's, and keep the newest two."""
-        place = self.path / "checkpoints" / f"iteration-{iteration:06d}"
-        partial = place.with_name(f".{place.name}.writing")
-        rmtree(partial, ignore_errors=True)
-        algorithm.save_to_path(str(partial))
-        partial.rename(place)
-        for old in self.checkpoints()[KEPT_CHECKPOINTS:]:
-            rmtree(old)
+        with self._writing(f"checkpoints/iteration-{iteration:06d}") as place:
+            partial = place.with_name(f".{place.name}.writing")
+            rmtree(partial, ignore_errors=True)
+            algorithm.save_to_path(str(partial))
+            durable.rename(partial, place)
+            durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, newest first."""
@@ -114,18 +111,25 @@ class TrainFiles:
 
     def run_id(self) -> str | None:
         """Return the id that the training has in MLflow."""
-        place = self.path / "mlflow.json"
-        return json.loads(place.read_text(encoding="utf-8"))["run_id"] if place.is_file() else None
+        known = durable.read_mapping(self.path / "mlflow.json")
+        return known["run_id"] if known else None
 
     def write_run_id(self, run_id: str | None) -> None:
         """Remember that id."""
         if run_id is not None:
-            self._write("mlflow.json", json.dumps({"run_id": run_id}) + "\n")
+            with self._writing("mlflow.json") as place:
+                durable.replace(place, (json.dumps({"run_id": run_id}) + "\n").encode())
 
-    def _write(self, name: str, text: str) -> None:
-        partial = self.path / f".{name}.writing"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """Yield the path of a file that is written.
+
+        Raises:
+            RunError: if the disk refuses.
+        """
+        place = self.path / name
+        with durable.on_disk(place, f"`python -m rllib_pruner.train --resume {self.path}`"):
+            yield place
 
 
 def as_row(iteration: int, env_steps: int, episodes: Mapping[str, Any], measures: Mapping[str, float]) -> Row:

@@ -15,8 +15,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedray.durable import local_path
 from fedray.errors import ConfigError, FedrayError
-from fedray.experiment.files import numbered
+from fedray.experiment.directory import take_next
 from fedray.pruning.trained import shipped
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
@@ -57,15 +58,16 @@ def train(
     else:
         assert file is not None
         plan = Plan.load(file, overrides or [])
-        place = out_dir or numbered(RUNS, plan.name)
-        process = next(iter(plan.trials.values())).process.name
-        err.print(f"training in {place}; starting Ray …")
+        process, is_next = next(iter(plan.trials.values())).process.name, out_dir is None
         for trial in plan.trials.values():
             trial.process.options.prepare(err.print)
+        inner = "trials" if plan.has_space else "checkpoints"
+        place = out_dir or take_next(local_path(RUNS), plan.name, inner, "training")
+        err.print(f"training in {place}; starting Ray …")
         if plan.has_space:
-            err.print(f"best: {train_all(plan, place, _say_trial)}")
+            err.print(f"best: {train_all(plan, place, _say_trial, taken=is_next)}")
         else:
-            train_one(plan.trials[""], place, on_evaluation=_say)
+            train_one(plan.trials[""], place, on_evaluation=_say, taken=is_next)
     curve = f"Learning curve: {place}/curve.png   " if (place / "curve.png").is_file() else ""
     out.print(f"Policy: {place}/policy   {curve}MLflow: fedray ui")
     if ship:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedray.comparing import as_gain, highest
+from fedray.experiment.directory import Lock
 from fedray.experiment.placement import start_ray
 from fedray.experiment.provenance import git_revision
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
@@ -32,6 +33,7 @@ def train(
     on_evaluation: OnEvaluation | None = None,
     store: Store | None = None,
     parent: str | None = None,
+    taken: bool = False,
 ) -> list[Row]:
     """Train an agent.
 
@@ -41,6 +43,7 @@ def train(
         on_evaluation: called after each evaluation.
         store: MLflow's; None: the one that the config names.
         parent: MLflow run that this one belongs to.
+        taken: whether the caller made `out`, by `take_next`.
 
     Returns:
         All evaluations; the best policy is in `out/policy`.
@@ -48,23 +51,38 @@ def train(
     Raises:
         ConfigError: if there is something in `out`.
     """
-    files = TrainFiles.create(out, config)
-    return _track(config, files, [], on_evaluation, store, parent)
+    files = TrainFiles.create(out, config, taken=taken)
+    with Lock(files.path, "training"):
+        return _track(config, files, [], on_evaluation, store, parent)
 
 
-def resume(path: Path, *, on_evaluation: OnEvaluation | None = None, store: Store | None = None) -> list[Row]:
-    """Go on with a training that ended early; one that is over stays as it is.
+def resume(
+    path: Path,
+    *,
+    on_evaluation: OnEvaluation | None = None,
+    store: Store | None = None,
+    patience_s: float = 0.0,
+) -> list[Row]:
+    """Resume a training that ended early; one that is over stays as it is.
+
+    Args:
+        path: its directory.
+        on_evaluation: as for `train`.
+        store: as for `train`.
+        patience_s: how long to wait for another process that is about to leave the training.
 
     Raises:
         ConfigError: if `path` is not the directory of one.
+        RunError: if another process works on it, or its files are damaged.
     """
     files = TrainFiles.open(path)
     config = files.config()
-    newest = files.checkpoints()[:1]
-    rows = files.rewind(int(newest[0].name.partition("-")[2]) if newest else 0)
-    if is_over(config, rows):
-        return rows
-    return _track(config, files, rows, on_evaluation, store, None)
+    with Lock(files.path, "training", patience_s):
+        newest = files.checkpoints()[:1]
+        rows = files.rewind(int(newest[0].name.partition("-")[2]) if newest else 0)
+        if is_over(config, rows):
+            return rows
+        return _track(config, files, rows, on_evaluation, store, None)
 
 
 def is_over(config: TrainConfig, rows: Sequence[Row]) -> bool:

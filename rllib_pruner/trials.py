@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedray.comparing import highest
+from fedray.durable import local_path
 from fedray.errors import RunError
-from fedray.experiment.files import check_free
+from fedray.experiment.directory import Lock, take
 from fedray.experiment.placement import start_ray
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
 from rllib_pruner.config import Plan
@@ -21,13 +22,14 @@ OnTrial = Callable[[str, Row], None]
 """Called in the driver with a trial's name and an evaluation."""
 
 
-def train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
+def train_all(plan: Plan, out: Path, on_evaluation: OnTrial, *, taken: bool = False) -> str:
     """Train every trial of a plan; those that are there already are gone on with.
 
     Args:
         plan: with a space.
         out: its directory; trials are in `out/trials`, the best policy of all in `out/policy`.
         on_evaluation: called as the trials evaluate.
+        taken: whether the caller made the directory, with `trials` in it, by `take_next`.
 
     Returns:
         The name of the best trial.
@@ -36,9 +38,14 @@ def train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
         ConfigError: if there is something in `out`.
         RunError: if trials broke; the others are kept.
     """
-    check_free(out)
-    out = out.resolve()  # a trial works in a directory of Tune's
-    (out / "trials").mkdir(parents=True)
+    out = local_path(out)  # a trial works in a directory of Tune's
+    if not taken:
+        take(out, "trials", "training")
+    with Lock(out, "training"):
+        return _train_all(plan, out, on_evaluation)
+
+
+def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
     start_ray()
     tracking = next(iter(plan.trials.values())).tracking
     store = prepare_store(tracking.uri, tracking.experiment)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 # `fedray` stands for fedray/__init__.py, the public names
 FLOORS = (
     {"types", "errors", "randomness", "comparing", "shares"},
+    {"durable"},
     {"pruning", "costs", "models", "data"},
     {"federation"},
     {"methods"},

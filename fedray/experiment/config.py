@@ -314,14 +314,21 @@ class RunConfig(Section):
 
         Not where it is computed, tracked or read from.
         """
-        tree = self.to_tree()
-        del tree["tracking"], tree["imports"], tree["checkpoint_every"], tree["data"]["root"]
-        del tree["clients"]["actors"]
+        tree = decisive(self.to_tree())
         for key in ("norm", "prune_first", "prune_last"):
             if (
                 tree[key] == type(self).model_fields[key].default
             ):  # what all runs had before they could choose
                 del tree[key]
-        if not tree["clients"]["resources"]["by_device"]:  # which decides what clients are folded together
-            del tree["clients"]["resources"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def decisive(tree: Tree) -> Tree:
+    """Return the part of a whole config that determines the result; `resume` changes only its rounds."""
+    tree = plain_copy(tree)
+    del tree["tracking"], tree["imports"], tree["checkpoint_every"], tree["data"]["root"]
+    clients = tree["clients"]
+    del clients["actors"]
+    if not clients["resources"]["by_device"]:  # which decides what clients are folded together
+        del clients["resources"]
+    return tree

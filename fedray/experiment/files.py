@@ -1,30 +1,41 @@
-"""The files of a run, written so that a crash at any moment leaves a directory to read, and to go on from.
+"""The files of a run, written so that a crash at any moment leaves a directory to read and to resume.
 
     config.yaml              the whole config, defaults included
     rounds.jsonl             one line a round; only the last line can be torn
     clients.parquet/         a row per client and round, in part files written at each checkpoint
     client_accuracy.parquet  the final model on each client's own examples
-    checkpoints/             the newest two; the older one is for a crash while the newer is written
+    checkpoints/             the newest two; the older one is for the case that the newer is damaged
     model.safetensors        the final model, by name
     result.json              every final metric under its name, `weights_sha256`, `status`: written last
     warnings.txt, mlflow.json   if there is something to say
+    ended-000100/            result, model and accuracies of round 100, if the run was then given more rounds
+    .lock                    locked while a process works here
 
-Whatever is not appended to is written beside its place and renamed.
+What is not appended to is written beside its place and renamed (`fedray.durable`).
 """
 
 import json
+import logging
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fedray import durable
+from fedray.durable import local_path, read_mapping
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import yaml
+from fedray.experiment import checkpoint as stored
+from fedray.experiment import sealed, yaml
+from fedray.experiment.checkpoint import Damaged, Stored
+from fedray.experiment.directory import take
+from fedray.experiment.overrides import Tree
+from fedray.experiment.rundata import scan_rounds, sound_rounds
+from fedray.experiment.tables import write_table
 from fedray.federation.server import Checkpoint
 from fedray.types import ClientRecord, Params, RoundReport
+
+logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
 
@@ -37,7 +48,7 @@ class RunFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = local_path(path)
         self._unwritten: list[tuple[int, ClientRecord]] = []
 
     @classmethod
@@ -47,77 +58,71 @@ class RunFiles:
         Raises:
             ConfigError: if there is something in it.
         """
-        check_free(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "checkpoints").mkdir()  # fails for the second of two runs that start at once
-        except FileExistsError:
-            raise ConfigError(f"{path} is another run's directory: choose a new one with --out") from None
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be made: {error.strerror}; choose another with --out"
-            ) from None
+        take(local_path(path), "checkpoints", "run")
         return cls(path)
 
     @classmethod
-    def open(cls, path: Path) -> "RunFiles":
+    def open(cls, path: str | Path) -> "RunFiles":
         """Open the directory of an earlier run.
 
         Raises:
             ConfigError: if it is not one.
         """
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path} is not the directory of a run: it has no config.yaml")
-        return cls(path)
+        place = local_path(path)
+        if not (place / "config.yaml").is_file():
+            raise ConfigError(f"{place} is not the directory of a run: it has no config.yaml")
+        return cls(place)
 
     # ── while the run goes on
     # ────────────────────────────────────────────────────────────────────────────────
 
     def write_config(self, tree: Mapping[str, Any]) -> None:
-        """Write `config.yaml`."""
-        _replace(self.path / "config.yaml", yaml.dump(dict(tree)).encode())
+        """Write `config.yaml`, with the SHA-256 of its values."""
+        with self._writing("config.yaml") as path:
+            sealed.write(path, tree)
 
-    def read_config(self) -> dict[str, Any]:
-        """Read `config.yaml`."""
+    def read_config(self) -> Tree:
+        """Read `config.yaml`, sound or not."""
         return yaml.load(self.path / "config.yaml")
 
     def append(self, report: RoundReport) -> None:
         """Add a round, and see it onto the disk; its client records wait for the next checkpoint."""
         line = {"round": report.round, "metrics": _plain(report.metrics), "notes": list(report.notes)}
-        with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._writing("rounds.jsonl") as path:
+            durable.append(path, durable.as_lines([line]))
         self._unwritten += [(report.round, record) for record in report.clients]
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write the clients' rows so far and a checkpoint; keep the newest two."""
+    def save(self, checkpoint: Checkpoint, config: Tree | None = None) -> None:
+        """Write the clients' rows so far and a checkpoint; keep the newest two.
+
+        Args:
+            checkpoint: after a round.
+            config: the run's whole config, to which it belongs.
+        """
         self._write_rows()
-        path = self.path / "checkpoints" / f"round-{checkpoint.state.round:06d}.pt"
-        partial = path.with_suffix(".writing")
-        torch.save(checkpoint, partial)
-        _commit(partial, path)
-        for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
-            old.unlink()
+        with self._writing(f"checkpoints/{stored.name_of(checkpoint.state.round)}") as path:
+            stored.write(path, checkpoint, config or {})
+            durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Record what a reader of the run should know."""
         text = "".join(f"{warning}\n" for warning in warnings)
         if text:
-            with open(self.path / "warnings.txt", "a", encoding="utf-8") as file:
-                file.write(text)
+            with self._writing("warnings.txt") as path:
+                durable.append(path, text)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file."""
-        _replace(self.path / name, (json.dumps(_plain(value), indent=2) + "\n").encode())
+        with self._writing(name) as path:
+            durable.replace(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file; None if it is not there."""
+        """Read a JSON file; None if it is not there, or damaged, which is logged."""
         try:
-            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            return read_mapping(self.path / name)
+        except RunError as error:
+            logger.warning("%s; it is left out", error)
             return None
-        return value
 
     # ── at its end
     # ───────────────────────────────────────────────────────────────────────────────────────────
@@ -126,69 +131,118 @@ class RunFiles:
         """Write `model.safetensors`, tensors by name."""
         from safetensors.torch import save
 
-        path = self.path / "model.safetensors"
-        _replace(path, save({name: tensor.contiguous() for name, tensor in params.items()}))
-        return path
+        with self._writing("model.safetensors") as path:
+            durable.replace(path, save({name: tensor.contiguous() for name, tensor in params.items()}))
+            return path
 
     def write_client_accuracy(self, rows: Mapping[str, Any]) -> None:
         """Write `client_accuracy.parquet` from columns."""
-        self._write_parquet(self.path / "client_accuracy.parquet", rows)
+        with self._writing("client_accuracy.parquet") as path:
+            write_table(path, rows)
 
     # ── going on
     # ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def load(self) -> Checkpoint | None:
-        """Read the newest checkpoint that can be read; None if there is none.
+    def load(self) -> Stored | None:
+        """Read the newest checkpoint that is whole, of rounds that `rounds.jsonl` has; None if there is none.
 
-        A checkpoint is a pickle: only resume directories that you trust.
+        Nothing is changed.
+
+        Raises:
+            RunError: if there are checkpoints, or rounds, but none of the checkpoints can be used.
         """
-        for path in self._checkpoints():
-            try:
-                checkpoint = torch.load(path, weights_only=False)
-            except Exception as error:
-                self.warn(
-                    [f"{path.name} cannot be read ({type(error).__name__}); going back to the one before"]
-                )
-                continue
-            if not isinstance(checkpoint, Checkpoint):
-                raise RunError(f"{path} holds {type(checkpoint).__name__}, not a checkpoint of a run")
-            return checkpoint
+        found, problems = self._newest()
+        if found is not None:
+            return found
+        rounds, hole = scan_rounds(self.path / "rounds.jsonl")
+        old = sorted((self.path / "checkpoints").glob("round-*.pt"))
+        if old:
+            text = "was written by fedray 0.1.0 in a format that this version does not read"
+            problems.append(f"{old[-1]}: {text}")
+        elif not problems and (hole or len(rounds) > 1):  # the first checkpoint is written after the set-up
+            problems.append(hole or f"{self.path / 'checkpoints'} is empty, but rounds.jsonl has rounds")
+        if problems:
+            reasons = "\n".join(f"  {problem}" for problem in problems)
+            raise RunError(
+                f"{self.path} cannot be resumed, and nothing in it was changed:\n{reasons}\n"
+                "Restore the files from a copy, or start a new run"
+            )
         return None
 
-    def rewind(self, round: int) -> None:
-        """Forget what was written after `round`: those rounds are made again."""
-        rounds = [line for line in self.rounds() if line["round"] <= round]
-        text = "".join(json.dumps(line) + "\n" for line in rounds)
-        _replace(self.path / "rounds.jsonl", text.encode())
-        for part in (self.path / "clients.parquet").glob("part-*.parquet"):
-            if int(part.stem.split("-")[2]) > round:
-                part.unlink()
+    def _newest(self) -> tuple[Stored | None, list[str]]:
+        """Return the checkpoint to use, and what is wrong with the newer ones."""
+        rounds, hole = scan_rounds(self.path / "rounds.jsonl")
+        problems: list[str] = []
+        for path in self.checkpoints():
+            try:
+                found = stored.read(path)
+            except Damaged as error:
+                problems.append(str(error))
+                continue
+            if found.done < len(rounds):
+                return found, problems
+            problems.append(f"{path}: {hole or f'rounds.jsonl ends before round {found.done}'}")
+        return None, problems
+
+    def rewind(self, found: Stored | None) -> None:
+        """Go back to a checkpoint, or to before the set-up: what came later is made again.
+
+        Newer checkpoints, which cannot be used, are renamed and stay.
+        """
+        done = found.done if found is not None else -1
+        rounds, _ = scan_rounds(self.path / "rounds.jsonl")
+        with self._writing("checkpoints"):
+            newer = [path for path in self.checkpoints() if found is None or path.name > found.path.name]
+            for path in newer:
+                durable.rename(path, path.with_name(f"unusable-{path.name}"))
+            self.warn(
+                f"{path.name} could not be used and is now unusable-{path.name}; made again from round {done}"
+                for path in newer
+            )
+        with self._writing("rounds.jsonl") as path:
+            durable.replace(path, durable.as_lines(rounds[: done + 1]).encode())
+        with self._writing("clients.parquet") as folder:
+            for part in folder.glob("part-*.parquet"):
+                if int(part.stem.split("-")[2]) > done:
+                    part.unlink()
         self._unwritten = []
 
-    def rounds(self) -> list[dict[str, Any]]:
-        """Read `rounds.jsonl`; a torn last line is left out."""
-        path = self.path / "rounds.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").splitlines()
-        parsed = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                parsed.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise RunError(f"{path}, line {number}: not JSON, and not the last line") from None
-        return parsed
+    def set_end_aside(self, round: int) -> None:
+        """Move what a run leaves at its end to `ended-…/`, since it gets more rounds; the result first."""
+        names = ("result.json", "client_accuracy.parquet", "model.safetensors")
+        with self._writing(f"ended-{round:06d}") as folder:
+            for name in names:
+                if (self.path / name).exists():
+                    folder.mkdir(exist_ok=True)
+                    durable.rename(self.path / name, folder / name)
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("round-*.pt"), reverse=True)
+    def rounds(self) -> list[dict[str, Any]]:
+        """Read `rounds.jsonl`; a torn last line is left out.
+
+        Raises:
+            RunError: if a round is missing or damaged.
+        """
+        return sound_rounds(self.path / "rounds.jsonl")
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, newest first."""
+        return sorted((self.path / "checkpoints").glob(f"round-*{stored.SUFFIX}"), reverse=True)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """Yield the path of a file that is written.
+
+        Raises:
+            RunError: if the disk refuses.
+        """
+        path = self.path / name
+        with durable.on_disk(path, f"`fedray resume {self.path}`"):
+            yield path
 
     def _write_rows(self) -> None:
         if not self._unwritten:
             return
         first, last = self._unwritten[0][0], self._unwritten[-1][0]
-        folder = self.path / "clients.parquet"
-        folder.mkdir(exist_ok=True)
         rows = [
             {
                 "round": round,
@@ -207,47 +261,12 @@ class RunFiles:
             for round, record in self._unwritten
         ]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        self._write_parquet(folder / f"part-{first:06d}-{last:06d}.parquet", columns)
+        with self._writing("clients.parquet") as folder:
+            folder.mkdir(exist_ok=True)
+            write_table(folder / f"part-{first:06d}-{last:06d}.parquet", columns)
         self._unwritten = []
-
-    def _write_parquet(self, path: Path, columns: Mapping[str, Any]) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        partial = path.with_name(f".{path.name}.writing")  # hidden: a reader of the folder passes over it
-        parquet.write_table(pa.table(dict(columns)), partial)
-        _commit(partial, path)
-
-
-def check_free(path: Path) -> None:
-    """Raise ConfigError if a run cannot have `path` for itself; writes nothing."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(
-            f"{path} is not empty: a run needs a directory of its own; choose a new one with --out"
-        )
-
-
-def numbered(folder: Path, stem: str) -> Path:
-    """Return the first of `folder/stem-001`, `-002`, … that does not exist; creates nothing."""
-    number = 1
-    while (path := folder / f"{stem}-{number:03d}").exists():
-        number += 1
-    return path
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values with NaN and infinity as null: JSON has neither."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.writing")
-    partial.write_bytes(data)
-    _commit(partial, path)
-
-
-def _commit(partial: Path, path: Path) -> None:
-    """Put a finished file in its place, contents first."""
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

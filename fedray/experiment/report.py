@@ -7,7 +7,6 @@ that says so; a mean is only taken over runs that all have the number; a compari
 whose other settings agree.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedray.durable import local_path, replace
 from fedray.errors import ConfigError
 from fedray.experiment.rundata import RunData, find_runs, load_run
 from fedray.experiment.settings import Flat, Setting, settings
@@ -396,7 +396,7 @@ def write_report(
 
     runs = [load_run(path) for path in find_runs(paths)]
     frame = comparison(runs, target)
-    folder = Path(out) if out is not None else _default_folder(paths)
+    folder = local_path(out) if out is not None else _default_folder(paths)
     contents: dict[str, bytes] = figures.draw(settings(runs), target)
     contents["table.md"] = f"{to_markdown(frame)}{LEGEND}".encode()
     contents["table.csv"] = frame.to_csv(index=False).encode()
@@ -405,7 +405,7 @@ def write_report(
         for name in set(figures.NAMES) - set(contents):
             (folder / name).unlink(missing_ok=True)  # of an earlier report, on other runs
         for name, data in contents.items():
-            _replace(folder / name, data)
+            replace(folder / name, data)
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot be written: {error.strerror or error}; choose another with --out"
@@ -414,11 +414,5 @@ def write_report(
 
 
 def _default_folder(paths: Sequence[str | Path]) -> Path:
-    first = Path(paths[0])
-    return first / "report" if len(paths) == 1 else Path(os.path.abspath(first)).parent / "report"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.writing")
-    partial.write_bytes(data)
-    partial.replace(path)
+    first = local_path(paths[0])
+    return first / "report" if len(paths) == 1 else first.parent / "report"

@@ -2,12 +2,12 @@
 
     config → data, partition, devices, model → pool of clients → server → rounds → result
 
-`run` makes a new one, `resume` goes on with one that ended early. Either leaves the same files, and the same
-weights.
+`run` makes a new one, `resume` continues one that ended early, or that is given more rounds. Either leaves
+the same files, and the same weights.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +18,16 @@ import numpy as np
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, Dataset, Examples, Splits, split
-from fedray.errors import ConfigError, FedrayError
+from fedray.durable import local_path
+from fedray.errors import ConfigError, FedrayError, RunError
+from fedray.experiment import checkpoint as stored
+from fedray.experiment.checkpoint import Stored
 from fedray.experiment.config import RunConfig
-from fedray.experiment.files import RunFiles, check_free, numbered
+from fedray.experiment.directory import LOCK, Lock, check_free, take_next
+from fedray.experiment.files import RunFiles
 from fedray.experiment.placement import pool_for
 from fedray.experiment.provenance import declared, run_tags
+from fedray.experiment.resuming import check_origin, check_rounds, resumed_config
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
@@ -175,63 +180,112 @@ def run(
         RunError, ClientError, MethodError: if it broke; `resume` may go on.
     """
     if out is not None:
-        check_free(Path(out))
+        check_free(local_path(out))
     federation = Federation.of(config)
-    files = RunFiles.create(Path(out)) if out is not None else _next_files(config)
-    files.write_config(config.to_tree())
-    files.warn(federation.dataset.warnings)
-    return _go(federation, files, on_round, pool, tracking or Tracking())
-
-
-def _next_files(config: RunConfig) -> RunFiles:
-    """Make the next free directory under `runs/`; another run that starts now may take it first."""
-    while True:
-        path = numbered(RUNS, _stem(config))
-        try:
-            return RunFiles.create(path)
-        except ConfigError:
-            if not path.exists():  # it was not taken: it cannot be made
-                raise
+    if out is not None:
+        files = RunFiles.create(local_path(out))
+    else:
+        files = RunFiles(take_next(local_path(RUNS), _stem(config), "checkpoints", "run"))
+    with Lock(files.path):
+        files.write_config(config.to_tree())
+        files.warn(federation.dataset.warnings)
+        return _go(federation, files, None, on_round, pool, tracking or Tracking())
 
 
 def resume(
     path: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
     on_round: OnRound | None = None,
     pool: PoolFactory | None = None,
     tracking: Tracking | None = None,
+    patience_s: float = 0.0,
 ) -> History:
-    """Go on with a run from its last checkpoint; the weights end up as if it had never stopped.
+    """Resume a run from its last checkpoint; the weights end up as if it had never stopped.
 
-    A finished run is only read. Arguments and errors as for `run`.
+    A finished run is only read, unless it is given more rounds.
+
+    Args:
+        path: its directory.
+        overrides: what changes: `["rounds=200"]` or `{"rounds": 200}`. Only `rounds`, where the method's
+            schedule does not depend on it, and keys that do not change results.
+        on_round: as for `run`.
+        pool: as for `run`.
+        tracking: as for `run`.
+        patience_s: how long to wait for another process that is about to leave the run.
+
+    Raises:
+        ConfigError, DataError, ClientError, MethodError: as for `run`.
+        RunError: if it broke; or if it cannot be resumed: another process works on it, its config, model or
+            version is not that of its checkpoint, or no checkpoint can be read. Nothing was changed then.
     """
-    files = RunFiles.open(Path(path))
-    result = files.read_json("result.json")
-    if result is not None and result.get("status") == "finished":
+    files = RunFiles.open(path)
+    before, config = resumed_config(files, overrides)
+    result = finished_result(files, config)
+    if result is not None:
         return History(files.path, _history(files), result)
-    federation = Federation.of(RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml")))
-    return _go(federation, files, on_round, pool, tracking or Tracking())
+    federation = Federation.of(config)
+    with Lock(files.path, patience_s=patience_s):
+        result = finished_result(files, config)  # another process may have ended it meanwhile
+        if result is not None:
+            return History(files.path, _history(files), result)
+        found = files.load()
+        if found is not None:
+            check_origin(files, found, config, federation.place.model.layout)
+            check_rounds(found, config)
+        if before.to_tree() != config.to_tree():
+            _change(files, before, config, found)
+        return _go(federation, files, found, on_round, pool, tracking or Tracking())
+
+
+def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None:
+    """Return `result.json` if all rounds of a config are made; None if there is something to do.
+
+    Raises:
+        ConfigError: if more rounds are made than the config has.
+    """
+    result = files.read_json("result.json")
+    if result is None or result.get("status") != "finished":
+        return None
+    made = result.get("rounds", config.rounds)
+    if made > config.rounds:
+        raise ConfigError(f"rounds={config.rounds}: {files.path} is finished, with {made} rounds")
+    return result if made == config.rounds else None
+
+
+def _change(files: RunFiles, before: RunConfig, after: RunConfig, found: Stored | None) -> None:
+    """Record what a resumed run changes; set the end of a finished run aside."""
+    done = found.done if found is not None else 0
+    if after.rounds != before.rounds:
+        files.set_end_aside(done)
+    files.write_config(after.to_tree())
+    if after.rounds != before.rounds:
+        files.warn([f"resumed after round {done} with rounds={after.rounds}; planned were {before.rounds}"])
 
 
 def _go(
     federation: Federation,
     files: RunFiles,
+    found: Stored | None,
     on_round: OnRound | None,
     pool_factory: PoolFactory | None,
     tracking: Tracking,
 ) -> History:
-    config, checkpoint = federation.config, files.load()
-    done = checkpoint.state.round - 1 if checkpoint else -1
-    files.rewind(done)
+    config, checkpoint = federation.config, found.checkpoint if found is not None else None
+    tree = config.to_tree()
+    files.rewind(found)
     tracker = _tracker(config, files, tracking)
     status: RunStatus = "FAILED"
     try:
         with _opened((pool_factory or pool_for(config))(federation.place)) as pool:
             server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
             for report in _rounds(server, config.rounds):
+                stored.check(
+                    server.checkpoint, config.method.name, {record.client for record in report.clients}
+                )
                 files.append(report)
                 if report.round % config.checkpoint_every == 0 or report.round == config.rounds:
-                    files.save(server.checkpoint)
+                    files.save(server.checkpoint, tree)
                 files.warn(f"round {report.round}: {note}" for note in report.notes)
                 tracker.log_round(report)
                 logger.info("round %d of %d: %s", report.round, config.rounds, _headline(report))
@@ -243,7 +297,8 @@ def _go(
         status = "KILLED"
         raise
     except FedrayError as error:
-        files.warn([f"failed: {error}"])
+        with suppress(RunError):  # the disk may be what failed
+            files.warn([f"failed: {error}"])
         raise
     finally:
         _close(tracker, files, federation, status)
@@ -343,11 +398,12 @@ def _close(tracker: MLflowTracker, files: RunFiles, federation: Federation, stat
     artifacts: Sequence[Path] = []
     model = None
     if status == "FINISHED":
-        skipped = {"checkpoints", "mlflow.json"}
+        skipped = {"checkpoints", "mlflow.json", LOCK}
         artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
         model = lambda: _module(federation, files)  # noqa: E731
     tracker.finish(status, artifacts, model)
-    files.warn(tracker.warnings)
+    with suppress(RunError):
+        files.warn(tracker.warnings)
 
 
 def _module(federation: Federation, files: RunFiles) -> Any:

@@ -6,7 +6,6 @@ Runs may be finished, stopped, going on or broken. Nothing is written here, and 
 loaded.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -16,8 +15,10 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedray.durable import local_path, read_mapping, scan_lines
 from fedray.errors import ConfigError, RunError
 from fedray.experiment import yaml
+from fedray.experiment.tables import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,7 @@ class RunData:
     @cached_property
     def clients(self) -> "pd.DataFrame | None":
         """A row per client and round, as far as the last checkpoint; read when first asked for."""
-        return _read_parquet(self.path / "clients.parquet")
+        return read_table(self.path / "clients.parquet")
 
     @property
     def finished(self) -> bool:
@@ -91,7 +92,7 @@ def load_run(path: str | Path) -> RunData:
         ConfigError: if `config.yaml` cannot be read.
         RunError: if a file is damaged; a torn last line of `rounds.jsonl` is left out.
     """
-    folder = Path(path)
+    folder = local_path(path)
     config = yaml.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     return RunData(
         path=folder,
@@ -99,8 +100,8 @@ def load_run(path: str | Path) -> RunData:
         label=folder.resolve().name,
         config=config,
         rounds=_read_rounds(folder / "rounds.jsonl"),
-        client_accuracy=_read_parquet(folder / "client_accuracy.parquet"),
-        result=_read_result(folder / "result.json"),
+        client_accuracy=read_table(folder / "client_accuracy.parquet"),
+        result=read_mapping(folder / "result.json"),
     )
 
 
@@ -110,7 +111,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         ConfigError: if one of `paths` holds no run, with what was looked at.
     """
-    given = [Path(path) for path in paths]
+    given = [local_path(path) for path in paths]
     found = {path: list(_runs_below(path)) for path in given}
     empty = [path for path, runs in found.items() if not runs]
     if empty or not given:
@@ -146,38 +147,42 @@ def _what_is_at(path: Path) -> str:
     return f"{path} holds {', '.join(inside[:8]) or 'nothing'}{', …' if len(inside) > 8 else ''}"
 
 
+def scan_rounds(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Read `rounds.jsonl` as far as it is sound: round 0, 1, 2 and so on.
+
+    Returns:
+        Its rounds; and what is wrong with the next line, None if there is none or it is torn and the last.
+
+    Raises:
+        RunError: if the file cannot be read.
+    """
+    lines, problem = scan_lines(path)
+    for number, line in enumerate(lines):
+        found = line.get("round")
+        if type(found) is not int or not isinstance(line.get("metrics"), dict):
+            if problem is None and number + 1 == len(lines):
+                return lines[:number], None
+            return lines[:number], f"{path}, line {number + 1}: not a round, and not the last line"
+        if found != number:
+            return lines[:number], f"{path}, line {number + 1}: round {found} where round {number} belongs"
+    return lines, problem
+
+
+def sound_rounds(path: Path) -> list[dict[str, Any]]:
+    """Read `rounds.jsonl`.
+
+    Raises:
+        RunError: if a round is missing, stands twice, or is damaged.
+    """
+    rounds, problem = scan_rounds(path)
+    if problem is not None:
+        raise RunError(problem)
+    return rounds
+
+
 def _read_rounds(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    rows: list[dict[str, float]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            rows.append({"round": record["round"], **record["metrics"]})
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise RunError(f"{path}, line {number}: not a round, and not the last line") from None
+    rows = [{"round": line["round"], **line["metrics"]} for line in sound_rounds(path)]
     frame = pd.DataFrame(rows, columns=None if rows else ["round"]).astype(float)  # null becomes NaN
     return frame.astype({"round": int})
-
-
-def _read_result(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        result: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON: {error}") from None
-    return result
-
-
-def _read_parquet(path: Path) -> "pd.DataFrame | None":
-    if not path.exists():
-        return None
-    import pandas as pd
-
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise RunError(f"{path}: cannot be read: {error}") from None

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fedray.durable import local_path, on_disk
 from fedray.errors import ConfigError, FedrayError, RunError
-from fedray.experiment import yaml
+from fedray.experiment import sealed
 from fedray.experiment.config import RunConfig
-from fedray.experiment.files import RunFiles, check_free, numbered
+from fedray.experiment.directory import Lock, check_free, take, take_next
+from fedray.experiment.files import RunFiles
 from fedray.experiment.overrides import Tree, override_tree
 from fedray.experiment.placement import groups_for, pool_for, start_ray
 from fedray.experiment.run import RUNS, Federation, Tracking, resume, run
@@ -27,6 +29,9 @@ from fedray.federation.pool import ActorOptions
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_S = 30.0
+"""How long a trial that is tried again waits for the process of the try before."""
 
 Status = Literal["finished", "stopped", "failed", "missing"]
 
@@ -69,27 +74,33 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
     Raises:
         ConfigError, DataError: if a point cannot run; nothing was started then, and nothing is left on disk.
     """
-    path = Path(out) if out is not None else numbered(RUNS, plan.name)
-    check_free(path)
+    path = None if out is None else local_path(out)
+    if path is not None:
+        check_free(path)
     for config in _different_data(plan.points):
         Federation.of(config)  # data that cannot be dealt as asked shows here, before anything is started
-    try:
-        (path / "trials").mkdir(parents=True)  # fails for the second of two sweeps that start at once
-    except FileExistsError:
-        raise ConfigError(f"{path} is another sweep's directory: choose a new one with --out") from None
-    (path / "sweep.yaml").write_text(yaml.dump(_written(plan)), encoding="utf-8")
-    return _try_all(plan, path, on_round)
+    if path is None:
+        path = take_next(local_path(RUNS), plan.name, "trials", "sweep")
+    else:
+        take(path, "trials", "sweep")
+    with Lock(path, "sweep"):
+        with on_disk(path / "sweep.yaml"):
+            sealed.write(path / "sweep.yaml", _written(plan))
+        return _try_all(plan, path, on_round)
 
 
 def resume_sweep(path: str | Path, *, on_round: OnTrialRound | None = None) -> SweepResult:
     """Go on with a sweep: finished and stopped trials stay, the others go on from their checkpoints."""
-    written = Path(path) / "sweep.yaml"
-    tree = yaml.load(written)
+    place = local_path(path)
+    written = place / "sweep.yaml"
+    tree = sealed.load(written)
     if not {"name", "points", "base"} <= tree.keys():
         raise ConfigError(f"{written} was not written by a sweep: it has no name, points or base")
     changes, name = tree.pop("points"), tree.pop("name")
     tune = tune_config(dict(tree.get("tune") or {}), str(written))
-    return _try_all(Sweep.of(name, tree, tune, changes, str(written)), Path(path), on_round)
+    plan = Sweep.of(name, tree, tune, changes, str(written))
+    with Lock(place, "sweep"):
+        return _try_all(plan, place, on_round)
 
 
 def _written(plan: Sweep) -> Tree:
@@ -104,7 +115,6 @@ def _written(plan: Sweep) -> Tree:
 
 
 def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
-    path = path.resolve()  # a trial works in a directory of Tune's
     waiting = [point for point in plan.points if _status(_place(path, point)) not in ("finished", "stopped")]
     if waiting:
         start_ray()
@@ -113,7 +123,7 @@ def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
         known = _parent_of(path)
         parent = known or parent_run(store, path.name, {"sweep": plan.name}, plan.tree)
         if parent:
-            (path / "mlflow.json").write_text(f'{{"run_id": "{parent}"}}\n', encoding="utf-8")
+            RunFiles(path).write_json("mlflow.json", {"run_id": parent})
         errors, stopped = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
         for point in waiting:
             if point.name in stopped:
@@ -192,7 +202,8 @@ def _trial(point: Point, path: Path, cpus: float, tracking: Tracking) -> None:
     place = _place(path, point)
     tracking, pool = replace(tracking, name=point.name), pool_for(point.config, cpus)
     if (place / "config.yaml").exists():
-        resume(place, on_round=report, pool=pool, tracking=tracking)
+        # the process of an earlier try may take a moment to die
+        resume(place, on_round=report, pool=pool, tracking=tracking, patience_s=PATIENCE_S)
     else:
         shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
         run(point.config, out=place, on_round=report, pool=pool, tracking=tracking)

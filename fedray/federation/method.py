@@ -62,7 +62,6 @@ class ServerContext:
 
     Args:
         round: the round of the call; 0 in `setup`.
-        rounds: how many are planned.
         model: the model's structure, without weights.
         flops: FLOPs of (model, mask).
         clients: all registered clients; looking one up is cheap, walking over all of them is not.
@@ -70,15 +69,20 @@ class ServerContext:
     """
 
     round: int
-    rounds: int
     model: ModelSpec
     flops: FlopModel
     clients: Sequence[ClientInfo]
     rng: np.random.Generator
+    _rounds: Callable[[], int]
     _sample: Callable[[int], tuple[int, ...]]
     _ask: Callable[[ClientFunction, Mapping[int, Task], bool], CohortUpdate]
     _server: Callable[[], Client]
     _validate: Callable[[Params, Mask], tuple[float, float]]
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds are planned; a run whose method has asked cannot be given more of them."""
+        return self._rounds()
 
     @property
     def layout(self) -> Layout:
@@ -210,6 +214,14 @@ class Method:
         """Return why this cannot run in such a setting, beginning with the key to change; or None.
 
         Called before anything starts.
+        """
+        return None
+
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """Why what it does in a round depends on how many are planned, beginning with a key; or None.
+
+        A run of a method that depends on them cannot be given more rounds.
         """
         return None
 

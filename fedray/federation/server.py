@@ -89,12 +89,21 @@ class ServerSide:
 
 @dataclass
 class Checkpoint:
-    """All that must survive between two rounds."""
+    """All that must survive between two rounds.
+
+    Args:
+        state: the server's.
+        memories: client → what it remembers.
+        holds: client → digest of the mask that it decoded last.
+        totals: what was spent so far, by metric.
+        rounds_matter: whether a hook has asked how many rounds are planned: the state then depends on it.
+    """
 
     state: ServerState
     memories: dict[int, Memory] = field(default_factory=dict)
     holds: dict[int, bytes] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
+    rounds_matter: bool = False
 
 
 class Server:
@@ -346,13 +355,17 @@ class Server:
             )
             return outcome.accuracy, outcome.loss
 
+        def rounds() -> int:
+            self.checkpoint.rounds_matter = True
+            return self.schedule.rounds
+
         return ServerContext(
             round=state.round,
-            rounds=self.schedule.rounds,
             model=place.model,
             flops=place.flops,
             clients=self.population,
             rng=rng,
+            _rounds=rounds,
             _sample=draw,
             _ask=ask,
             _server=self._as_client,

@@ -112,6 +112,13 @@ class AutoFLIP(Method):
             return "method.warm_start=true needs method.scouts=aliased: there is no one model to start from"
         return None
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The exploration, unless its epochs are given."""
+        if self.explore_epochs is not None:
+            return None
+        return "method.explore_epochs is a twentieth of the run's rounds where it is not given"
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Let clients explore; make the first mask from what all of them found."""
         epochs = self.explore_epochs or part_of(ctx.rounds, 20, 150)

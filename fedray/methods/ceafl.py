@@ -146,6 +146,11 @@ class CEAFL(Method):
             )
         return None
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The last event."""
+        return "method.until is a share of the run's rounds"
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Stage 1: ask some clients what matters in the untrained model, and prune it."""
         task = Task(state.params, state.mask)

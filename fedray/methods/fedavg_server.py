@@ -63,10 +63,19 @@ class FedAvgServer(Method):
             )
         return None
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The rounds of fine-tuning, unless they are given."""
+        if self.finetune_rounds is not None:
+            return None
+        return "method.until is a share of the run's rounds; method.finetune_rounds is not"
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data; fix the events as FRLP does."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
-        return replace(state, params=trained, memory=FedAvgServerMemory(self.events(ctx.rounds)))
+        given = self.finetune_rounds  # which say when, whatever is planned
+        rounds = self.events(ctx.rounds) if given is None else given
+        return replace(state, params=trained, memory=FedAvgServerMemory(rounds))
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """At an event, fine-tune the averaged model; the mask stays full."""

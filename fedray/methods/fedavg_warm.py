@@ -40,6 +40,13 @@ class FedAvgWarm(Method):
     explore_epochs: PositiveInt | None = None
     patience: PositiveInt = 40
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The exploration, unless its epochs are given."""
+        if self.explore_epochs is not None:
+            return None
+        return "method.explore_epochs is a twentieth of the run's rounds where it is not given"
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Hand one model from client to client."""
         epochs, params = self.explore_epochs or part_of(ctx.rounds, 20, 150), state.params

@@ -141,11 +141,20 @@ class FRLP(Method):
             return f"method.policy is the agent of method.solver=dqn, but the solver is {self.solver}"
         return None
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The pruning rounds, unless they are given."""
+        if self.prune_rounds is not None:
+            return None
+        return "method.until is a share of the run's rounds; method.prune_rounds is not"
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data; remember what the distance is measured from."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
+        given = self.prune_rounds  # which say when, whatever is planned
+        rounds = self.events(ctx.rounds) if given is None else given
         initial = trained if self.winit == "pretrained" else state.params
-        return replace(state, params=trained, memory=FRLPMemory(initial, self.events(ctx.rounds)))
+        return replace(state, params=trained, memory=FRLPMemory(initial, rounds))
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: local SGD under the policy for zeros."""

@@ -119,6 +119,11 @@ class PruneFL(Method):
             fault = mismatch(MEASURED[self.time_model].per_weight_s, layout, complete=True)
         return f"method.time_model={self.time_model}: {fault}" if fault else None
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The last reconfiguration, and until when clients gather for it."""
+        return "method.interval: no reconfiguration follows the last round, and clients gather for none"
+
     def processed(self, num_examples: int) -> int:
         """Return on how many examples a client with so many trains in a round."""
         passes, steps = divmod(self.local_steps(num_examples), -(-num_examples // self.batch_size))

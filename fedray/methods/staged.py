@@ -161,6 +161,11 @@ class Staged(Method):
             return f"method.density={self.density} is above method.initial_density={self.initial_density}"
         return None
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The stages."""
+        return "method.start and method.until are shares of the run's rounds"
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Fix the stages; prune the initial weights if asked to."""
         rounds = spread(ctx.rounds, *self.span)

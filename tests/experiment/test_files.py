@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.files import RunFiles, check_free, numbered
+from fedray.experiment.directory import check_free, numbered
+from fedray.experiment.files import RunFiles
 from fedray.experiment.run import resume, run
 from fedray.federation.server import Checkpoint
 from fedray.types import ClientRecord, Cost, Layout, Mask, Params, RoundReport, ServerState
@@ -105,7 +107,7 @@ def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path, monkeypatch
         check_free(path)
         barrier.wait()
 
-    monkeypatch.setattr("fedray.experiment.files.check_free", check)
+    monkeypatch.setattr("fedray.experiment.directory.check_free", check)
 
     def start() -> None:
         try:
@@ -204,13 +206,17 @@ def test_clients_are_read_by_pandas_as_one_table(tmp_path):
 
 def test_the_newest_two_checkpoints_are_kept(tmp_path):
     files = filled(tmp_path / "run", 4, (0, 1, 2, 3, 4))
-    assert tiny.listing(tmp_path / "run" / "checkpoints") == ["round-000004.pt", "round-000005.pt"]
+    assert tiny.listing(tmp_path / "run" / "checkpoints") == [
+        "round-000004.checkpoint",
+        "round-000005.checkpoint",
+    ]
     loaded = files.load()
     assert loaded is not None
-    assert loaded.state.params == checkpoint(5).state.params
-    assert loaded.state.mask.is_full
-    assert loaded.state.round == 5
-    assert torch.equal(loaded.memories[3]["r"], torch.ones(2))
+    kept = loaded.checkpoint
+    assert kept.state.params == checkpoint(5).state.params
+    assert kept.state.mask.is_full
+    assert (kept.state.round, loaded.done) == (5, 4)
+    assert torch.equal(kept.memories[3]["r"], torch.ones(2))
 
 
 def test_the_model_is_kept_by_name(tmp_path):
@@ -251,53 +257,113 @@ def test_a_torn_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "run" / "rounds.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]))
-    with pytest.raises(RunError, match=r"rounds\.jsonl, line 2: not JSON, and not the last line"):
+    with pytest.raises(RunError, match=r"rounds\.jsonl, line 2: not a JSON mapping, and not the last line"):
         files.rounds()
 
 
 def test_rewind_forgets_what_came_later(tmp_path):
-    files = filled(tmp_path / "run", 6, (0, 2, 4))
-    files.rewind(2)
+    files = filled(tmp_path / "run", 6, (0, 2, 5))
+    damage(tmp_path / "run", "round-000006")
+    files.rewind(files.load())
     assert [line["round"] for line in files.rounds()] == [0, 1, 2]
     assert pd.read_parquet(tmp_path / "run" / "clients.parquet")["round"].tolist() == [1, 1, 2, 2]
-    for round in (3, 4):  # made again: neither lost nor twice, though 5 and 6 were never written
+    for round in (3, 4):  # made again: neither lost nor twice, though 6 was never written
         files.append(report(round))
     files.save(checkpoint(5))
     assert pd.read_parquet(tmp_path / "run" / "clients.parquet")["round"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+    # the damaged one, which has a higher number, does not count among the newest two
+    assert [path.stem for path in files.checkpoints()] == ["round-000005", "round-000003"]
 
 
 def test_rewind_to_before_the_start_forgets_everything(tmp_path):
-    files = filled(tmp_path / "run", 2, (0, 2))
-    files.rewind(-1)
+    files = filled(tmp_path / "run", 0, ())
+    files.rewind(None)
     assert files.rounds() == []
-    assert tiny.listing(tmp_path / "run" / "clients.parquet") == []
-    RunFiles.create(tmp_path / "new").rewind(-1)  # there is nothing to forget
+    RunFiles.create(tmp_path / "new").rewind(None)  # there is nothing to forget
 
 
-@pytest.mark.parametrize("content", [b"", b"torn", "half"])
-def test_an_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path, content):
+def damage(path: Path, stem: str, how: str = "torn") -> None:
+    """Spoil a checkpoint."""
+    file = path / "checkpoints" / f"{stem}.checkpoint"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    spoilt = {
+        "empty": b"",
+        "torn": whole[:400],
+        "foreign": b"broken\n",
+        "longer": whole + b"\0",
+        "first bit": bytes([whole[0] ^ 1]) + whole[1:],
+        "last bit": whole[:-1] + bytes([whole[-1] ^ 128]),
+        "middle bit": whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :],
+    }
+    file.write_bytes(spoilt[how])
+
+
+DAMAGES = ["empty", "torn", "foreign", "longer", "first bit", "last bit", "middle bit"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
     files = filled(tmp_path / "run", 4, (2, 4))
-    newest = tmp_path / "run" / "checkpoints" / "round-000005.pt"
-    newest.write_bytes(newest.read_bytes()[:400] if content == "half" else content)
+    damage(tmp_path / "run", "round-000005", how)
+    before = tiny.listing(tmp_path / "run")
     loaded = files.load()
     assert loaded is not None
-    assert loaded.state.round == 3
-    assert "round-000005.pt cannot be read" in (tmp_path / "run" / "warnings.txt").read_text()
+    assert loaded.done == 2
+    assert tiny.listing(tmp_path / "run") == before  # reading changes nothing
+    files.rewind(loaded)
+    warnings = (tmp_path / "run" / "warnings.txt").read_text()
+    assert "round-000005.checkpoint could not be used" in warnings
+    assert (tmp_path / "run" / "checkpoints" / "unusable-round-000005.checkpoint").is_file()
 
 
-def test_without_a_readable_checkpoint_there_is_none(tmp_path):
-    files = filled(tmp_path / "run", 1, ())
-    assert files.load() is None
-    files.save(checkpoint(2))
-    (tmp_path / "run" / "checkpoints" / "round-000002.pt").write_bytes(b"torn")
-    assert files.load() is None
-
-
-def test_something_else_in_the_place_of_a_checkpoint_is_an_error(tmp_path):
-    files = RunFiles.create(tmp_path / "run")
-    torch.save({"round": 3}, tmp_path / "run" / "checkpoints" / "round-000003.pt")
-    with pytest.raises(RunError, match=r"round-000003\.pt holds dict, not a checkpoint of a run"):
+@pytest.mark.parametrize("how", DAMAGES)
+def test_without_a_sound_checkpoint_nothing_is_lost(tmp_path, how):
+    files = filled(tmp_path / "run", 4, (2, 4))
+    for stem in ("round-000003", "round-000005"):
+        damage(tmp_path / "run", stem, how)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(
+        RunError, match=r"(?s)cannot be resumed.*round-000005.*is damaged.*round-000003.*is damaged"
+    ):
         files.load()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_before_the_first_checkpoint_there_is_none(tmp_path):
+    assert RunFiles.create(tmp_path / "new").load() is None
+    assert filled(tmp_path / "run", 0, ()).load() is None  # it died between the set-up and its checkpoint
+
+
+def test_rounds_without_any_checkpoint_are_not_thrown_away(tmp_path):
+    files = filled(tmp_path / "run", 3, ())
+    with pytest.raises(RunError, match=r"checkpoints is empty, but rounds\.jsonl has rounds"):
+        files.load()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    files = filled(tmp_path / "run", 1, ())
+    for name in ("round-000002.pt", "round-000002.checkpoint"):
+        torch.save({"round": 3}, tmp_path / "run" / "checkpoints" / name)
+        with pytest.raises(
+            RunError, match=r"round-000002\S*: was written by fedray 0\.1\.0 in a format that"
+        ):
+            files.load()
+
+
+@pytest.mark.parametrize("gone", [1, 3, 4])
+def test_a_checkpoint_beyond_the_rounds_is_not_used(tmp_path, gone):
+    files = filled(tmp_path / "run", 4, (2, 4))
+    path = tmp_path / "run" / "rounds.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:gone] + lines[gone + 1 :]))
+    if gone == 1:
+        with pytest.raises(RunError, match=r"rounds\.jsonl, line 2: round 2 where round 1 belongs"):
+            files.load()
+        return
+    found = files.load()
+    assert found is not None
+    assert found.done == 2
 
 
 # ── a crash at any write
@@ -312,35 +378,15 @@ class Disk:
     """Counts what a run writes below a folder, and dies at one of the writes, which it leaves half done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, dies_at: int | None = None) -> None:
-        from pyarrow import parquet
-
         self.folder, self.dies_at, self.writes = str(folder), dies_at, 0
-
-        save, write_table = torch.save, parquet.write_table
-
-        def half_saved(value: Any, path: Path) -> None:
-            save(value, path)
-            os.truncate(path, path.stat().st_size // 2)
-
-        def half_table(value: Any, path: Path) -> None:
-            write_table(value, path)
-            os.truncate(path, path.stat().st_size // 2)
-
-        def half_bytes(path: Path, data: bytes) -> None:
-            with open(path, "wb") as file:
-                file.write(data[: len(data) // 2])
-
-        self._watch(monkeypatch, torch, "save", 1, half_saved)
-        self._watch(monkeypatch, parquet, "write_table", 1, half_table)
-        self._watch(monkeypatch, Path, "write_bytes", 0, half_bytes)
-        for name in ("replace", "unlink", "mkdir"):
+        for name in ("replace", "rename", "unlink", "mkdir"):
             self._watch(monkeypatch, Path, name, 0)
-
         fsync = os.fsync
 
         def synced(file: int) -> None:
-            # of what is appended, the end is lost that was not synced yet
-            self._count(lambda: os.ftruncate(file, max(0, os.fstat(file).st_size - 10)))
+            # of what is written, the end is lost that was not synced yet
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                self._count(lambda: os.ftruncate(file, max(0, os.fstat(file).st_size - 10)))
             fsync(file)
 
         monkeypatch.setattr(os, "fsync", synced)
@@ -372,7 +418,7 @@ class Disk:
 
 CONFIG = tiny.config({"method": {"name": "staged", "density": 0.3, "stages": 2}, "clients.dropout": 0.2})
 """The mask moves after rounds 1 and 2: the state is more than the weights."""
-WRITES = 39
+WRITES = 29
 """Of such a run; the crash is tried at each."""
 
 

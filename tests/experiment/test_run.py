@@ -16,7 +16,8 @@ import fedray
 from fedray.data import DATASETS, Dataset
 from fedray.errors import ClientError, ConfigError, DataError
 from fedray.experiment.config import RunConfig
-from fedray.experiment.files import RunFiles, check_free, numbered
+from fedray.experiment.directory import check_free, numbered
+from fedray.experiment.files import RunFiles
 from fedray.experiment.run import ACCURACY_CLIENTS, Federation, History, resume, run
 from fedray.federation.worker import Workplace
 from fedray.methods import METHODS
@@ -63,9 +64,10 @@ def test_a_history_is_a_table_of_rounds(finished):
 
 def test_the_files_of_a_run(finished):
     assert tiny.listing(finished.path) == [
+        ".lock",
         "checkpoints",
-        "checkpoints/round-000003.pt",
-        "checkpoints/round-000004.pt",
+        "checkpoints/round-000003.checkpoint",
+        "checkpoints/round-000004.checkpoint",
         "client_accuracy.parquet",
         "clients.parquet",
         "clients.parquet/part-000001-000002.parquet",
@@ -275,9 +277,9 @@ def test_a_run_without_a_directory_gets_the_next_one(in_tmp):
     config = tiny.config(rounds=1)
     paths = [run(config).path, run(config).path, run(config.override(seed=3)).path]
     assert paths == [
-        Path("runs/fedavg-digits-mlp-s0-001"),
-        Path("runs/fedavg-digits-mlp-s0-002"),
-        Path("runs/fedavg-digits-mlp-s3-001"),
+        in_tmp / "runs/fedavg-digits-mlp-s0-001",
+        in_tmp / "runs/fedavg-digits-mlp-s0-002",
+        in_tmp / "runs/fedavg-digits-mlp-s3-001",
     ]
     assert sorted(path.name for path in (in_tmp / "runs").iterdir()) == [path.name for path in paths]
 
@@ -295,7 +297,7 @@ def test_runs_that_start_at_once_get_directories_of_their_own(in_tmp, monkeypatc
             barrier.wait()
         return path
 
-    monkeypatch.setattr("fedray.experiment.run.numbered", number)
+    monkeypatch.setattr("fedray.experiment.directory.numbered", number)
     config, histories = tiny.config(rounds=1), list[History]()
     threads = [threading.Thread(target=lambda: histories.append(run(config))) for _ in range(starters)]
     for thread in threads:
@@ -311,7 +313,7 @@ def test_runs_that_start_at_once_get_directories_of_their_own(in_tmp, monkeypatc
 def test_a_directory_that_holds_something_is_refused(in_tmp, finished, no_ray):
     (in_tmp / "mine").mkdir()
     (in_tmp / "mine" / "thesis.tex").write_text("all of it")
-    with pytest.raises(ConfigError, match=r"^mine is not empty: .* choose a new one with --out$"):
+    with pytest.raises(ConfigError, match=r"/mine is not empty: .* choose a new one with --out$"):
         run(tiny.config(), out="mine")
     assert tiny.listing(in_tmp) == ["mine", "mine/thesis.tex"]
     before = tiny.figures(finished.path)
@@ -457,9 +459,9 @@ def test_a_method_of_ones_own(mine, in_tmp, monkeypatch):
         config.override({"method.stp": 3})
     with pytest.raises(KeyboardInterrupt):
         run(config, out="run", on_round=tiny.ending(2, KeyboardInterrupt))
-    checkpoint = RunFiles(in_tmp / "run").load()
-    assert checkpoint is not None
-    assert checkpoint.state.memory.rounds == 6
+    found = RunFiles(in_tmp / "run").load()
+    assert found is not None
+    assert found.checkpoint.state.memory.rounds == 6
     (in_tmp / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")  # the file is still found
     history = resume("../run")

@@ -53,7 +53,7 @@ def test_a_torn_line_elsewhere_is_an_error_with_its_number(tmp_path):
     path = write_run(tmp_path / "a")
     good = (path / "rounds.jsonl").read_text()
     (path / "rounds.jsonl").write_text('{"round": 0, "met\n' + good)
-    with pytest.raises(RunError, match=r"rounds\.jsonl, line 1: not a round"):
+    with pytest.raises(RunError, match=r"rounds\.jsonl, line 1: not a JSON mapping, and not the last line"):
         load_run(path)
 
 

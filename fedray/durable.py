@@ -1,0 +1,211 @@
+"""Files that survive a crash, a full disk and a second process: each mechanism once.
+
+    replacing, replace    a file takes the place of another as a whole, or not at all
+    append, scan_lines    JSON lines, of which only the last can be torn
+    keep_newest           the newest few of a series of files
+    on_disk               what the operating system refused, as a RunError with path, reason and advice
+    local_path            a path that a user gave: `~` expanded, absolute
+
+A write is on the disk when its call returns: contents first, then the name.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedray.errors import ConfigError, RunError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def local_path(path: str | Path) -> Path:
+    """Return a path that a user gave as an absolute one, so that it never looks like a URI.
+
+    Raises:
+        ConfigError: if it names nobody's home, or cannot be a path.
+    """
+    try:
+        text = os.fspath(path)
+        if not text or "\0" in text:
+            raise ValueError("it is empty" if not text else "it holds a zero byte")
+        return Path(text).expanduser().absolute()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(f"{str(path)!r} is not a path: {error}") from None
+
+
+@contextmanager
+def on_disk(path: Path, then: str = "run the command again") -> Iterator[None]:
+    """Turn an OSError of the block into a RunError.
+
+    Args:
+        path: what the block writes.
+        then: what the user does when the cause is mended.
+
+    Raises:
+        RunError: with path, reason and advice.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {_reason(error)}; {_advice(error)}{then}") from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in FULL:
+        return "free space, then "
+    return "give yourself the right to write there, then " if error.errno in REFUSED else ""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path` when the block ends; if the block raises, nothing has changed.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.writing")  # hidden: a reader of the folder passes over it
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)  # half a file may be what fills the disk
+        raise
+    sync(path.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file as a whole.
+
+    Raises:
+        OSError: if it cannot be written; the file is then as it was.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file.
+
+    Raises:
+        OSError: if it cannot be written; a part of it may then be there.
+    """
+    is_new = not path.exists()
+    with open(path, "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        sync(path.parent)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or a folder another name, for good.
+
+    Raises:
+        OSError: if that cannot be done.
+    """
+    old.rename(new)
+    sync(new.parent)
+
+
+def sync(folder: Path) -> None:
+    """See the names in a folder onto the disk, where the file system can do that."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
+
+
+def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return JSON, a line for each mapping."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def scan_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Read a file of JSON lines up to the first that is damaged; a torn last line is left out.
+
+    Returns:
+        A mapping for each line, none for a missing file; and what is wrong with the next line, if anything.
+
+    Raises:
+        RunError: if the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return [], None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        row = _mapping(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            return rows, f"{path}, line {number}: not a JSON mapping, and not the last line"
+    return rows, None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines, as `scan_lines` does.
+
+    Raises:
+        RunError: if a line that is not the last is damaged, or the file cannot be read.
+    """
+    rows, problem = scan_lines(path)
+    if problem is not None:
+        raise RunError(problem)
+    return rows
+
+
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file that holds a mapping; None if there is no such file.
+
+    Raises:
+        RunError: if it holds something else, or cannot be read.
+    """
+    try:
+        found = _mapping(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+    if found is None:
+        raise RunError(f"{path}: is damaged: it does not hold a JSON mapping")
+    return found
+
+
+def _mapping(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def keep_newest(paths: Sequence[Path], count: int) -> None:
+    """Remove all but the first `count` files or folders of a series that is sorted from the newest.
+
+    Raises:
+        OSError: if one cannot be removed.
+    """
+    for old in paths[count:]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)

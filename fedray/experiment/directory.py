@@ -1,0 +1,177 @@
+"""A directory that one run, sweep or training has for itself: how it is taken, and who works in it now.
+
+`take` and `take_next` make a new one; of several that try at once, one gets it. `Lock` keeps a second process
+out of one that is in use, and ends with its process, however that dies.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from datetime import UTC, datetime
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fedray.errors import ConfigError, RunError
+
+LOCK = ".lock"
+"""The file whose lock says that somebody works in a directory."""
+
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+_held: dict[tuple[int, str], str] = {}
+_guard = threading.Lock()
+
+
+def check_free(path: Path) -> None:
+    """Raise ConfigError if nothing can have `path` for itself; writes nothing."""
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"{path} is not empty: a run needs a directory of its own; choose a new one with --out"
+            )
+    except OSError as error:
+        raise _refused(path, error) from None
+
+
+def take(path: Path, inner: str, what: str) -> None:
+    """Make a directory with one folder in it, or take an empty one.
+
+    Args:
+        path: the directory.
+        inner: the folder; who makes it has the directory.
+        what: the directory's kind, for the message.
+
+    Raises:
+        ConfigError: if there is something in it, another took it first, or it cannot be made.
+    """
+    check_free(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / inner).mkdir()  # fails for the second of two that start at once
+    except FileExistsError:
+        raise ConfigError(f"{path} is another {what}'s directory: choose a new one with --out") from None
+    except OSError as error:
+        raise _refused(path, error) from None
+
+
+def take_next(folder: Path, stem: str, inner: str, what: str) -> Path:
+    """Make the first of `folder/stem-001`, `-002`, … that is not there; of several at once, each gets one.
+
+    Raises:
+        ConfigError: if none can be made.
+    """
+    while True:
+        path = numbered(folder, stem)
+        try:
+            take(path, inner, what)
+            return path
+        except ConfigError:
+            if not path.exists():  # it was not taken: it cannot be made
+                raise
+
+
+def numbered(folder: Path, stem: str) -> Path:
+    """Return the first of `folder/stem-001`, `-002`, … that does not exist; creates nothing."""
+    number = 1
+    try:
+        while (path := folder / f"{stem}-{number:03d}").exists():
+            number += 1
+    except OSError as error:
+        raise _refused(folder, error) from None
+    return path
+
+
+def _refused(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: cannot be made: {error.strerror}; choose another with --out")
+
+
+class Lock:
+    """One process at a time in a directory, over NFS and across hosts too; a context.
+
+    Args:
+        path: the directory.
+        what: its kind, for the message.
+        patience_s: how long to wait for another that is about to end.
+
+    Raises:
+        RunError: on entering, if another works there: its process, host and since when.
+    """
+
+    def __init__(self, path: Path, what: str = "run", patience_s: float = 0.0) -> None:
+        self.path, self.what, self.patience_s = path, what, patience_s
+        self._file: FileIO | None = None
+        self._key = (os.getpid(), os.path.realpath(path))
+
+    def __enter__(self) -> Self:
+        until = time.monotonic() + self.patience_s
+        while True:
+            holder = self._try()
+            if holder is None:
+                return self
+            if time.monotonic() >= until:
+                raise RunError(
+                    f"{self.path}: this {self.what} is still running ({holder}); wait for its end, or stop it"
+                )
+            time.sleep(0.2)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _guard:
+            _held.pop(self._key, None)
+            if self._file is not None:
+                self._file.close()  # which ends the lock
+                self._file = None
+
+    def _try(self) -> str | None:
+        """Take the lock, or return who has it."""
+        with _guard:
+            # a POSIX lock is the process's: it grants a second one, and the first close ends both
+            if self._key in _held:
+                return _held[self._key]
+            try:
+                file = FileIO(self.path / LOCK, "a+")
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    holder = _holder(file)
+                    file.close()
+                    return holder
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+            _held[self._key] = _told(me)
+            self._file = file
+            self._sign(me)
+            return None
+
+    def _sign(self, me: dict[str, Any]) -> None:
+        """Say in the file who has the lock; a full disk does not matter here."""
+        assert self._file is not None
+        try:
+            self._file.truncate(0)
+            self._file.write(json.dumps(me).encode() + b"\n")
+        except OSError:
+            pass
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _holder(file: FileIO) -> str:
+    try:
+        file.seek(0)
+        return _told(json.loads(file.read(1000)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "by another process"
+
+
+def _told(who: dict[str, Any]) -> str:
+    return f"process {who['pid']} on {who['host']}, since {who['since']}"

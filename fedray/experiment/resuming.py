@@ -1,0 +1,128 @@
+"""Whether a run can be resumed: config, checkpoint and model belong together, and what may change does.
+
+    config.yaml (as it was written) → overrides (of what may change) → checkpoint (of this config and model)
+
+Nothing is written here. Whatever does not belong together is refused with the values that differ.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fedray.errors import ConfigError, RunError
+from fedray.experiment import sealed
+from fedray.experiment.checkpoint import Stored, difference
+from fedray.experiment.config import RunConfig, decisive
+from fedray.experiment.files import RunFiles
+from fedray.experiment.overrides import Tree, origin, override_tree, parse_overrides
+from fedray.experiment.provenance import flatten
+from fedray.types import Layout
+
+MAY_CHANGE = (
+    "rounds, checkpoint_every, tracking, clients.actors, clients.resources without by_device, data.root, "
+    "imports"
+)
+SHOWN = 6
+"""Differences that a message names."""
+
+
+def resumed_config(
+    files: RunFiles, changes: Sequence[str] | Mapping[str, Any] = ()
+) -> tuple[RunConfig, RunConfig]:
+    """Return a run's config as it was, and as it is to be.
+
+    Raises:
+        ConfigError: if `changes` are not allowed.
+        RunError: if `config.yaml` is not as it was written.
+    """
+    path = files.path / "config.yaml"
+    problem = sealed.fault(path)
+    if problem is not None:
+        if not files.checkpoints():
+            RunConfig.from_tree(files.read_config(), str(path))  # it may be the config of something else
+        raise RunError(f"{path}: {problem}{_against_checkpoint(files)}")
+    before = RunConfig.from_tree(files.read_config(), str(path))
+    given = dict(changes) if isinstance(changes, Mapping) else parse_overrides(changes)
+    if not given:
+        return before, before
+    after = RunConfig.from_tree(override_tree(before.to_tree(), given), origin(path, given))
+    fixed = [
+        f"{key} from {old} to {new}" for key, old, new in _differences(before.to_tree(), after.to_tree())
+    ]
+    if fixed:
+        arguments = " ".join(changes) if not isinstance(changes, Mapping) else "KEY=VALUE"
+        raise ConfigError(
+            f"resume cannot change {_some(fixed)}: the rounds so far were made with the old values. It can "
+            f"change {MAY_CHANGE}. For a new run: fedray run {path} {arguments}"
+        )
+    return before, after
+
+
+def check_origin(files: RunFiles, found: Stored, config: RunConfig, layout: Layout) -> None:
+    """Refuse a checkpoint of another config or model.
+
+    Raises:
+        RunError: with the values that differ.
+    """
+    changed = [
+        f"{key}: {old} in the checkpoint, {new} in config.yaml"
+        for key, old, new in _differences(found.config, config.to_tree())
+    ]
+    other = difference(found.checkpoint.state.params.layout, layout)
+    problem = _some(changed) or (f"the model is another one: {other}" if other else "")
+    if problem:
+        raise RunError(f"{files.path} cannot be resumed: {problem} ({found.path.name})")
+
+
+def check_rounds(found: Stored, config: RunConfig) -> None:
+    """Refuse another number of rounds where the rounds so far depend on it.
+
+    Raises:
+        ConfigError: with the reason, and what to do.
+    """
+    before, after = int(found.config["rounds"]), config.rounds
+    if before == after:
+        return
+    start_anew = f"start a new run with rounds={after}"
+    if after < found.done:
+        raise ConfigError(f"rounds={after}: {found.done} rounds are made already; {start_anew}")
+    reason = config.method.options.depends_on_rounds
+    if reason is None and found.checkpoint.rounds_matter:
+        reason = "the method has asked how many rounds are planned (ctx.rounds)"
+    if reason is None and config.norm == "static" and found.done == before and before % config.eval_every:
+        reason = f"round {before} was evaluated as the last one, and norm=static changes the model there"
+    if reason is not None:
+        raise ConfigError(
+            f"rounds={after}: what {config.method.name} did so far was planned for {before} rounds: "
+            f"{reason}; {start_anew}"
+        )
+
+
+def _differences(before: Tree, after: Tree) -> Iterator[tuple[str, str, str]]:
+    """Yield each decisive key but rounds that differs, with both values as text."""
+    old, new = (flatten(decisive(tree)) if tree else {} for tree in (before, after))
+    for key in dict.fromkeys((*old, *new)):
+        if key != "rounds" and old.get(key) != new.get(key):
+            yield key, old.get(key, "absent"), new.get(key, "absent")
+
+
+def _against_checkpoint(files: RunFiles) -> str:
+    """Say how `config.yaml` differs from the config of the newest checkpoint, and what to do."""
+    advice = f". Put them back; to change {MAY_CHANGE}: fedray resume {files.path} KEY=VALUE"
+    try:
+        found = files.load()
+    except RunError:
+        found = None
+    if found is None:
+        return advice
+    old, new = flatten(found.config), flatten(files.read_config())
+    changed = [
+        f"{key}: {old.get(key, 'absent')} in the checkpoint, {new.get(key, 'absent')} in config.yaml"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    ]
+    return f": {_some(changed)}{advice}" if changed else advice
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return "; ".join(texts[:SHOWN]) + more

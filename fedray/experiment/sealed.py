@@ -1,0 +1,63 @@
+"""YAML files that a run or a sweep reads back: a line at their top has the SHA-256 of their values.
+
+A file that was cut, or whose values were changed, is refused where it is read back. Comments and order do not
+count, and whoever only wants the values reads it as any YAML file.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from fedray.durable import replace
+from fedray.errors import RunError
+from fedray.experiment import yaml
+from fedray.experiment.overrides import Tree
+
+_SEAL = re.compile(r"^# SHA-256 of the values: ([0-9a-f]{64})$", re.MULTILINE)
+
+
+def write(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a file with its seal, as a whole.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    text = yaml.dump(dict(tree))
+    digest = _digest(yaml.parse(text, str(path)))
+    note = "# What was run. To change a value and go on: fedray resume DIR KEY=VALUE\n"
+    replace(path, f"{note}# SHA-256 of the values: {digest}\n{text}".encode())
+
+
+def fault(path: Path) -> str | None:
+    """Return what is wrong with a file, or None if it is as it was written.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not YAML.
+    """
+    tree = yaml.load(path)
+    seal = _SEAL.search(path.read_text(encoding="utf-8"))
+    if seal is None:
+        return "it has no line with the SHA-256 of its values: an earlier version wrote it, or it was cut"
+    if seal[1] != _digest(tree):
+        return "its values are not those that were written: it was edited, or cut"
+    return None
+
+
+def load(path: Path) -> Tree:
+    """Read a file that is as it was written.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not YAML.
+        RunError: if it was changed.
+    """
+    problem = fault(path)
+    if problem is not None:
+        raise RunError(f"{path}: {problem}")
+    return yaml.load(path)
+
+
+def _digest(tree: Any) -> str:
+    return sha256(json.dumps(tree, default=str, sort_keys=True).encode()).hexdigest()
