@@ -86,6 +86,14 @@ class Episode:
         memory = replace(state.memory, journey=journey)
         self.server.checkpoint.state = replace(state, round=state.round + 1, memory=memory)
 
+    def asked_by_bandit(self, now: Situation, preference: float) -> int:
+        """Return what the bandit of a run would ask for, from what was asked for and carried out so far."""
+        server = self.server
+        memory, decider = server.state.memory, server.method.decider  # type: ignore[attr-defined]
+        journey = stages.told(memory.journey, now, preference)
+        server.checkpoint.state = replace(server.state, memory=replace(memory, journey=journey))
+        return int(decider.choose(journey, now))
+
     def _state(self) -> ServerState:
         return replace(self.server.state, round=self.server.state.round - 1)
 
@@ -155,6 +163,11 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         now = replace(self._now, accuracy=self._jury_accuracy)
         brought = stages.reward(before, now, self._lambda, self.flops_weight)
         return self._observation(), brought, self._episode.ended, False, self._info()
+
+    def asked_by_bandit(self) -> int:
+        """Return what the bandit would ask for at this stage; call it once a stage."""
+        assert self._episode is not None and self._now is not None, "reset comes first"
+        return self._episode.asked_by_bandit(self._now, self._lambda)
 
     def _observation(self) -> NDArray[np.float32]:
         assert self._episode is not None and self._now is not None

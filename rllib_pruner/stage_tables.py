@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedray.federation.decider import PROCESS
 from fedray.methods.staged import Staged
-from fedray.pruning import stages
 from fedray.pruning.observation import FEATURES, VERSION
 from fedray.pruning.stages import REGROW
 from fedray.pruning.trained import TrainedPolicy
@@ -92,7 +90,7 @@ def comparison(trained: TrainedPolicy, process: StageProcess, problems: int) -> 
     for preference in PREFERENCES:
         played = {
             "agent": ends(lambda: lambda _, seen: trained.act(seen), preference),
-            "bandit": ends(bandit, preference),
+            "bandit": ends(lambda: lambda *_: env.asked_by_bandit(), preference),
             **fixed,
         }
         agent = played["agent"].returned(preference, process.flops_weight)
@@ -110,25 +108,6 @@ def process_of(trained: TrainedPolicy, root: Path | None) -> StageProcess:
     options = TrainConfig.from_tree(trained.about["config"], "policy.json").process.options
     assert isinstance(options, StageProcess)
     return replace(options, federations=replace(options.federations, root=root))
-
-
-def bandit() -> Choose:
-    """Return the bandit, who learns from the observations what its actions brought."""
-    tried: list[tuple[int, float]] = []
-    last: list[Any] = []
-
-    def choose(_: int, seen: NDArray[np.float32]) -> int:
-        shown = dict(zip(FEATURES, seen.tolist(), strict=True))
-        preference = 10 ** (2 * shown["preference"] - 2)
-        if last:
-            before, action = last[-1]
-            spent = shown["bytes spent"] - before["bytes spent"]
-            tried.append((action, shown["accuracy"] - before["accuracy"] - preference * spent))
-        action = stages.bandit(tried)
-        last.append((shown, action))
-        return action
-
-    return choose
 
 
 def _row(

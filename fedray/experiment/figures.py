@@ -4,6 +4,7 @@ Settings keep their colour and stroke in all pictures; FedAvg beside others is b
 drawn in colour (FedAvg and those of the best final accuracy), further lines in grey.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from textwrap import wrap
 
@@ -73,23 +74,30 @@ def looks_of(settings: Sequence[Setting]) -> list[Look]:
         return setting.is_fedavg, float(np.mean(final))
 
     named = sorted(settings, key=rank, reverse=True)[:MAX_NAMED]
+    often = Counter(_name(setting) for setting in named)
+
+    def name(setting: Setting) -> str:
+        """Return the name, whole where a shorter one would be another setting's too."""
+        short = _name(setting)
+        return short if often[short] == 1 else _name(setting, cut=False)
+
     references = not all(setting.is_fedavg for setting in settings) or len(settings) == 1
     looks, dense, others = [], 0, 0
     for setting in settings:
         if setting not in named:
             looks.append(Look(setting))
         elif setting.is_fedavg and references:
-            looks.append(Look(setting, BLACK, STROKES[dense % len(STROKES)], _name(setting)))
+            looks.append(Look(setting, BLACK, STROKES[dense % len(STROKES)], name(setting)))
             dense += 1
         else:
             turn, color = divmod(others, len(PALETTE))
-            looks.append(Look(setting, PALETTE[color], STROKES[turn % len(STROKES)], _name(setting)))
+            looks.append(Look(setting, PALETTE[color], STROKES[turn % len(STROKES)], name(setting)))
             others += 1
     return sorted(looks, key=lambda look: look.name is not None)
 
 
-def _name(setting: Setting) -> str:
-    lines = wrap(setting.label, LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …")
+def _name(setting: Setting, cut: bool = True) -> str:
+    lines = wrap(setting.label, LABEL_WIDTH, max_lines=LABEL_LINES if cut else None, placeholder=" …")
     return "\n".join(lines if setting.status == "finished" else [*lines, f"({setting.progress})"])
 
 

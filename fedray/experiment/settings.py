@@ -77,10 +77,15 @@ def label_runs(runs: Sequence[RunData]) -> list[RunData]:
     `method.name` stands as its value alone, `seed` as s0, any other key by its last part, e.g.
     `staged threshold=0.5 s0`. Equal labels are told apart by the name of the directory.
     """
-    labels = _labels([_flatten(run.config) for run in runs], [run.name for run in runs])
+    labels = _told_apart(_labels([_flatten(run.config) for run in runs], [run.name for run in runs]), runs)
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
+
+def _told_apart(labels: Sequence[str], runs: Sequence[RunData]) -> list[str]:
+    """Return the labels, with the directory of its run behind each that is not the only one of its kind."""
     often, homes = Counter(labels), Counter(run.name for run in runs)
     return [
-        replace(run, label=label if often[label] == 1 else f"{label} ({_home(run, homes)})")
+        label if often[label] == 1 else f"{label} ({_home(run, homes)})"
         for run, label in zip(runs, labels, strict=True)
     ]
 
@@ -92,7 +97,8 @@ def _home(run: RunData, homes: Mapping[str, int]) -> str:
 def settings(runs: Sequence[RunData]) -> list[Setting]:
     """Gather runs that differ in the seed only and are equally far; in order of first appearance.
 
-    Two runs of one seed are the same run twice: only the last counts.
+    Two runs of one seed are the same run twice: only the last counts. Of two settings whose configs differ no
+    label is the other's; two that differ only in how far they are may share one, and their status differs.
     """
     groups: dict[str, list[RunData]] = {}
     for run in runs:
@@ -100,7 +106,10 @@ def settings(runs: Sequence[RunData]) -> list[Setting]:
         key = json.dumps(same, sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
     members = list(groups.values())
-    labels = _labels([_without_seed(group[0]) for group in members], [group[0].name for group in members])
+    flats = [_without_seed(group[0]) for group in members]
+    labels = _labels(flats, [group[0].name for group in members])
+    if len(set(labels)) < len({_same(flat) for flat in flats}):
+        labels = _told_apart(labels, [group[0] for group in members])
     return [_setting(label, group) for label, group in zip(labels, members, strict=True)]
 
 
@@ -134,39 +143,46 @@ def _labels(flats: Sequence[Flat], names: Sequence[str]) -> list[str]:
     keys = [key for key in keys if _differs(key, flats)]
     keys.sort(key=lambda key: (not key.startswith("method."), key == "seed"))  # stable: else as in the config
     last_parts = Counter(key.rpartition(".")[2] for key in keys)
-    labels = []
-    for flat, name in zip(flats, names, strict=True):
-        parts = [_part(key, flat[key], last_parts) for key in keys if key in flat]
-        labels.append(" ".join(parts) or str(flat.get("method.name", name)))
+    labels: list[str] = []
+    for exact in (False, True):  # all digits only where six do not tell two apart
+        labels = []
+        for flat, name in zip(flats, names, strict=True):
+            parts = [_part(key, flat[key], last_parts, exact) for key in keys if key in flat]
+            labels.append(" ".join(parts) or str(flat.get("method.name", name)))
+        if len(set(labels)) == len({_same(flat) for flat in flats}):
+            break
     return labels
+
+
+def _same(flat: Flat) -> str:
+    """Return a text that equal configs share."""
+    return json.dumps(flat, sort_keys=True, default=str)
 
 
 def _differs(key: str, flats: Sequence[Flat]) -> bool:
     """Tell whether a key tells runs apart; an option of one method is compared within that method."""
     choice = next((c for above, c in CHOICES.items() if key.startswith(above) and key != c), None)
-    if choice is None or all(key in flat for flat in flats):
-        return len({repr(flat.get(key)) for flat in flats}) > 1
     values: dict[str, set[str]] = {}
-    for flat in flats:
-        if key in flat:
-            values.setdefault(str(flat.get(choice)), set()).add(repr(flat[key]))
+    for flat in flats:  # an option that a config lacks, as older ones do, is not one that it has
+        of = "" if choice is None or all(key in flat for flat in flats) else str(flat.get(choice))
+        values.setdefault(of, set()).add(repr(flat[key]) if key in flat else "absent")
     return any(len(different) > 1 for different in values.values())
 
 
-def _part(key: str, value: Any, last_parts: Mapping[str, int]) -> str:
+def _part(key: str, value: Any, last_parts: Mapping[str, int], exact: bool) -> str:
     if key == "seed":
         return f"s{value}"
     if key in VALUE_ALONE:
         return str(value)
     last = key.rpartition(".")[2]
-    return f"{last if last_parts[last] == 1 else key}={_text(value)}"
+    return f"{last if last_parts[last] == 1 else key}={_text(value, exact)}"
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, exact: bool) -> str:
     if isinstance(value, Mapping):
-        return "+".join(f"{key}:{_text(part)}" for key, part in value.items())
+        return "+".join(f"{key}:{_text(part, exact)}" for key, part in value.items())
     if isinstance(value, list):
-        return ",".join(map(_text, value))
+        return ",".join(_text(part, exact) for part in value)
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) and not exact else str(value)

@@ -77,11 +77,17 @@ class Decider:
         return replace(journey, preference=preference)
 
     def choose(self, journey: Journey, now: Situation) -> int:
-        """Return the action that is asked for."""
+        """Return the action that is asked for: one that `steepest` allows.
+
+        A bandit asks for what could move the mask, or to hold. An agent may also ask for what cannot move it,
+        as in its training: that is to hold.
+        """
         if self.policy == "bandit":
-            return stages.bandit(journey.tried)
+            possible = stages.possible(now.density, self.min_density, self.steepest)
+            return stages.bandit(journey.tried, possible)
         agent = TrainedPolicy.load(self.agent, PROCESS, observation.VERSION, len(observation.FEATURES))
-        return agent.act(observation.observe(now, journey, journey.preference))
+        seen = observation.observe(now, journey, journey.preference)
+        return agent.act(seen, stages.allowed(self.steepest))
 
     def act(
         self, state: ServerState, ctx: ServerContext, journey: Journey, now: Situation, chosen: int

@@ -116,7 +116,7 @@ class Journey:
         chosen: what was asked for there.
         factor: density after over density before, there.
         preference: λ of the last decision; 0 before the first.
-        tried: each action so far and the reward that it brought.
+        tried: each action so far and the reward that it brought; one that was asked for and refused, too.
         sent: the model that this round's clients were sent, until the round is aggregated.
     """
 

@@ -30,6 +30,20 @@ ACTIONS = ("hold", "×0.9", "×0.75", "×0.5", "×0.3", "×1.25")
 REGROW = len(FACTORS)
 
 
+def allowed(steepest: float) -> tuple[int, ...]:
+    """Return the actions that keep at least `steepest` of what is held: the others are never carried out."""
+    return (*(action for action, factor in enumerate(FACTORS) if factor >= steepest), REGROW)
+
+
+def possible(density: float, min_density: float, steepest: float) -> tuple[int, ...]:
+    """Return the allowed actions that could move a mask of such a density, and holding.
+
+    Nothing is pruned at `min_density` or below it, and nothing comes back to a mask that holds everything.
+    """
+    prunes, grows = density > min_density, density < 1
+    return tuple(a for a in allowed(steepest) if a == 0 or (grows if a == REGROW else prunes))
+
+
 def reward(before: Situation, now: Situation, preference: float, flops_weight: float = 0.25) -> float:
     """Return what a decision brought: accuracy gained, less λ times the traffic and the FLOPs since.
 
@@ -90,7 +104,8 @@ def safe(
     """Return the action that is carried out, and its mask: the one asked for, or the next milder safe one.
 
     Safe is what keeps at least `steepest` of what is held and leaves the validation loss within `rollback`
-    times the loss without pruning; holding and regrowing always are.
+    times the loss without pruning; holding and regrowing always are. An action that leaves the mask as it is,
+    for want of anything to prune or to bring back, is holding.
 
     Args:
         action: what was asked for.
@@ -102,14 +117,16 @@ def safe(
         steepest: smallest factor of the density at once, in [0, 1].
     """
     if action in (0, REGROW):
-        return action, wanted(action, params, mask, min_density)
+        moved = wanted(action, params, mask, min_density)
+        return (action, moved) if moved.count != mask.count else (0, mask)
     while FACTORS[action] < steepest:
         action -= 1
     bound = rollback * loss(mask)
     for milder in range(action, 0, -1):
         moved = wanted(milder, params, mask, min_density)
-        risen = loss(moved) if moved is not mask else 0.0
-        if no_worse(risen, bound):
+        if moved.count == mask.count:
+            break
+        if no_worse(loss(moved), bound):
             return milder, moved
     return 0, mask
 
@@ -127,33 +144,51 @@ def regrown(params: Params, before: Mask, after: Mask) -> Params:
     return Params(flat, params.layout)
 
 
-def bandit(tried: Sequence[tuple[int, float]], explore: float = 0.05) -> int:
+def bandit(
+    tried: Sequence[tuple[int, float]],
+    open_to: Sequence[int] = tuple(range(len(ACTIONS))),
+    explore: float = 0.05,
+) -> int:
     """Return the action with the highest upper confidence bound (UCB1); each is tried once first.
 
-    The partner of a trained agent: it knows nothing of the situation and learns within the run alone.
+    The partner of a trained agent: it knows nothing of the situation and learns within the run alone. It
+    chooses among the actions that are possible now, as in sleeping bandits, and learns what `told` notes: the
+    reward of what was carried out, and the same for what was asked for and refused.
 
     Args:
         tried: actions and what they brought, in order.
+        open_to: the actions that are possible now, at least one.
         explore: scale of the bonus, in points of reward.
 
-    Source: Auer et al., "Finite-time analysis of the multiarmed bandit problem", 2002; as FedMP uses bandits.
+    Source: Auer et al., "Finite-time analysis of the multiarmed bandit problem", 2002; Kleinberg et al.,
+        "Regret bounds for sleeping experts and bandits", 2010; as FedMP uses bandits.
     """
     counts, sums = np.zeros(len(ACTIONS)), np.zeros(len(ACTIONS))
     for action, brought in tried:
         counts[action] += 1
         sums[action] += as_gain(brought)
+    choices = np.array(open_to)
+    counts, sums = counts[choices], sums[choices]
     if not counts.all():
-        return int(np.argmin(counts))
+        return int(choices[np.argmin(counts)])
     bonus = explore * np.sqrt(2 * np.log(len(tried)) / counts)
-    return int(np.argmax(sums / counts + bonus))
+    return int(choices[np.argmax(sums / counts + bonus)])
 
 
 def told(journey: Journey, now: Situation, preference: float) -> Journey:
-    """Return the journey with what the last decision brought, as the situation now shows it."""
+    """Return the journey with what the last decision brought, as the situation now shows it.
+
+    It is credited to the action that was carried out. If that was milder than what had been asked for, asking
+    for that came to the same, and is noted too: else a bandit would ask for ever for what is never done.
+
+    Source: Mannor and Shamir, "From bandits to experts: on the value of side-observations", NeurIPS 2011, for
+        one reward that tells of two actions.
+    """
     if journey.before is None:
         return journey
-    brought = (journey.action, reward(journey.before, now, preference))
-    return replace(journey, tried=(*journey.tried, brought))
+    brought = reward(journey.before, now, preference)
+    credited = dict.fromkeys((journey.action, journey.chosen), brought)
+    return replace(journey, tried=(*journey.tried, *credited.items()))
 
 
 def after(journey: Journey, round: int, now: Situation, chosen: int, action: int, factor: float) -> Journey:

@@ -12,7 +12,7 @@ A module is a pickle: only use policies that you trust.
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
@@ -65,19 +65,38 @@ class TrainedPolicy:
         place = (folder or shipped(process)).resolve()
         return _load(place, (place / "policy.json").read_text(encoding="utf-8"))
 
-    def act(self, observation: NDArray[np.float32]) -> int:
-        """Return the index of the greedy action for an observation of shape (features,)."""
-        return int(self.acts(observation[None])[0])
+    def act(self, observation: NDArray[np.float32], allowed: Sequence[int] | None = None) -> int:
+        """Return the index of the greedy action for an observation of shape (features,).
 
-    def acts(self, observations: NDArray[np.float32]) -> NDArray[np.int64]:
+        Args:
+            observation: what is seen.
+            allowed: the actions of which the best is taken; None: all.
+        """
+        return int(self.acts(observation[None], allowed)[0])
+
+    def acts(
+        self, observations: NDArray[np.float32], allowed: Sequence[int] | None = None
+    ) -> NDArray[np.int64]:
         """Return the greedy actions for observations of shape (n, features), as indices of shape (n,)."""
+        values = self._values(observations)
+        if allowed is not None:
+            refused = np.setdiff1d(np.arange(values.shape[1]), allowed)
+            values[:, refused] = -np.inf
+        return np.asarray(values.argmax(axis=1), dtype=np.int64)
+
+    def _values(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what the network thinks of each action, (n, actions): values or logits, NaN as the worst."""
         import torch
 
+        batch = {"obs": torch.from_numpy(np.array(observations, dtype=np.float32))}
         with torch.no_grad():
-            batch = torch.from_numpy(np.array(observations, dtype=np.float32))
-            out = self._module.forward_inference({"obs": batch})
-        actions = out["actions"] if self._is_dqn else out["action_dist_inputs"].argmax(dim=-1)
-        return np.asarray(actions, dtype=np.int64)
+            if self._is_dqn:
+                found = self._module.compute_q_values(batch)["qf_preds"]
+            else:
+                found = self._module.forward_inference(batch)["action_dist_inputs"]
+        values = np.array(found.numpy(), dtype=np.float32)
+        values[np.isnan(values)] = -np.inf
+        return values
 
 
 def shipped(process: str) -> Path:

@@ -32,6 +32,17 @@ def test_a_line_is_the_mean_over_seeds_where_all_were_measured(tmp_path):
     assert figures.curve_of(look, "round", "no/metric") is None
 
 
+def test_no_name_in_a_picture_is_cut_to_anothers(tmp_path):
+    long = dict.fromkeys(("first_option_of_a_long_name", "second_option_of_a_long_name"), 1) | {
+        "steepest": 0.0
+    }
+    changed = {name: 2 for name in long} | {"steepest": 0.5}
+    changes = [staged(**long), staged(**changed), staged(**(changed | {"steepest": 0.9}))]
+    paths = [write_run(tmp_path / f"t{number}", change) for number, change in enumerate(changes)]
+    names = [look.name for look in figures.looks_of(settings_of(*paths))]
+    assert len(set(names)) == 3 and "steepest=0.9" in (names[2] or "")
+
+
 def test_fedavg_is_black_and_the_best_have_colours(tmp_path):
     many = paper.MAX_NAMED + 3
     paths = [write_run(tmp_path / "dense", accuracies=(0.1, 0.2))]

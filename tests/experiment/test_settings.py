@@ -3,7 +3,7 @@
 import pytest
 
 from fedray.experiment.rundata import load_run
-from fedray.experiment.settings import label_runs
+from fedray.experiment.settings import label_runs, settings
 from tests.experiment.rundirs import staged, write_run
 
 
@@ -54,3 +54,38 @@ def test_a_run_without_a_config_is_labelled_by_its_name(tmp_path):
     path = write_run(tmp_path / "a")
     (path / "config.yaml").unlink()
     assert label_runs([load_run(path)])[0].label == "a"
+
+
+BANDIT = {"policy": "bandit", "steepest": 0.0, "budget": None, "preference": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("others", "labels"),
+    [
+        ({"steepest": 0.5}, ["staged steepest=0", "staged steepest=0.5"]),
+        ({"budget": 0.3}, ["staged budget=none", "staged budget=0.3"]),
+        ({"preference": 0.1000000001}, ["staged preference=0.1", "staged preference=0.1000000001"]),
+        # a run of a version that had no such option
+        ({"steepest": None}, ["staged steepest=0", "staged steepest=none"]),
+        ({"steepest": ...}, ["staged steepest=0", "staged"]),
+        # nothing that a text can show
+        ({"budget": "none"}, ["staged budget=none (t1)", "staged budget=none (t2)"]),
+    ],
+)
+def test_two_bandits_never_share_a_name(tmp_path, others, labels):
+    second = {key: value for key, value in (BANDIT | others).items() if value is not ...}
+    changes = [{}, staged(**BANDIT), staged(**second)]
+    paths = [write_run(tmp_path / f"t{number}", change) for number, change in enumerate(changes)]
+    runs = [load_run(path) for path in paths]
+    assert [setting.label for setting in settings(runs)] == ["fedavg", *labels]
+    assert [run.label for run in label_runs(runs)] == ["fedavg", *labels]
+
+
+def test_seeds_and_stopped_runs_share_the_name_of_their_setting(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", staged(**BANDIT) | {"seed": seed})
+        write_run(tmp_path / f"b{seed}", {"seed": seed})
+    write_run(tmp_path / "stopped", {"seed": 2}, accuracies=(0.1, 0.5), status=None)
+    found = settings([load_run(path) for path in sorted(tmp_path.iterdir())])
+    assert [setting.label for setting in found] == ["staged", "fedavg", "fedavg"]
+    assert len({setting.status for setting in found[1:]}) == 2

@@ -1,5 +1,7 @@
 """Who decides at the stages of `staged`: when, from what, within what bounds, and what is remembered."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 
 from fedray.errors import ConfigError
 from fedray.experiment.config import RunConfig
-from fedray.federation.server import Schedule
+from fedray.federation.server import Schedule, Server
 from fedray.methods.staged import Staged
-from fedray.pruning import observation
+from fedray.pruning import observation, stages
+from fedray.pruning.stages import FACTORS, REGROW
 from tests import small
 
 WEIGHTS = 128
@@ -23,8 +26,9 @@ class Fixed:
     def __init__(self, actions: list[int]) -> None:
         self.actions, self.seen = actions, list[np.ndarray]()
 
-    def act(self, observation: np.ndarray) -> int:
+    def act(self, observation: np.ndarray, allowed: Sequence[int]) -> int:
         self.seen.append(observation)
+        self.allowed = tuple(allowed)
         return self.actions[len(self.seen) - 1]
 
 
@@ -142,3 +146,71 @@ def test_what_comes_back_has_the_value_that_is_asked_for(agent: Fixed, regrow_fr
     back = server.state.mask.flat & ~before.flat
     assert int(back.sum()) == 16
     assert bool((server.state.params.flat[back] == 0).all()) is zeros
+
+
+# ── what is asked for, and what is learnt from it
+
+
+def decisions(server: Server) -> list[tuple[int, int]]:
+    """Make a run; return what was asked for and what was done at each stage."""
+    metrics = [report.metrics for report in small.run(server)]
+    return [(int(m["method/asked"]), int(m["method/action"])) for m in metrics if "method/asked" in m]
+
+
+@pytest.mark.parametrize("steepest", [0.31, 0.5, 0.8, 0.95])
+def test_a_bandit_never_asks_for_what_is_too_steep(steepest: float) -> None:
+    method = Staged(
+        policy="bandit", stages=40, steepest=steepest, rollback=1e9, until=1.0, initial_density=0.5
+    )
+    server = small.server(method, schedule=Schedule(rounds=40, cohort=4))
+    found = decisions(server)
+    allowed = [a for a, factor in enumerate(FACTORS) if factor >= steepest] + [REGROW]
+    assert {asked for asked, _ in found} == set(allowed), "and it has tried all that it may"
+    assert all(done in (asked, 0) for asked, done in found), "0: there was nothing left to prune"
+
+
+def test_a_bandit_asks_for_nothing_that_cannot_move_the_mask() -> None:
+    method = Staged(policy="bandit", stages=30, min_density=0.25, rollback=1e9, until=1.0)
+    server = small.server(method, schedule=Schedule(rounds=30, cohort=4))
+    reports = small.run(server)
+    seen = [
+        (before.metrics["density/global"], int(report.metrics["method/asked"]))
+        for before, report in pairwise(reports)
+        if "method/asked" in report.metrics
+    ]
+    assert min(density for density, _ in seen) == 0.25 and max(density for density, _ in seen) == 1.0
+    for density, action in seen:
+        assert action in (0, REGROW) or density > 0.25
+        assert action != REGROW or density < 1
+
+
+def test_a_bandit_whose_every_wish_is_refused_does_not_repeat_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "no_worse", lambda loss, bound: False)
+    method = Staged(policy="bandit", stages=24, until=1.0)
+    server = small.server(method, schedule=Schedule(rounds=24, cohort=4))
+    found = decisions(server)
+    refused = [asked for asked, done in found if asked != done]
+    assert len(refused) >= 8 and set(refused) == {1, 2, 3, 4}
+    assert max(refused.count(action) for action in set(refused)) <= len(refused) / 2
+    tried = server.state.memory.journey.tried
+    assert len(tried) == len(found) - 1 + sum(asked != done for asked, done in found[:-1])
+
+
+@pytest.mark.parametrize(("steepest", "allowed"), [(0.0, (0, 1, 2, 3, 4, 5)), (0.5, (0, 1, 2, 3, 5))])
+def test_an_agent_is_told_what_is_allowed(agent: Fixed, steepest: float, allowed: tuple[int, ...]) -> None:
+    method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, steepest=steepest)
+    small.run(small.server(method, schedule=TWELVE))
+    assert agent.allowed == allowed
+
+
+def test_to_regrow_a_whole_model_and_to_prune_at_the_floor_is_to_hold(agent: Fixed) -> None:
+    agent.actions = [REGROW, 4, 4, 1, REGROW, 0]
+    method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, min_density=0.25, rollback=1e9)
+    assert decisions(small.server(method, schedule=TWELVE)) == [
+        (5, 0),
+        (4, 4),
+        (4, 4),
+        (1, 0),
+        (5, 5),
+        (0, 0),
+    ]

@@ -228,7 +228,48 @@ def test_holding_and_regrowing_cost_no_look_at_the_data(action: int) -> None:
     def never(mask: Mask) -> float:
         raise AssertionError("validated")
 
-    assert safe(action, PARAMS, FULL, never, min_density=0.01, rollback=1.5)[0] == action
+    half = wanted(3, PARAMS, FULL, 0.01)
+    assert safe(action, PARAMS, half, never, min_density=0.01, rollback=1.5)[0] == action
+
+
+@pytest.mark.parametrize(
+    ("action", "density", "floor"), [(REGROW, 1.0, 0.01), (4, 0.2, 0.2), (1, 0.01, 0.001)]
+)
+def test_what_leaves_the_mask_as_it_is_is_holding(action: int, density: float, floor: float) -> None:
+    mask = top_k(PARAMS.flat, density, LAYOUT)
+    done, moved = safe(action, PARAMS, mask, lambda _: 1.0, min_density=floor, rollback=1.5)
+    assert done == 0 and moved == mask
+
+
+@pytest.mark.parametrize(
+    ("density", "floor", "steepest", "found"),
+    [
+        (1.0, 0.01, 0.0, (0, 1, 2, 3, 4)),
+        (0.5, 0.01, 0.0, (0, 1, 2, 3, 4, 5)),
+        (0.5, 0.01, 0.5, (0, 1, 2, 3, 5)),
+        (0.2, 0.2, 0.0, (0, 5)),
+        (1.0, 1.0, 0.0, (0,)),
+        (1.0, 0.01, 1.0, (0,)),
+    ],
+)
+def test_what_is_possible(density: float, floor: float, steepest: float, found: tuple[int, ...]) -> None:
+    assert stages.possible(density, floor, steepest) == found
+
+
+def test_what_was_asked_for_and_what_was_done_learn_from_one_reward() -> None:
+    journey = stages.after(Journey(), 4, HERE, chosen=4, action=1, factor=0.9)
+    later = stages.told(journey, replace(HERE, accuracy=0.83), 0.1)
+    assert [(action, round(brought, 6)) for action, brought in later.tried] == [(1, 0.03), (4, 0.03)]
+    agreed = stages.told(replace(journey, chosen=1), HERE, 0.1)
+    assert [action for action, _ in agreed.tried] == [1]
+
+
+@pytest.mark.parametrize("open_to", [(0,), (0, 5), (1, 2), (0, 1, 2, 3, 5)])
+def test_the_bandit_chooses_among_what_is_possible(open_to: tuple[int, ...]) -> None:
+    tried: list[tuple[int, float]] = [(4, 9.0)]
+    for _ in range(40):
+        tried.append((stages.bandit(tried, open_to), 0.1))
+    assert {action for action, _ in tried[1:]} == set(open_to)
 
 
 # ── what it brings
@@ -252,8 +293,7 @@ def test_told_what_the_last_action_brought() -> None:
     journey = stages.after(Journey(), 4, HERE, chosen=4, action=2, factor=0.75)
     assert (journey.decided, journey.best, journey.chosen, journey.action) == (4, 0.8, 4, 2)
     later = stages.told(journey, replace(HERE, accuracy=0.83), 0.1)
-    ((action, brought),) = later.tried
-    assert action == 2 and brought == pytest.approx(0.03)
+    assert dict(later.tried) == pytest.approx({2: 0.03, 4: 0.03})
 
 
 def test_under_a_budget_the_price_follows_what_is_left() -> None:

@@ -194,3 +194,24 @@ def test_a_module_that_rllib_cannot_load(folder: Path) -> None:
     assert policy_problem(folder, "made up", 3, 2) is None
     with pytest.raises(ConfigError, match=r"RLlib cannot load it \(UnpicklingError.*rllib_pruner\.train"):
         TrainedPolicy.load(folder, "made up", 3, 2)
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+def test_the_best_of_what_is_allowed_is_taken(algorithm: str) -> None:
+    policy = TrainedPolicy(network(algorithm), {**ABOUT, "algorithm": algorithm})
+    values = policy._values(OBSERVATIONS)
+    assert policy.acts(OBSERVATIONS).tolist() == values.argmax(1).tolist()
+    assert policy.acts(OBSERVATIONS, (0, 1, 2)).tolist() == values.argmax(1).tolist()
+    for allowed in ([1], [0, 2], [2, 1]):
+        best = [max(sorted(allowed), key=lambda action, row=row: row[action]) for row in values]  # type: ignore[misc]
+        assert policy.acts(OBSERVATIONS, allowed).tolist() == best
+        assert policy.act(OBSERVATIONS[3], allowed) == best[3]
+
+
+def test_a_network_that_diverged_does_not_choose_its_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    policy = TrainedPolicy(network("ppo"), {**ABOUT, "algorithm": "ppo"})
+    logits = torch.tensor([[0.1, torch.nan, 0.3]])
+    monkeypatch.setattr(policy._module, "forward_inference", lambda _: {"action_dist_inputs": logits})
+    assert policy.act(OBSERVATIONS[0]) == 2

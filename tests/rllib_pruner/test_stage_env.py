@@ -1,6 +1,7 @@
 """The environment steps the very hooks of a run; federations are drawn by seed; logs are replayed."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_an_episode_is_the_run_that_the_same_decisions_make(monkeypatch: pytest.
     shown: list[NDArray[np.float32]] = []
 
     class Played:
-        def act(self, observation: NDArray[np.float32]) -> int:
+        def act(self, observation: NDArray[np.float32], allowed: Sequence[int]) -> int:
             shown.append(observation)
             return PLAYED[len(shown) - 1]
 
@@ -191,3 +192,19 @@ def test_the_server_is_in_this_process() -> None:
     server = server_of(config)
     assert isinstance(server, Server) and isinstance(server.pool, LocalPool)
     assert StageProcess.version == observation.VERSION
+
+
+def test_the_bandit_of_the_table_is_the_bandit_of_a_run() -> None:
+    env = short()
+    env.reset(options={"federation": 7, "preference": 0.1})
+    ended, asked = False, []
+    while not ended:
+        asked.append(env.asked_by_bandit())
+        _, _, ended, _, _ = env.step(np.int64(asked[-1]))
+    config = Federations(**SMALL).draw(7, {"name": "staged", "policy": "bandit"})  # type: ignore[arg-type]
+    server = server_of(config, Staged(**vars(config.method.options)))
+    server.setup()
+    reports = [server.step() for _ in range(config.rounds)]
+    decided = [r.metrics for r in reports if "method/asked" in r.metrics]
+    assert asked == [m["method/asked"] for m in decided]
+    assert env._episode is not None and env._episode.server.model.sha256 == server.model.sha256

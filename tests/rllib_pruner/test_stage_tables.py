@@ -11,7 +11,7 @@ from fedray.pruning.stages import ACTIONS
 from fedray.pruning.trained import TrainedPolicy, policy_problem, shipped
 from rllib_pruner.config import Plan
 from rllib_pruner.stage_process import StageProcess
-from rllib_pruner.stage_tables import Ends, bandit, comparison, in_order, process_of
+from rllib_pruner.stage_tables import Ends, comparison, in_order, process_of
 
 CONFIG = Path(__file__).parents[2] / "tune_configs" / "rl_stages.yaml"
 
@@ -24,17 +24,6 @@ def test_returns_by_hand() -> None:
 def test_who_acts_in_order_holds_from_then_on() -> None:
     choose, nothing = in_order(4, 2), np.zeros(len(FEATURES), dtype=np.float32)
     assert [choose(stage, nothing) for stage in range(4)] == [4, 2, 0, 0]
-
-
-def test_the_bandit_learns_from_what_it_sees() -> None:
-    choose, accuracy, taken = bandit(), 0.5, []
-    for stage in range(60):
-        seen = np.zeros(len(FEATURES), dtype=np.float32)
-        seen[FEATURES.index("accuracy")] = accuracy
-        taken.append(choose(stage, seen))
-        accuracy += 0.004 if taken[-1] == 2 else -0.001
-    assert taken[: len(ACTIONS)] == list(range(len(ACTIONS)))
-    assert np.bincount(taken[20:]).argmax() == 2
 
 
 def test_a_config_without_folders_is_the_same_training() -> None:
