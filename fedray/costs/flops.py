@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedray.randomness import borrowed
 from fedray.types import Exploits, Layout, Mask
 
 CACHED_MASKS = 4096
@@ -87,7 +88,7 @@ class FlopModel:
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.register_forward_hook(count)
         exits: dict[str, int] = {}
-        with torch.no_grad():
+        with torch.no_grad(), borrowed(0):
             probe(torch.zeros(1, *input_shape))
             positions = dict(counted)
             for path in getattr(probe, "exits", ()):

@@ -33,7 +33,7 @@ from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
 from fedray.federation.server import Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
-from fedray.randomness import generator, seed_sequence
+from fedray.randomness import borrowed, generator, seed_sequence
 from fedray.types import RoundReport
 
 if TYPE_CHECKING:
@@ -93,15 +93,17 @@ class Federation:
             DataError: if the data is missing, or cannot be dealt as asked.
         """
         seed, data, clients = config.seed, config.data, config.clients
-        dataset = DATASETS[data.name].load(data.root)
+        with borrowed(0):  # a data set is the same whatever the run's seed
+            dataset = DATASETS[data.name].load(data.root)
         splits = split(dataset, data.validation_fraction, data.server_fraction, generator(seed, "split"))
-        partition = data.partition.options.split(
-            dataset.train.y,
-            dataset.writers,
-            splits.train,
-            clients.population,
-            seed_sequence(seed, "partition"),
-        )
+        with borrowed(seed):
+            partition = data.partition.options.split(
+                dataset.train.y,
+                dataset.writers,
+                splits.train,
+                clients.population,
+                seed_sequence(seed, "partition"),
+            )
         fleet = devices.draw(
             clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
         )

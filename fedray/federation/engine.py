@@ -99,6 +99,9 @@ class Engine:
         self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.chain = LinearChain.of(self.module)
         self._tracked = [(n, norm) for n, norm in batch_norms(self.module) if n in model.norms.tracked]
+        # what a module counts beside the vector, e.g. its batches, must not pass from client to client
+        self._counters = [b for n, b in self.module.named_buffers() if n not in model.layout.spans]
+        self._counted = [buffer.clone() for buffer in self._counters]
         self._smaller: dict[bytes, Engine | None] = {}
         self._masking: dict[bytes, Tensor | None] = {}  # of the mask used last
 
@@ -118,8 +121,13 @@ class Engine:
         return self._smaller[mask.digest] or self
 
     def load(self, params: Params, mask: Mask) -> None:
-        """Copy `params ⊙ mask` into the working vector; the source stays as it is."""
+        """Copy `params ⊙ mask` into the working vector; the source stays as it is.
+
+        Buffers that are not in the vector are as in a module that was just built.
+        """
         with torch.no_grad():
+            for buffer, value in zip(self._counters, self._counted, strict=True):
+                buffer.copy_(value)
             flat = params.flat if mask.is_full else params.masked(mask).flat
             self.flat.copy_(flat if self.part is None else flat.index_select(0, self.part.index))
 

@@ -177,6 +177,7 @@ class ClientActor:
     def train(self, packed: PackedJob, orders: Sequence[tuple[Order, dict[str, Any]]]) -> list[Trained]:
         """Train clients without folding them: what `actors: per_client` asks."""
         job = packed.unpack(self.worker.engine.layout)
+        self.worker.begin()
         return [self.worker.train(job, order, memory) for order, memory in orders]
 
     def evaluate(self, packed: PackedJob, examples: Examples, start: int, stop: int) -> list[Outcome]:

@@ -14,8 +14,10 @@ memories, the mask that each client holds and the running totals: together they 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 
 import numpy as np
 
@@ -40,7 +42,7 @@ from fedray.federation.worker import (
     reject_unknown,
 )
 from fedray.models.norms import Norms, overlaid
-from fedray.randomness import generator
+from fedray.randomness import borrowed, generator, seed_globals
 from fedray.types import (
     ClientInfo,
     Cost,
@@ -106,6 +108,18 @@ class Checkpoint:
     rounds_matter: bool = False
 
 
+def _at_work(step: Callable[["Server"], RoundReport]) -> Callable[["Server"], RoundReport]:
+    """Run a step on one torch thread; its hooks may draw from the global generators, seeded for its round."""
+
+    @wraps(step)
+    def inside(server: "Server") -> RoundReport:
+        with borrowed(server.place.seed, server.state.round), one_thread():
+            server.visits = 0
+            return step(server)
+
+    return inside
+
+
 class Server:
     """A federation: the method's state on one side, the pool of clients on the other.
 
@@ -131,6 +145,7 @@ class Server:
             layout = place.model.layout
             checkpoint = Checkpoint(ServerState(0, place.model.init(place.seed), Mask.full(layout)))
         self.checkpoint = checkpoint
+        self.visits = 0
         self._own: Worker | None = None
         self._accounts = Accounts()
 
@@ -139,7 +154,7 @@ class Server:
         """The state after the last round (or before the first)."""
         return self.checkpoint.state
 
-    @one_thread()
+    @_at_work
     def setup(self) -> RoundReport:
         """Let the method prepare.
 
@@ -151,7 +166,7 @@ class Server:
         self.checkpoint.state = replace(state, round=1)
         return self._report(0, None, started, evaluate=True)
 
-    @one_thread()
+    @_at_work
     def step(self) -> RoundReport:
         """Make one round and return what it came to."""
         started, self._accounts = time.perf_counter(), Accounts()
@@ -193,7 +208,9 @@ class Server:
     @one_thread()
     def model(self) -> Params:
         """The model as it is evaluated and saved: `eval_params ⊙ mask`."""
-        params, norms = self.method.eval_params(self.state), self.place.model.norms
+        norms = self.place.model.norms
+        with borrowed(self.place.seed, self.state.round, 0, 0):
+            params = self.method.eval_params(self.state)
         if norms.queried:
             params = overlaid(params, norms.statistics, self.state.params.flat[norms.statistics])
         return params.masked(self.state.mask)
@@ -202,9 +219,11 @@ class Server:
         """Classify examples with the model; if given, with the norms that a client keeps for itself."""
         params, mask, norms = self.model, self.state.mask, self.place.model.norms
         own = None if client is None else self.checkpoint.memories.get(client, {}).get(OWN_NORMS)
-        if own is None:
-            return self.pool.evaluate(Task(params, norms.global_mask(mask)), examples)
-        return self.pool.evaluate(Task(overlaid(params, norms.entries, own, mask), mask), examples)
+        task = Task(params, norms.global_mask(mask))
+        if own is not None:
+            task = Task(overlaid(params, norms.entries, own, mask), mask)
+        with borrowed(self.place.seed):
+            return self.pool.evaluate(task, examples)
 
     # ── what the six steps stand on ──────────────────────────────────────────────────────────────────────
 
@@ -223,7 +242,8 @@ class Server:
         chunks = self._chunks(orders)
         if not chunks:
             raise MethodError("an exchange with no clients: ask at least one")
-        answer = self.pool.run(job, chunks)
+        with self._visit():
+            answer = self.pool.run(job, chunks)
         self.checkpoint.memories |= {k: m for k, m in answer.memories.items() if m}
         for client in [k for k, m in answer.memories.items() if not m]:
             self.checkpoint.memories.pop(client, None)
@@ -235,6 +255,13 @@ class Server:
         memories = self.checkpoint.memories
         norms = {k: {OWN_NORMS: memory[OWN_NORMS]} for k, memory in memories.items() if OWN_NORMS in memory}
         self.checkpoint.memories = norms
+
+    @contextmanager
+    def _visit(self) -> Iterator[None]:
+        """Seed the global generators after a visit to the pool, which may be in this process or not."""
+        yield
+        self.visits += 1
+        seed_globals(self.place.seed, self.state.round, self.visits)
 
     def _send(self, tasks: Mapping[int, Task]) -> tuple[tuple[Task, ...], dict[int, Order]]:
         """Encode each different task once; say what reaching each client costs, given the mask it holds."""
@@ -345,7 +372,8 @@ class Server:
                     "data.validation_fraction above 0, e.g. 0.1"
                 )
             task = Task(params.masked(mask), place.model.norms.global_mask(mask))
-            outcome = self.pool.evaluate(task, self.side.validation)
+            with self._visit():
+                outcome = self.pool.evaluate(task, self.side.validation)
             examples, profile = len(self.side.validation), self.side.profile
             executed = place.flops.executed_forward(mask, profile.exploits) * examples
             self._accounts.validated += Cost(

@@ -26,7 +26,7 @@ from fedray.federation.method import Method
 from fedray.federation.population import Population
 from fedray.models.norms import overlaid
 from fedray.models.spec import ModelSpec
-from fedray.randomness import generator
+from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_torch
 from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Extra, Fate, Mask, Task
 
 Memory = dict[str, Any]
@@ -141,9 +141,15 @@ class Worker:
     def __init__(self, place: Workplace, device: str = "cpu") -> None:
         self.place = place
         self.engine = Engine(place.model, place.flops, device)
+        self._watch, self._seeds_all = Watch(), False
+
+    def begin(self) -> None:
+        """Prepare for clients: from here on, nobody else may draw from the global generators."""
+        self._watch.start()
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
         """Train and fold chunks; neighbours of one subtree are merged before they are returned."""
+        self.begin()
         answer = Answer()
         for chunk in chunks:
             results = (self.train(job, order, chunk.memories.get(order.client, {})) for order in chunk.orders)
@@ -152,11 +158,32 @@ class Worker:
         return answer
 
     def train(self, job: Job, order: Order, memory: Memory) -> Trained:
-        """Let one client do its part.
+        """Let one client do its part, with global generators that are seeded for it alone.
+
+        Those of Python and numpy are seeded once some client has drawn from them, which then does its part
+        again.
 
         Raises:
             ClientError: if the method's code raised, or returned what cannot be sent; with client and round.
         """
+        if not self._watch.started:
+            self.begin()
+        if not self._seeds_all:
+            try:
+                trained = self._train(job, order, memory)
+            except ClientError:
+                if not self._watch.drawn():
+                    raise
+            else:
+                if not self._watch.drawn():
+                    return trained
+            self._seeds_all = True
+        seed_others(self.place.seed, job.round, order.client)
+        return self._train(job, order, memory)
+
+    def _train(self, job: Job, order: Order, memory: Memory) -> Trained:
+        """Let one client do its part; torch's global generators are seeded for it."""
+        seed_torch(self.place.seed, job.round, order.client)
         info, memory = self.place.population[order.client], deepcopy(memory)
         own_norms = memory.pop(OWN_NORMS, None)
         task = self._with_norms(job.tasks[order.task], own_norms)
@@ -201,6 +228,7 @@ class Worker:
             part = slice(start, start + EVALUATION_SHARD)
             x = self.place.dataset.normalise(examples.x[part])
             y = torch.from_numpy(np.array(examples.y[part]))
+            seed_globals(self.place.seed)  # the same for each shard, wherever it is
             outcomes.append(self.engine.evaluate(task.params, task.mask, x, y))
         return outcomes
 

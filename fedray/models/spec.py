@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fedray.errors import ConfigError
 from fedray.models.channels import Chains, channel_groups, sequential
 from fedray.models.norms import Norm, Norms, under_policy
+from fedray.randomness import borrowed
 from fedray.types import ChannelGroup, Layout, Params
 
 InputShape = tuple[int, int, int]
@@ -29,7 +29,7 @@ class Architecture:
 
     Args:
         build: (input_shape, num_classes) → a module from images (n, channels, height, width), float32, to
-            logits (n, num_classes). All its randomness comes from torch's CPU generator.
+            logits (n, num_classes). It may draw from the global generators of Python, numpy and torch.
         accepts: input_shape → None, or the reason why such inputs are refused, without a full stop.
         source: who published it.
         summary: its layers in one line.
@@ -188,19 +188,11 @@ def layout_of(module: nn.Module, *, prune_first: bool = True, prune_last: bool =
     )
 
 
-_SEEDING = Lock()
-"""Held while torch's global generator is borrowed.
-
-Two runs in threads of one process must not mix their draws.
-"""
-
-
 def _build(
     architecture: Architecture, input_shape: InputShape, num_classes: int, norm: Norm, seed: int
 ) -> nn.Module:
-    with _SEEDING, torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which seeds the generators of all accelerators too
-        torch.default_generator.manual_seed(seed)
+    with borrowed(seed):
+        torch.default_generator.manual_seed(seed)  # as it was before numpy's and Python's were seeded too
         return under_policy(architecture.build(input_shape, num_classes), norm)
 
 

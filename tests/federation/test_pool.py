@@ -1,6 +1,7 @@
 """Clients hosted by Ray actors: the same bits as in process, whoever computed what and whoever died."""
 
 import os
+import random
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedray.errors import ClientError, RunError
 from fedray.federation.method import Method
@@ -17,6 +19,7 @@ from fedray.federation.pool import ActorOptions, Group, LocalPool, PackedJob, Ra
 from fedray.federation.server import Schedule, Server
 from fedray.federation.worker import Job
 from fedray.methods import METHODS
+from fedray.models.spec import Architecture
 from fedray.types import ClientUpdate, DeviceProfile, Mask, Params, Task
 from tests import small
 
@@ -100,6 +103,32 @@ def test_an_actor_killed_in_mid_round_changes_nothing(expected, tmp_path):
     trained = [int(client) for round, client, _ in lines if round == "2"]
     assert sorted(trained) == sorted([*cohort_of_2, *twice])  # the others' chunks were not trained again
     assert 0 < len(twice) < len(cohort_of_2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Remembering):
+    """It draws from the global generators of all three libraries, beside the dropout of its model."""
+
+    def client_update(self, task, client):
+        update = super().client_update(task, client)
+        noise = torch.rand(()) + float(np.random.rand()) + random.random()
+        return replace(update, params=Params(update.params.flat * (1 + noise / 100), update.params.layout))
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_draws_from_the_global_generators_has_the_bits_of_one_process(ray_local, tmp_path, dies):
+    def build(input_shape, num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, num_classes))
+
+    dropout = Architecture(build, lambda shape: None, "made up", "fc 8, dropout, fc classes")
+    of: dict[str, Any] = {"clients": CLIENTS, "schedule": SCHEDULE, "architecture": dropout}
+    alone = small.server(Drawing(), **of)
+    expected = finish(alone)
+    dying = small.run(small.server(Drawing(), **of))[2].clients[3].client if dies else -1
+    method = Drawing(log=str(tmp_path / "log"), dies=dying)
+    server = small.server(method, pool=on_ray(Group(2, ActorOptions(cpu=0.5))), **of)
+    assert finish(server) == expected
+    assert (tmp_path / "died").exists() == dies
 
 
 def test_an_actor_that_always_dies_ends_the_run(ray_local, tmp_path):
