@@ -12,41 +12,58 @@ tune: {concurrent: 2}
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import Field, PlainValidator, ValidationError
 
 from fedray.errors import ConfigError
 from fedray.experiment import yaml
-from fedray.experiment.config import Section, TrackingConfig, choose
+from fedray.experiment.config import Config, Section, TrackingConfig, choose, chosen
 from fedray.experiment.messages import Where, explain, line
-from fedray.experiment.overrides import Tree, base_of, origin, override_tree, parse_overrides, plain_copy
+from fedray.experiment.overrides import (
+    Tree,
+    base_of,
+    options_given,
+    origin,
+    override_tree,
+    parse_overrides,
+    plain_copy,
+)
 from fedray.experiment.space import check_samples, expand, refuse_shared
-from fedray.experiment.tracking import check_uri
 from fedray.experiment.tune_config import TuneConfig
-from fedray.types import NonNegativeInt, PositiveInt
+from fedray.types import PositiveInt, Seed
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.processes import PROCESSES, Process
 
 
 @dataclass(frozen=True)
 class ProcessChoice:
-    """A process by its name in the table, with its options."""
+    """A process by its name in the table, its options, and which of them were given."""
 
     name: str
     options: Process
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    def given_tree(self) -> Tree:
+        """Return the name, and the options that were given or are not at their defaults."""
+        return {"name": self.name} | options_given(self.options, self.given)
 
 
 @dataclass(frozen=True)
 class AlgorithmChoice:
-    """An algorithm by its name in the table, and its options."""
+    """An algorithm by its name in the table, its options, and which of them were given."""
 
     name: str
     options: DQN | PPO
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    def given_tree(self) -> Tree:
+        """Return the name, and the options that were given or are not at their defaults."""
+        return {"name": self.name} | options_given(self.options, self.given)
 
 
 def _process(value: Any) -> ProcessChoice:
@@ -59,9 +76,6 @@ def _algorithm(value: Any) -> AlgorithmChoice:
     if isinstance(value, AlgorithmChoice):
         return value
     return AlgorithmChoice(*choose("algorithm", "name", value, ALGORITHMS, "dqn"))
-
-
-_plain = PlainSerializer(lambda choice: {"name": choice.name} | asdict(choice.options))
 
 
 class Budget(Section):
@@ -80,7 +94,13 @@ class Budget(Section):
     in_a_row: PositiveInt = 3
 
 
-class TrainConfig(Section):
+class TrainTracking(TrackingConfig):
+    """`tracking:` as a run's, in an experiment of its own."""
+
+    experiment: str = "rllib_pruner"
+
+
+class TrainConfig(Config):
     """All of one training.
 
     Args:
@@ -91,37 +111,15 @@ class TrainConfig(Section):
         tracking: where MLflow keeps what it is told.
     """
 
-    process: Annotated[ProcessChoice, PlainValidator(_process), _plain] = Field(
+    process: Annotated[ProcessChoice, PlainValidator(_process), chosen("name")] = Field(
         default_factory=lambda: _process({})
     )
-    algorithm: Annotated[AlgorithmChoice, PlainValidator(_algorithm), _plain] = Field(
+    algorithm: Annotated[AlgorithmChoice, PlainValidator(_algorithm), chosen("name")] = Field(
         default_factory=lambda: _algorithm({})
     )
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     budget: Budget = Field(default_factory=Budget)
-    tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig(experiment="rllib_pruner"))
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any], where: Where = "config") -> "TrainConfig":
-        """Validate a nested mapping; `where` is named in messages.
-
-        Raises:
-            ConfigError: with every problem found.
-        """
-        try:
-            config = cls.model_validate_json(json.dumps(plain_copy(tree)), strict=True)
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls, where)) from None
-        try:
-            check_uri(config.tracking.uri)
-        except ConfigError as error:
-            text = str(error).removeprefix("tracking.uri: ")
-            raise ConfigError(line("tracking.uri", text, where)) from None
-        return config
-
-    def to_tree(self) -> Tree:
-        """Return the whole config, defaults included, as plain values."""
-        return plain_copy(self.model_dump())
+    tracking: TrainTracking = Field(default_factory=TrainTracking)
 
     def portable(self) -> Tree:
         """Return the config without what says where something is: folders, and where it is tracked."""
@@ -209,7 +207,7 @@ COMPARING = ("metric", "mode", "scheduler", "grace_rounds", "reduction")
 
 def _tune(options: Any, where: Where) -> TuneConfig:
     try:
-        tune = TuneConfig.model_validate(options, strict=True)
+        tune = TuneConfig.model_validate(plain_copy({"tune": options})["tune"], strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, TuneConfig, where, prefix=("tune",))) from None
     text = "a training runs every trial to the end and keeps the policy with the best score; leave it out"

@@ -9,7 +9,6 @@ from fedray.data import DATASETS, DatasetSpec
 from fedray.data.datasets import set_aside
 from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
-from fedray.experiment.tracking import check_uri
 from fedray.federation.method import Setting
 from fedray.models import MODELS, build_model
 
@@ -26,7 +25,7 @@ Problem = tuple[str, str]
 def problems(config: "RunConfig") -> list[Problem]:
     """Return everything that keeps a well-formed config from running."""
     found: list[Problem] = []
-    for check in (_clients, _devices, _data, _model, _norm, _method, _tracking):
+    for check in (_clients, _devices, _data, _model, _norm, _method):
         found += check(config)
     return found
 
@@ -163,11 +162,6 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     problem = method.check(Setting(model, clients.population, clients.cohort, config.rounds))
     if problem:
         yield "method", problem
-
-
-def _tracking(config: "RunConfig") -> Iterator[Problem]:
-    uri = config.tracking.uri
-    yield from _complaints(lambda: check_uri(uri), "tracking.uri", uri)
 
 
 def _complaints(check: Callable[[], object], key: str, given: object) -> Iterator[Problem]:

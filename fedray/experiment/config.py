@@ -9,19 +9,21 @@ nearest match and where to change it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializationInfo,
     TypeAdapter,
     ValidationError,
 )
@@ -32,36 +34,58 @@ from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest, unknown
 from fedray.experiment import checks, yaml
 from fedray.experiment.messages import Where, explain, line
-from fedray.experiment.overrides import Tree, base_of, origin, override_tree, parse_overrides, plain_copy
+from fedray.experiment.overrides import (
+    Tree,
+    base_of,
+    options_given,
+    origin,
+    override_tree,
+    parse_overrides,
+    plain_copy,
+)
 from fedray.experiment.plugins import import_modules
+from fedray.experiment.tracking import absolute_uri
 from fedray.federation.method import Method
 from fedray.methods import METHODS
 from fedray.models import InputShape, ModelSpec, Norm, build_model
-from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fedray.types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Seed
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """A method by its name in the table, and its options."""
+    """A method by its name in the table, its options, and which of them were given."""
 
     name: str
     options: Method
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    def given_tree(self) -> Tree:
+        """Return the name, and the options that were given or are not at their defaults."""
+        return {"name": self.name} | options_given(self.options, self.given)
 
 
 @dataclass(frozen=True)
 class PartitionChoice:
-    """A kind of partition by its name in the table, and its options."""
+    """A kind of partition by its name in the table, its options, and which of them were given."""
 
     kind: str
     options: PartitionKind
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    def given_tree(self) -> Tree:
+        """Return the kind, and the options that were given or are not at their defaults."""
+        return {"kind": self.kind} | options_given(self.options, self.given)
 
 
 def choose(
     section: str, key: str, value: Any, table: Mapping[str, type[Any]], default: str
-) -> tuple[str, Any]:
+) -> tuple[str, Any, frozenset[str]]:
     """Read a section whose `key` names a dataclass in a table and whose other keys are its fields.
+
+    Returns:
+        The name, the dataclass, and the fields that were given.
 
     Raises:
         ValidationError, ValueError: with every problem found.
@@ -86,7 +110,7 @@ def choose(
         problems += [_again(problem) for problem in error.errors(include_url=False)]
     if problems:
         raise ValidationError.from_exception_data(section, problems)
-    return name, options
+    return name, options, frozenset(given)
 
 
 def _told(message: str, key: str, value: Any) -> InitErrorDetails:
@@ -121,6 +145,18 @@ def _partition(value: Any) -> PartitionChoice:
     return PartitionChoice(*choose("data.partition", "kind", value, PARTITIONS, "iid"))
 
 
+def _store_uri(value: str) -> str:
+    try:
+        return absolute_uri(value)
+    except ConfigError as error:
+        text = str(error).removeprefix("tracking.uri: ")
+        raise PydanticCustomError("told", "{text}", {"text": text}) from None
+
+
+StoreUri = Annotated[str, AfterValidator(_store_uri)]
+"""A store of MLflow, or `none`: a path in it is made absolute where it is validated."""
+
+
 def _actors(value: Any) -> Any:
     if value in ("auto", "per_client") or (type(value) is int and value >= 0):
         return value
@@ -129,9 +165,44 @@ def _actors(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, and strict about what it does not know."""
+    """A part of the config: frozen, strict about values, and about keys that it does not know.
+
+    Python's values are taken as a file would hold them (`overrides.plain`): a NumPy number for a number, a
+    tuple for a list, a path for text.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, /, **values: Any) -> None:
+        # JSON in strict mode: no "3" for 3, no true for 1, but a list for a tuple and a string for a path
+        text = json.dumps(plain_copy(values))
+        self.__pydantic_validator__.validate_json(text, strict=True, self_instance=self)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy, validated anew where it is updated."""
+        if not update:
+            return super().model_copy(deep=deep)
+        return type(self)(**(self.given_tree() | dict(update)))
+
+    def to_tree(self) -> Tree:
+        """Return all keys, defaults included, as plain values."""
+        return plain_copy(self.model_dump())
+
+    def given_tree(self) -> Tree:
+        """Return the keys that were given, not those left at their defaults, as plain values."""
+        return plain_copy(self.model_dump(exclude_unset=True))
+
+
+def chosen(key: str) -> PlainSerializer:
+    """Return what writes a choice as a mapping: with all its options, or with those given."""
+
+    def write(choice: Any, info: SerializationInfo) -> Tree:
+        if info.exclude_unset:
+            tree: Tree = choice.given_tree()
+            return tree
+        return {key: getattr(choice, key)} | asdict(choice.options)
+
+    return PlainSerializer(write)
 
 
 class DataConfig(Section):
@@ -150,7 +221,7 @@ class DataConfig(Section):
     partition: Annotated[
         PartitionChoice,
         PlainValidator(_partition),
-        PlainSerializer(lambda c: {"kind": c.kind} | asdict(c.options)),
+        chosen("kind"),
     ] = Field(default_factory=lambda: _partition({"kind": "iid"}))
     validation_fraction: UnitInterval = 0.1
     server_fraction: UnitInterval = 0.0
@@ -213,11 +284,55 @@ class TrackingConfig(Section):
         experiment: name of the MLflow experiment.
     """
 
-    uri: str = "sqlite:///runs/mlflow.db"
+    uri: StoreUri = Field(default_factory=lambda: absolute_uri("sqlite:///runs/mlflow.db"))
     experiment: str = "fedray"
 
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
+        self.__pydantic_fields_set__.add("uri")  # its default is of the directory where it was made
 
-class RunConfig(Section):
+
+class Config(Section):
+    """A whole config. However it is made, all of it is checked, and what is wrong is a ConfigError.
+
+    It has a `tracking` section.
+    """
+
+    def __init__(self, /, **values: Any) -> None:
+        self._fill(values, type(self).__name__)
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any], where: Where = "config") -> Self:
+        """Validate a nested mapping; `where` is named in messages.
+
+        Raises:
+            ConfigError: with every problem found.
+        """
+        config = cls.__new__(cls)
+        config._fill(tree, where)
+        return config
+
+    def _fill(self, tree: Mapping[str, Any], where: Where) -> None:
+        tree = plain_copy(tree)
+        self._prepare(tree)
+        try:
+            super().__init__(**tree)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self), where)) from None
+        self.__pydantic_fields_set__.add("tracking")  # see TrackingConfig
+        problems = [line(key, text, where) for key, text in self._problems()]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def _prepare(self, tree: Tree) -> None:
+        """Do what must be done before the keys of a plain tree can be validated."""
+
+    def _problems(self) -> Iterable[checks.Problem]:
+        """Return everything that keeps the config from being run, though each key is valid."""
+        return ()
+
+
+class RunConfig(Config):
     """All of one run.
 
     Args:
@@ -234,7 +349,7 @@ class RunConfig(Section):
     """
 
     rounds: PositiveInt = 30
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     eval_every: PositiveInt = 1
     checkpoint_every: PositiveInt = 10
     model: str = "mlp"
@@ -247,9 +362,12 @@ class RunConfig(Section):
     method: Annotated[
         MethodChoice,
         PlainValidator(_method),
-        PlainSerializer(lambda c: {"name": c.name} | asdict(c.options)),
+        chosen("name"),
     ] = Field(default_factory=lambda: _method({"name": "fedavg"}))
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    def __init__(self, /, **values: Any) -> None:  # said here, else mypy wants sections, and refuses mappings
+        super().__init__(**values)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
@@ -261,33 +379,23 @@ class RunConfig(Section):
         changes = parse_overrides(overrides)
         return cls.from_tree(override_tree(base_of(yaml.load(path), path), changes), origin(path, changes))
 
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any], where: Where = "config") -> "RunConfig":
-        """Validate a nested mapping; `where` is named in messages.
-
-        Raises:
-            ConfigError: with every problem found.
-        """
-        tree = plain_copy(tree)
+    def _prepare(self, tree: Tree) -> None:
         imports = tree.get("imports")
         if isinstance(imports, list) and all(isinstance(path, str) for path in imports):
             import_modules(imports)
-        try:
-            config = cls.model_validate_json(json.dumps(tree), strict=True)
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls, where)) from None
-        problems = [line(key, text, where) for key, text in checks.problems(config)]
-        if problems:
-            raise ConfigError("\n".join(problems))
-        return config
+
+    def _problems(self) -> Iterable[checks.Problem]:
+        return checks.problems(self)
 
     def override(self, changes: Mapping[str, Any] | None = None, /, **more: Any) -> "RunConfig":
         """Return a config with dotted keys changed: `override(seed=1)`, `override({"method.lr": 0.1})`.
 
+        As on the command line, a default stays a default: with another method, it is that method's.
+
         Raises:
             ConfigError: with every problem found.
         """
-        return RunConfig.from_tree(override_tree(self.to_tree(), dict(changes or {}) | more), "override")
+        return RunConfig.from_tree(override_tree(self.given_tree(), dict(changes or {}) | more), "override")
 
     def build_model(self, input_shape: InputShape, num_classes: int) -> ModelSpec:
         """Return the model for a data set, as this config wants it.
@@ -303,10 +411,6 @@ class RunConfig(Section):
             prune_last=self.prune_last,
             norm=self.norm,
         )
-
-    def to_tree(self) -> Tree:
-        """Return the whole config, defaults included, as plain values."""
-        return plain_copy(self.model_dump())
 
     @cached_property
     def digest(self) -> str:

@@ -6,15 +6,20 @@ a point of a sweep mean the same.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from enum import Enum
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from fedray.data import PARTITIONS
 from fedray.errors import ConfigError, unknown
 from fedray.experiment import yaml
 from fedray.experiment.messages import Where, shortened
 from fedray.federation.method import Method
+from fedray.methods import METHODS
 
 Tree = dict[str, Any]
 """A nested mapping of plain values, as YAML and JSON hold it."""
@@ -27,6 +32,10 @@ SHARED = {"method": frozenset(field.name for field in fields(Method))}
 
 SECTIONS = frozenset({"data", "data.partition", "clients", "clients.resources", "method", "tracking"})
 """Mappings whose keys are known beforehand: given whole, they change the keys they name and no others."""
+
+
+MOST_VALUES = 100_000
+"""A few lines of nested aliases would make a mapping that no memory holds."""
 
 
 def base_of(tree: Tree, path: str | Path) -> Tree:
@@ -96,18 +105,98 @@ def override_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
 
 
 def plain_copy(tree: Mapping[str, Any]) -> Tree:
-    """Return a nested mapping as JSON holds it: a copy, with paths and dates as text.
+    """Return a nested mapping as JSON holds it: a copy, and see `plain`.
 
     Raises:
         ConfigError: if something in it cannot be written so.
     """
     try:
-        text = json.dumps(tree, default=str, ensure_ascii=False)
+        text = json.dumps(plain(tree, "", [MOST_VALUES]), ensure_ascii=False)
         text.encode()  # half a surrogate pair is no text
         copy: Tree = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError("a config holds no value that contains itself, and none nested so deep") from None
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"a config holds text, numbers, lists and mappings only: {error}") from None
     return copy
+
+
+def plain(value: Any, key: str, left: list[int]) -> Any:
+    """Return what a value of Python is in a config file: a path is text, an array a list, an enum its value.
+
+    Args:
+        value: text, a number (NumPy's too), a path, an enum, None, a section, a method, a partition, or a
+            list, tuple, range, array or mapping of these.
+        key: where it stands, for the message.
+        left: how many values there may be yet; one is taken off for each.
+
+    Raises:
+        ConfigError: if a config cannot hold it, or if there are too many.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise ConfigError(f"a config holds at most {MOST_VALUES:,} values, aliases written out")
+    value = _taken_apart(value)
+    if isinstance(value, Mapping):
+        return _plain_mapping(value, key, left)
+    if isinstance(value, list | tuple | range):
+        return [plain(item, f"{key}.{number}", left) for number, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # of NumPy and torch, also scalars
+        return plain(value.tolist(), key, left)
+    found = _plain_scalar(value)
+    if found is NotImplemented:
+        kind = type(value).__name__
+        raise ConfigError(
+            f"{key or 'config'}: got {shortened(value)}; a config holds text, numbers, lists and mappings "
+            f"only, not {kind}"
+        )
+    return found
+
+
+def _taken_apart(value: Any) -> Any:
+    """Return a section, or an entry of a table of choices, as a mapping; anything else as it is."""
+    if hasattr(value, "given_tree"):
+        return value.given_tree()
+    for key, table in (("name", METHODS), ("kind", PARTITIONS)):
+        for name, kind in table.items():
+            if type(value) is kind:
+                return {key: name} | options_given(value)
+    return value
+
+
+def options_given(options: Any, given: frozenset[str] = frozenset()) -> Tree:
+    """Return the fields of a dataclass that are in `given`, or that are not at their defaults."""
+    default = type(options)()
+    return {
+        field.name: getattr(options, field.name)
+        for field in fields(options)
+        if field.name in given or getattr(options, field.name) != getattr(default, field.name)
+    }
+
+
+def _plain_mapping(value: Mapping[Any, Any], key: str, left: list[int]) -> Tree:
+    copy: Tree = {}
+    for name, inner in value.items():
+        text = name if isinstance(name, str) else json.dumps(_plain_scalar(name))
+        if text in copy:
+            raise ConfigError(f"{key or 'config'}: the key {text!r} stands twice, as text and as a number")
+        copy[text] = plain(inner, f"{key}.{text}".lstrip("."), left)
+    return copy
+
+
+def _plain_scalar(value: Any) -> Any:
+    """Return text, a number, a truth value or None; NotImplemented for anything else."""
+    if isinstance(value, Enum):
+        return _plain_scalar(value.value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else NotImplemented
 
 
 def _flat(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from fedray.experiment.checkpoint import Stored
 from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import LOCK, Lock, check_free, take_next
 from fedray.experiment.files import RunFiles
+from fedray.experiment.messages import shortened
 from fedray.experiment.placement import pool_for
 from fedray.experiment.provenance import declared, run_tags
 from fedray.experiment.resuming import check_origin, check_rounds, resumed_config
@@ -181,6 +182,7 @@ def run(
         ConfigError, DataError: if it cannot run; nothing was started then, and nothing is left on disk.
         RunError, ClientError, MethodError: if it broke; `resume` may go on.
     """
+    _expect_config(config)
     if out is not None:
         check_free(local_path(out))
     federation = Federation.of(config)
@@ -192,6 +194,14 @@ def run(
         files.write_config(config.to_tree())
         files.warn(federation.dataset.warnings)
         return _go(federation, files, None, on_round, pool, tracking or Tracking())
+
+
+def _expect_config(config: object) -> None:
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"run takes a RunConfig, not {shortened(config)}: RunConfig.load(FILE) reads one, "
+            "RunConfig(rounds=3, …) makes one"
+        )
 
 
 def resume(

@@ -19,6 +19,7 @@ from fedray.experiment import sealed
 from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import Lock, check_free, take, take_next
 from fedray.experiment.files import RunFiles
+from fedray.experiment.messages import shortened
 from fedray.experiment.overrides import Tree, override_tree
 from fedray.experiment.placement import groups_for, pool_for, start_ray
 from fedray.experiment.run import RUNS, Federation, Tracking, resume, run
@@ -74,6 +75,8 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
     Raises:
         ConfigError, DataError: if a point cannot run; nothing was started then, and nothing is left on disk.
     """
+    if not isinstance(plan, Sweep):
+        raise ConfigError(f"sweep takes a Sweep, not {shortened(plan)}: Sweep.load(FILE) reads one")
     path = None if out is None else local_path(out)
     if path is not None:
         check_free(path)

@@ -97,6 +97,20 @@ def check_uri(uri: str) -> str:
     raise ConfigError(f"tracking.uri: {_without_password(uri, uri)!r}: {reason} Allowed: {_ALLOWED}")
 
 
+def absolute_uri(uri: str) -> str:
+    """Return `uri` so that it names the same store from any directory; a relative path counts from this one.
+
+    Raises:
+        ConfigError: as `check_uri`.
+    """
+    if not check_uri(uri).startswith(_SQLITE):
+        return uri
+    try:
+        return _sqlite_uri(_database(uri).expanduser().absolute())
+    except RuntimeError as error:  # ~nobody
+        raise ConfigError(f"tracking.uri: {uri!r}: must name a file: {error}") from None
+
+
 def prepare_store(uri: str, experiment: str) -> Store:
     """Make the store ready: its folder, database and experiment. Once, in the driver, before any trial.
 
@@ -117,7 +131,7 @@ def prepare_store(uri: str, experiment: str) -> Store:
         return Store(uri)
     artifacts = None
     if uri.startswith(_SQLITE):
-        database = Path(uri.removeprefix(_SQLITE)).expanduser().resolve()
+        database = _database(uri).expanduser().resolve()
         uri, artifacts = _sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
     _import_mlflow(uri)
     lane, limit_s = _Lane(), _opening_s(uri)
@@ -335,7 +349,7 @@ def ui_command(uri: str, port: int) -> list[str]:
         raise ConfigError(
             f"tracking.uri: {_without_password(uri, uri)!r}: {hint}; the UI needs an SQLite store"
         )
-    database = Path(uri.removeprefix(_SQLITE)).expanduser().resolve()
+    database = _database(uri).expanduser().resolve()
     if not database.is_file():
         raise ConfigError(f"tracking.uri: {uri!r}: there is no {database}; run something first")
     # it would also start eight processes of its own for jobs that nobody gives it, about 1 GB in all
@@ -498,12 +512,13 @@ def _sqlite_uri(database: Path) -> str:
 
 
 def _database(uri: str) -> Path:
-    """The file of a URI that `_sqlite_uri` made."""
+    """The file of a URI; `%25` stands for %, and `%3F` for ?."""
     return Path(uri.removeprefix(_SQLITE).replace("%3F", "?").replace("%25", "%"))
 
 
 def _is_file(name: str) -> bool:
-    return bool(name) and not name.endswith("/") and name != ":memory:" and not set(name) & set("?%")
+    rest = name.replace("%25", "").replace("%3F", "")
+    return bool(name) and not name.endswith("/") and name != ":memory:" and not set(rest) & set("?%")
 
 
 def _has_host(uri: str) -> bool:

@@ -46,8 +46,8 @@ class TuneConfig(Section):
     num_samples: PositiveInt = 1
     max_failures: NonNegativeInt = 1
     grace_rounds: PositiveInt | None = None
-    reduction: int = Field(default=3, ge=2)
-    seed: NonNegativeInt = 0
+    reduction: int = Field(default=3, ge=2, le=2**63 - 1)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)  # NumPy's RandomState takes no more
 
     @property
     def direction(self) -> Direction:

@@ -347,7 +347,7 @@ def test_the_message_says_whether_the_file_or_an_override_is_to_be_changed(write
         ("seed: 2001-99-99", "seed (x.yaml): got '2001-99-99'; must be a whole number"),
         (
             "seed: &a [*a]",
-            "a config holds text, numbers, lists and mappings only: Circular reference detected",
+            "a config holds no value that contains itself, and none nested so deep",
         ),
         ("seed: !!python/object:os.system x", "x.yaml, line 1: not YAML: could not determine a constructor"),
         ("base: 3", "base (x.yaml): got 3; must be a mapping of keys to values"),
