@@ -3,9 +3,10 @@
     python -m rllib_pruner.judge runs/stages_judged-001 [--out FILE.md]
 
 Rows are settings of the sweep, seed by seed beside the front of fixed ones: those schedules and constant
-densities that nobody beats in mean test accuracy with fewer bytes, joined by lines over log(bytes). The front
-is drawn with hindsight, the agent's preference is not, so it is a hard partner. Intervals are bootstrapped
-over seeds.
+densities that no other one beats in mean test accuracy with fewer bytes, joined by lines over log(bytes). The
+front is drawn with hindsight, the agent's preference is not. Methods of other kinds are rows beside the front
+and no part of it: to be above the front is not to be above them. Intervals are t-intervals over seeds, as in
+a report.
 """
 
 import sys
@@ -21,12 +22,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedray.errors import ConfigError, FedrayError
+from fedray.experiment.report import mean_and_interval
 from fedray.experiment.rundata import find_runs, load_run
 from fedray.experiment.settings import Setting, settings
 from rllib_pruner.tables import Table
 
 Floats = NDArray[np.float64]
-RESAMPLES = 10_000
 CONSTANT = ("fedavg", "snip", "random_mask")
 """Methods whose mask never moves after the set-up."""
 MEGA = 1e6
@@ -85,56 +86,57 @@ def _judged(setting: Setting) -> Judged:
     return Judged(setting.label, kind, np.array(moved), np.array(accuracy), np.array(validation))
 
 
-def tuned(constants: Sequence[Judged]) -> Judged:
-    """Return the constant density that is best on validation data, seed by seed, with all trials paid."""
-    best = np.argmax([one.validation for one in constants], axis=0)
-    accuracy, validation = (
+def tuned(constants: Sequence[Judged]) -> Judged | None:
+    """Return the constant density that is best on validation data, seed by seed, with all trials paid.
+
+    A validation accuracy of NaN is the lowest; None where a seed has no other.
+    """
+    validation = np.array([one.validation for one in constants])
+    known = np.where(np.isnan(validation), -np.inf, validation)
+    if np.isneginf(known.max(axis=0)).any():
+        return None
+    best = known.argmax(axis=0)
+    accuracy, chosen = (
         np.array([getattr(constants[k], name)[seed] for seed, k in enumerate(best)])
         for name in ("accuracy", "validation")
     )
     moved = np.sum([one.bytes for one in constants], axis=0)
-    return Judged(f"best of {len(constants)} constants, all paid", "tuned", moved, accuracy, validation)
+    return Judged(f"best of {len(constants)} constants, all paid", "tuned", moved, accuracy, chosen)
 
 
 def front(fixed: Sequence[Judged]) -> list[Judged]:
-    """Return the settings that nobody beats in mean accuracy with fewer bytes, in order of bytes."""
+    """Return the settings that no other one beats in mean accuracy with fewer bytes, in order of bytes.
+
+    A setting with a seed whose accuracy is NaN is never among them.
+    """
     kept: list[Judged] = []
     for one in sorted(fixed, key=lambda judged: float(judged.bytes.mean())):
-        if not kept or one.accuracy.mean() > kept[-1].accuracy.mean():
+        if np.isfinite(one.accuracy).all() and (not kept or one.accuracy.mean() > kept[-1].accuracy.mean()):
             kept.append(one)
     return kept
 
 
 def at_bytes(best: Sequence[Judged], moved: float) -> Floats:
-    """Return the front's accuracy (seeds,) at so many bytes; its end where it does not reach."""
+    """Return the front's accuracy (seeds,) at so many bytes.
+
+    With more bytes than any setting on the front takes it is that of the last one; NaN with fewer than any.
+    """
     places = np.log([float(one.bytes.mean()) for one in best])
     curves = np.array([one.accuracy for one in best])
+    if moved < float(best[0].bytes.mean()):
+        return np.full(curves.shape[1], np.nan)
     return np.array([np.interp(np.log(moved), places, curves[:, k]) for k in range(curves.shape[1])])
 
 
 def at_accuracy(best: Sequence[Judged], accuracy: float) -> float:
-    """Return the bytes at which the front's mean accuracy reaches one; NaN where it never does."""
+    """Return the bytes at which the front's mean accuracy is a given one.
+
+    NaN where it never is: above its best point, and below its worst one.
+    """
     means = [float(one.accuracy.mean()) for one in best]
-    if accuracy > means[-1]:
+    if not means[0] <= accuracy <= means[-1]:
         return float("nan")
     return float(np.exp(np.interp(accuracy, means, np.log([float(one.bytes.mean()) for one in best]))))
-
-
-def interquartile_mean(values: Floats) -> float:
-    """Return the mean of the middle half, quarters cut in part where the number is not a multiple of four."""
-    ordered = np.sort(values)
-    n = len(ordered)
-    weights = np.array([max(0.0, min(i + 1, 0.75 * n) - max(i, 0.25 * n)) for i in range(n)])
-    return float((weights * ordered).sum() / weights.sum())
-
-
-def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
-    """Return the ends of the 95 % bootstrap interval of the interquartile mean."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.choice(values, (RESAMPLES, len(values)))
-    means = np.apply_along_axis(interquartile_mean, 1, drawn)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def tables(judged: Sequence[Judged]) -> list[Table]:
@@ -143,15 +145,18 @@ def tables(judged: Sequence[Judged]) -> list[Table]:
     if not fixed:
         raise ConfigError("no schedule and no constant density among the runs to compare with")
     best = front(fixed)
+    if not best:
+        raise ConfigError("no schedule and no constant density has a test accuracy for every seed")
     sparse = [one for one in judged if one.kind == "constant" and "fedavg" not in one.label]
-    shown = [*judged, tuned(sparse)] if len(sparse) > 1 else judged
+    chosen = tuned(sparse) if len(sparse) > 1 else None
+    shown = [*judged, chosen] if chosen is not None else judged
     rows = []
     for one in sorted(shown, key=lambda judged: (judged.kind, float(judged.bytes.mean()))):
         rows.append(_row(one, best))
     note = (
-        f"IQM and 95 % bootstrap interval over {len(judged[0].bytes)} seeds. The front: "
-        + ", ".join(one.label for one in best)
-        + ". A dash: no fixed setting is as accurate."
+        f"Means over {len(judged[0].bytes)} seeds ± half of the 95 % t-interval; points are paired by seed. "
+        f"The front: {', '.join(one.label for one in best)}; other methods are no part of it. A dash: the "
+        "front has no point of such an accuracy, or none with so few bytes."
     )
     columns = (
         "setting",
@@ -165,19 +170,21 @@ def tables(judged: Sequence[Judged]) -> list[Table]:
 
 
 def _row(one: Judged, best: Sequence[Judged]) -> list[str]:
-    low, high = interval(one.accuracy)
-    apart = 100 * (one.accuracy - at_bytes(best, float(one.bytes.mean())))
-    worst, finest = interval(apart)
-    needed = at_accuracy(best, float(one.accuracy.mean()))
-    ratio = float(one.bytes.mean()) / needed
-    return [
-        one.label,
-        one.kind,
-        f"{interquartile_mean(one.accuracy):.3f} [{low:.3f}, {high:.3f}]",
-        f"{one.bytes.mean() / MEGA:.3g}",
-        "on it" if one in best else f"{interquartile_mean(apart):+.1f} [{worst:+.1f}, {finest:+.1f}]",
-        "on it" if one in best else ("—" if np.isnan(ratio) else f"{ratio:.2f}×"),
-    ]
+    moved = float(one.bytes.mean())
+    apart = 100 * (one.accuracy - at_bytes(best, moved))
+    ratio = moved / at_accuracy(best, float(one.accuracy.mean()))
+    points, bytes_ = _interval(apart, "+.1f"), "—" if np.isnan(ratio) else f"{ratio:.2f}×"
+    if one in best:
+        points = bytes_ = "on it"
+    return [one.label, one.kind, _interval(one.accuracy, ".3f"), f"{moved / MEGA:.3g}", points, bytes_]
+
+
+def _interval(values: Floats, form: str) -> str:
+    """Write the mean and half of its 95 % t-interval; a dash where a seed has no value."""
+    mean, half = mean_and_interval(values.tolist())
+    if np.isnan(mean):
+        return "—"
+    return f"{mean:{form}}" if np.isnan(half) else f"{mean:{form}} ±{half:{form.lstrip('+')}}"
 
 
 @app.command()

@@ -66,6 +66,10 @@ def accuracy_at(run: RunData, target: float) -> Reached | None:
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and half the width of its 95 % t-interval (NaN for fewer than two values).
 
+    Of normal values it covers the mean in 95 of 100 cases, of as few as there are; of five skewed, uniform or
+    heavy-tailed ones in 93 to 96. (A percentile bootstrap of five covers it in 83 to 85, their interquartile
+    mean's in 89 to 91.) All intervals of reports and judgements are of this kind.
+
     One missing value (NaN) makes both NaN: a mean over what happens to be there would compare unlike things.
     """
     if not values or not all(map(isfinite, values)):
