@@ -235,7 +235,10 @@ class Engine:
             cross_entropy(out, t, reduction="none")
             for out, t in zip(logits, torch.split(y, batch), strict=True)
         ]
-        right = [out.argmax(1) == t for out, t in zip(logits, torch.split(y, batch), strict=True)]
+        right = [
+            (out.argmax(1) == t) & ~out.isnan().any(1)  # argmax takes NaN for the largest
+            for out, t in zip(logits, torch.split(y, batch), strict=True)
+        ]
         return Outcome(torch.cat(right).numpy(), torch.cat(losses).numpy())
 
     @torch.no_grad()

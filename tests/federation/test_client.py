@@ -428,6 +428,15 @@ def test_the_loss_is_the_mean_over_the_examples_seen():
 # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("broken", ["fc1.bias", "fc2.weight", "fc2.bias"])
+def test_a_model_that_diverged_classifies_nothing_rightly(broken: str):
+    client = small.client(Method())
+    params = client.model.init(0)
+    params.flat[params.layout.spans[broken]] = torch.nan
+    assert 0 in client.y, "argmax takes NaN for the largest, and would answer 0"
+    assert client.evaluate(params, Mask.full(params.layout)).accuracy == 0.0
+
+
 def test_evaluate_classifies_every_example():
     data = small.pixels([1, 2, 3, 4], [0, 1, 1, 2], classes=3)
     client = small.client(
