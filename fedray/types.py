@@ -227,6 +227,14 @@ class _Flat(Mapping[str, Tensor]):
         return type(self)(self.flat.clone(), self.layout)
 
 
+def within(values: Tensor, bound: float) -> bool:
+    """Tell whether every entry of a tensor is finite, and none exceeds `bound` in magnitude."""
+    if not values.numel() or values.dtype == torch.bool:
+        return True
+    low, high = (bounds.item() for bounds in values.aminmax())
+    return -bound <= low and high <= bound  # never true of NaN
+
+
 class Params(_Flat):
     """A model's weights: one contiguous float32 vector `.flat` (size,) with named views."""
 
@@ -241,6 +249,13 @@ class Params(_Flat):
         """Tell whether there is neither NaN nor infinity in the vector."""
         # one pass without a temporary; finite values whose sum overflows are looked at one by one
         return isfinite(float(self.flat.sum())) or bool(torch.isfinite(self.flat).all())
+
+    def within(self, bound: float) -> bool:
+        """Tell whether every entry is finite, and none exceeds `bound` (at least 2·10¹⁹) in magnitude."""
+        # one pass without a temporary: only weights beyond 1.8·10¹⁹ make the sum of squares overflow
+        if isfinite(float(torch.dot(self.flat, self.flat))):
+            return True
+        return within(self.flat, bound)
 
     @property
     def sha256(self) -> str:
@@ -397,7 +412,8 @@ class ClientUpdate:
         mask: what the client vouches for.
         sums: named vectors or numbers that the server needs added up over the cohort.
         each: named tensors that the server needs client by client.
-        metrics: named numbers for the report, e.g. `loss`; averaged over the cohort by examples.
+        metrics: named numbers for the report, e.g. `loss`; averaged over the cohort by examples. One that is
+            not finite is left out of its mean.
     """
 
     params: Params

@@ -1,8 +1,8 @@
 """What a round came to: the costs of training, of what was asked beside it, and of the server's own work."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import isnan
+from math import isfinite, isinf
 
 import numpy as np
 
@@ -76,8 +76,8 @@ class Accounts:
         }
         if cohort is not None and cohort.folded:
             metrics["density/client_mean"] = float(np.mean([r.density for r in cohort.folded]))
-            losses = [(r.loss, r.num_examples) for r in cohort.folded if not isnan(r.loss)]
-            if losses:  # a client may sit out, or do something else than train
+            losses = [(r.loss, r.num_examples) for r in cohort.folded if isfinite(r.loss) and r.num_examples]
+            if losses:  # a client may sit out, do something else than train, or diverge
                 metrics["train/loss"] = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
         return metrics | {f"train/{name}": v for name, v in (cohort.metrics if cohort else {}).items()}
 
@@ -89,15 +89,27 @@ def waited_s(records: tuple[ClientRecord, ...], deadline_s: float | None) -> flo
     return max((r.cost.seconds for r in records if r.fate != "dropped"), default=0.0)
 
 
-def notes(accounts: Accounts, records: tuple[ClientRecord, ...]) -> tuple[str, ...]:
-    """Name what a reader should know: how long nobody was there, and whose updates were left out, and why."""
+def notes(accounts: Accounts, cohort: CohortUpdate | None) -> tuple[str, ...]:
+    """Name what a reader should know: how long nobody was there, what of whom was left out, and why."""
     found = []
     if accounts.waited_s:
         found.append(f"the server waited {accounts.waited_s:,.0f} simulated s for clients to be available")
     if accounts.absent:
         found.append(f"{len(accounts.absent)} client(s) were asked and never came: {accounts.absent[:10]}")
-    for fate in ("non-finite", "malformed"):
-        clients = [r.client for r in records if r.fate == fate]
+    return (*found, *_left_out(cohort)) if cohort is not None else tuple(found)
+
+
+def _left_out(cohort: CohortUpdate) -> Iterator[str]:
+    """Name the clients whose update does not count, or whose metric is not in a mean."""
+    reasons = {"non-finite": " (NaN, infinite, or too large to be averaged)", "malformed": ""}
+    for fate, reason in reasons.items():
+        clients = [r.client for r in cohort.records if r.fate == fate]
         if clients:
-            found.append(f"{len(clients)} update(s) left out as {fate}: clients {clients[:10]}")
-    return tuple(found)
+            yield f"{len(clients)} update(s) left out as {fate}: clients {clients[:10]}{reason}"
+    diverged = tuple(r.client for r in cohort.folded if isinf(r.loss))
+    for name, without in {"loss": diverged, **cohort.unmeasured}.items():
+        if without:
+            yield (
+                f"train/{name} is the mean without {len(without)} client(s) that sent NaN or infinity: "
+                f"clients {sorted(without)[:10]}"
+            )

@@ -11,6 +11,7 @@ the config alone, so the mean has the same bits on any number of workers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +43,27 @@ class Fold:
     by: Literal["mask", "nonzero", "everyone"] = "mask"
     keep_updates: bool = False
 
+    def bounds(self, sizes: NDArray[np.int64]) -> "Bounds":
+        """Return what an update may hold in a population, given the examples of each client."""
+        weights = float(sizes.sum()) if self.weight == "examples" else float(len(sizes))
+        most = float(np.finfo(np.float32).max) / 2  # half of it, for the rounding of sums
+        return Bounds(most / max(1.0, weights), most / len(sizes), np.iinfo(np.int64).max // len(sizes))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest magnitudes with which an update of every client at once can be added up without an overflow.
+
+    Args:
+        weight: of an entry of `params`.
+        number: of an entry of a floating-point sum.
+        count: of an entry of an integer sum.
+    """
+
+    weight: float
+    number: float
+    count: int
+
 
 class Partial:
     """The fold of some clients: Σ n·m·w, Σ n·m, and what is kept beside them.
@@ -64,6 +86,8 @@ class Partial:
         self.each: dict[int, dict[str, torch.Tensor]] = {}
         self.updates: dict[int, ClientUpdate] = {}
         self.metrics: dict[str, tuple[float, float]] = {}
+        self.senders: dict[str, int] = {}
+        self.unmeasured: dict[str, tuple[int, ...]] = {}
 
     def add(self, client: int, num_examples: int, update: ClientUpdate) -> None:
         """Add one client's update, which must be finite under its mask."""
@@ -77,15 +101,40 @@ class Partial:
             self._add_params(params, mask, weight)
         for name, value in update.sums.items():
             # votes travel as bool or uint8, and add up to more than these can hold
-            array = value.detach().numpy().astype(np.float32 if value.is_floating_point() else np.int64)
-            self.sums[name] = array if name not in self.sums else self.sums[name] + array
+            array = value.detach().cpu().numpy().astype(np.float32 if value.is_floating_point() else np.int64)
+            self._add_sum(name, array, client)
         if update.each:
             self.each[client] = {name: value.detach().clone() for name, value in update.each.items()}
         if self.fold.keep_updates:
             self.updates[client] = ClientUpdate(update.params.masked(update.mask), update.mask)
-        for name, number in update.metrics.items():
+        self._add_metrics(update.metrics, weight, client)
+
+    def _add_metrics(self, metrics: Mapping[str, float], weight: float, client: int) -> None:
+        for name, number in metrics.items():
             total, count = self.metrics.get(name, (0.0, 0.0))
-            self.metrics[name] = (total + weight * float(number), count + weight)
+            if isfinite(number):
+                self.metrics[name] = (total + weight * float(number), count + weight)
+            else:
+                self.metrics[name] = (total, count)
+                self.unmeasured[name] = (*self.unmeasured.get(name, ()), client)
+
+    def _add_sum(self, name: str, array: NDArray[Any], client: int) -> None:
+        """Add to a named sum what a client sent, or clients of whom `client` is one.
+
+        Raises:
+            MethodError: if it is of another shape, or of integers where others sent fractions.
+        """
+        if name not in self.sums:
+            self.sums[name], self.senders[name] = array, client
+            return
+        known = self.sums[name]
+        if (known.shape, known.dtype) != (array.shape, array.dtype):
+            raise MethodError(
+                f"the sum {name!r} does not fit: client {self.senders[name]} sent {_form(known)}, client "
+                f"{client} {_form(array)}. Every client of an exchange must send it in one shape, and all "
+                "as integers or all as floats: change what `client_update` puts in `sums`"
+            )
+        self.sums[name] = known + array
 
     def _add_params(self, params: Params, mask: Mask, weight: float) -> None:
         if self.weighted is None:
@@ -121,19 +170,21 @@ class Partial:
             out.weight = self.weight + other.weight
         else:
             out.held = self._spread() + other._spread()
-        out.sums = self.sums | other.sums
-        for name in self.sums.keys() & other.sums.keys():
-            out.sums[name] = self.sums[name] + other.sums[name]
+        out.sums, out.senders = dict(self.sums), dict(self.senders)
+        for name, array in other.sums.items():
+            out._add_sum(name, array, other.senders[name])
         out.each, out.updates = self.each | other.each, self.updates | other.updates
         for name in sorted({*self.metrics, *other.metrics}):
             (a, n), (b, m) = self.metrics.get(name, (0.0, 0.0)), other.metrics.get(name, (0.0, 0.0))
             out.metrics[name] = (a + b, n + m)
+        for name in sorted({*self.unmeasured, *other.unmeasured}):
+            out.unmeasured[name] = self.unmeasured.get(name, ()) + other.unmeasured.get(name, ())
         return out
 
     def mean(self, otherwise: Params | None = None) -> Params:
         """Return the mask-aware mean; `otherwise` (zeros if None) where nobody holds a coordinate."""
         rest = np.float32(0) if otherwise is None else otherwise.flat.numpy()
-        if self.weighted is None:
+        if self.weighted is None or (self.common is not None and self.weight <= 0):
             flat = np.broadcast_to(rest, (self.layout.size,)).astype(np.float32)
         elif self.common is not None:
             mask = self.masks[self.common]
@@ -153,6 +204,11 @@ class Partial:
         """Return self after a process border, with layout and masks put back."""
         self.layout, self.masks = layout, masks
         return self
+
+
+def _form(array: NDArray[Any]) -> str:
+    """Return what an error says of a sum: its shape, and whether it holds integers or floats."""
+    return f"{'floats' if array.dtype == np.float32 else 'integers'} of shape {array.shape}"
 
 
 def _plus(a: Vector | None, b: Vector | None) -> Vector | None:
@@ -245,8 +301,13 @@ class CohortUpdate:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over the folded clients, weighted as the fold weights them."""
+        """Means over the folded clients whose value is finite, weighted as the fold weights them."""
         return {name: total / count for name, (total, count) in self.partial.metrics.items() if count}
+
+    @property
+    def unmeasured(self) -> Mapping[str, tuple[int, ...]]:
+        """Metric → clients whose value was NaN or infinite, and is not in the mean."""
+        return self.partial.unmeasured
 
     @property
     def folded(self) -> tuple[ClientRecord, ...]:

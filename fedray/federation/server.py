@@ -47,6 +47,7 @@ from fedray.types import (
     ClientInfo,
     Cost,
     DeviceProfile,
+    Extra,
     Layout,
     Mask,
     Params,
@@ -449,7 +450,7 @@ class Server:
             totals[name] = totals.get(name, 0.0) + metrics[name]
         metrics |= {f"total/{name}": value for name, value in totals.items()}
         records = cohort.records if cohort is not None else ()
-        return RoundReport(round, metrics, records, notes(self._accounts, records))
+        return RoundReport(round, metrics, records, notes(self._accounts, cohort))
 
 
 def _check_layout(task: Task, layout: Layout, client: int) -> None:
@@ -475,5 +476,8 @@ def _as_received(codec: Codec, norms: Norms, task: Task) -> Task:
     return replace(task, params=norms.received(codec.decode(payload, norms.sent_layout).params))
 
 
-def _identity(value: object) -> object:
-    return value if isinstance(value, bool | int | float | str) else id(value)
+def _identity(value: Extra) -> object:
+    """Return what tells an extra from others: True, 1 and 1.0 are three, as are 0.0 and −0.0."""
+    if isinstance(value, float):
+        return type(value), value.hex()
+    return (type(value), value) if isinstance(value, bool | int | str) else id(value)

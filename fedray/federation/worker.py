@@ -20,14 +20,14 @@ from fedray.costs.devices import seconds
 from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
 from fedray.errors import ClientError, FedrayError, MethodError
-from fedray.federation.aggregate import Node, Partial, merge_within
+from fedray.federation.aggregate import Bounds, Node, Partial, merge_within
 from fedray.federation.client import Client, ClientFunction, Engine, Outcome
 from fedray.federation.method import Method
 from fedray.federation.population import Population
 from fedray.models.norms import overlaid
 from fedray.models.spec import ModelSpec
 from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_torch
-from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Extra, Fate, Mask, Task
+from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Extra, Fate, Mask, Task, within
 
 Memory = dict[str, Any]
 
@@ -233,6 +233,11 @@ class Worker:
         return outcomes
 
     @cached_property
+    def _bounds(self) -> Bounds:
+        """How large an update may be, if the mean is to be finite whatever the others send."""
+        return self.place.method.fold.bounds(self.place.population.partition.sizes)
+
+    @cached_property
     def _first_norms(self) -> Tensor:
         """The norms that every client has at first, without being sent them."""
         return self.place.model.init(self.place.seed).flat[self.place.model.norms.entries]
@@ -260,6 +265,8 @@ class Worker:
         """Send an update over the wire, read the clock, and decide whether it counts."""
         place, info = self.place, client.info
         problem = malformed(update, place.model.layout.size)
+        if not problem:
+            check_types(update)
         received, bytes_up = (update, 0) if problem else self._transmit(task, update)
         cost = Cost(
             bytes_down=order.bytes_down,
@@ -293,7 +300,10 @@ class Worker:
         return replace(vouched, params=norms.received(decoded.params)), len(payload)
 
     def _fate(self, job: Job, info: ClientInfo, cost: Cost, update: ClientUpdate | None) -> Fate:
-        """Decide whether an update counts: does it arrive, in time, well formed (else None) and finite?"""
+        """Decide whether an update counts: does it arrive, in time, well formed (else None) and finite?
+
+        One so large that the mean over all clients could overflow is non-finite too.
+        """
         if job.training:
             stays = (1 - info.profile.dropout) * (1 - self.place.rules.dropout)
             if stays < 1 and generator(self.place.seed, "fate", job.round, info.id).random() >= stays:
@@ -303,10 +313,14 @@ class Worker:
                 return "late"
         if update is None:
             return "malformed"
-        finite = update.params.is_finite() or update.params.masked(update.mask).is_finite()
-        finite = finite and all(
-            bool(torch.isfinite(v).all()) for v in (*update.sums.values(), *update.each.values())
+        bounds = self._bounds
+        finite = update.params.within(bounds.weight) or update.params.masked(update.mask).within(
+            bounds.weight
         )
+        finite = finite and all(
+            within(v, bounds.number if v.is_floating_point() else bounds.count) for v in update.sums.values()
+        )
+        finite = finite and all(bool(torch.isfinite(v).all()) for v in update.each.values())
         return "folded" if finite else "non-finite"
 
 
@@ -355,6 +369,28 @@ def malformed(update: object, size: int) -> str | None:
     if lengths != (size, size):
         return f"params and mask have lengths {lengths}, the model has {size}"
     return None
+
+
+def check_types(update: ClientUpdate) -> None:
+    """Refuse what cannot be added up or averaged.
+
+    Raises:
+        MethodError: if `sums` or `each` hold anything but tensors, or `metrics` anything but numbers.
+    """
+    tensors: tuple[tuple[str, Mapping[str, object]], ...] = (("sums", update.sums), ("each", update.each))
+    for part, sent in tensors:
+        for name, value in sent.items():
+            if not isinstance(value, Tensor):
+                raise MethodError(
+                    f"'{part}.{name}' is {type(value).__name__}, not a tensor; wrap a number in torch.tensor"
+                )
+    for name, number in update.metrics.items():
+        given: object = number
+        if not (isinstance(given, bool | int | float) or (isinstance(given, Tensor) and given.numel() == 1)):
+            raise MethodError(
+                f"'metrics.{name}' is {type(number).__name__}, not a number; what is not averaged goes "
+                "into `each`"
+            )
 
 
 def reject_unknown(given: Mapping[int, Task], population: int) -> None:

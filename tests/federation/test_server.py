@@ -245,7 +245,7 @@ def test_updates_that_are_left_out_are_named_and_change_nothing():
     server = small.server(Troubled(diverge=(1, 4), forget=(2,)), schedule=EVERYBODY)
     report = small.run(server)[-1]
     assert report.notes == (
-        "2 update(s) left out as non-finite: clients [1, 4]",
+        "2 update(s) left out as non-finite: clients [1, 4] (NaN, infinite, or too large to be averaged)",
         "1 update(s) left out as malformed: clients [2]",
     )
     assert report.metrics["clients/dropped"] == 3
