@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -31,7 +31,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(soft_wrap=False)
+
+
+class _Console(Console):
+    """A terminal's width where there is one; in a pipe or a file, as wide as a table or a line needs."""
+
+    @property  # type: ignore[misc]  # rich's can be set
+    def size(self) -> ConsoleDimensions:
+        return super().size if self.is_terminal else ConsoleDimensions(UNLIMITED, 25)
+
+
+UNLIMITED = 100_000
+out = _Console(soft_wrap=False)
 err = Console(stderr=True)
 
 File = Annotated[
@@ -90,8 +101,10 @@ def resume(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]…", help="rounds=200, or what does not change results."),
     ] = None,
+    imports: Import = None,
 ) -> None:
     """Continue a run or a sweep that ended early, or give a run more rounds."""
+    _import(imports)
     from fedray.durable import local_path
     from fedray.experiment.files import RunFiles
     from fedray.experiment.resuming import resumed_config
@@ -365,7 +378,7 @@ def _say_run(path: Path) -> None:
     loaded = load_run(path)
     out.print(render_table(comparison(label_runs([loaded])), out.width))
     _say_warnings(path)
-    out.print(f"Files: {_short(path)}   Pictures: fedray report {_short(path)}   MLflow: fedray ui")
+    out.print(f"Files: {_short(path)}   Pictures: fedray report {_short(path)}{_tracked(path, 'MLflow')}")
 
 
 def _say_sweep(result: Any) -> None:
@@ -381,7 +394,7 @@ def _say_sweep(result: Any) -> None:
     for trial in result.trials:
         _say_warnings(trial.path)
     out.print(f"Pictures and table: {_short(written.path)}")
-    out.print(f"Runs: {_short(result.path)}/trials   Compare them in MLflow: fedray ui")
+    out.print(f"Runs: {_short(result.path)}/trials{_tracked(result.path, 'Compare them in MLflow')}")
     for trial in result.failed:
         err.print(
             f"[bold red]{trial.point.name} {trial.status}:[/bold red] {_escape(trial.error or 'no reason')}"
@@ -389,6 +402,20 @@ def _say_sweep(result: Any) -> None:
     if result.failed:
         err.print(f"`fedray resume {_short(result.path)}` tries them again from their checkpoints")
         raise typer.Exit(1)
+
+
+def _tracked(path: Path, what: str) -> str:
+    """Say how to see a run or a sweep in MLflow; nothing where it is not tracked there."""
+    from fedray.experiment.config import TrackingConfig
+    from fedray.experiment.rundata import store_of
+    from fedray.experiment.tracking import without_password
+
+    uri = store_of(path)
+    if uri is None:
+        return ""
+    if not uri.startswith("sqlite:"):
+        return f"   {what}: {_escape(without_password(uri))}"
+    return f"   {what}: fedray ui" + ("" if uri == TrackingConfig().uri else f" --uri {_escape(uri)}")
 
 
 def _say_error(what: str, error: FedrayError) -> None:

@@ -132,10 +132,8 @@ def test_run_makes_a_run_and_says_what_came_of_it(fedray, in_tmp):
     assert [line.partition(":")[0] for line in done.err.splitlines()] == [
         f"round {k} of 3" for k in (1, 2, 3)
     ]
-    assert (
-        "Files: runs/snip-digits-mlp-s4-001   Pictures: fedray report runs/snip-digits-mlp-s4-001   "
-        "MLflow: fedray ui"
-    ) in done.out
+    files = "Files: runs/snip-digits-mlp-s4-001   Pictures: fedray report runs/snip-digits-mlp-s4-001"
+    assert files in done.out.splitlines()  # not tracked: no word of MLflow
     changes = {"method": {"name": "snip", "density": 0.25}, "seed": 4}
     assert result["weights_sha256"] == run(tiny.config(changes), out=in_tmp / "same").weights_sha256
 
@@ -199,7 +197,7 @@ BAD = [
     (["resume", "."], ". is not the directory of a run: it has no config.yaml"),
     (["report", "nowhere"], "nowhere"),
     (["methods", "--import", "nowhere.py"], "imports: no file 'nowhere.py' (looked for "),
-    (["ui"], "tracking.uri: 'sqlite:///runs/mlflow.db': there is no "),
+    (["ui"], "/runs/mlflow.db; run something first"),
     (["ui", "--uri", "http://a:5000"], "the UI needs an SQLite store"),
     (["ui", "--uri", "mysql://a"], "tracking.uri: 'mysql://a': unknown scheme 'mysql'"),
 ]
@@ -394,6 +392,43 @@ def test_devices():
     assert all(link in text.split("Links: ")[1] for link in LINKS)
     short = listed("devices", "--no-sources")
     assert len(short.splitlines()) < len(text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "command", [("methods",), ("models",), ("datasets",), ("devices", "--no-sources"), ("methods", "staged")]
+)
+def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, command):
+    """Of a pipe, a row is a line: `fedray devices | grep raspberry_pi_4`."""
+    for console in (cli.out, cli.err):
+        monkeypatch.setattr(console, "_width", None)
+    monkeypatch.setenv("COLUMNS", "30")
+    done = fedray(*command)
+    rows = [line for line in done.out.splitlines() if line.startswith("│")]
+    names = {"methods": METHODS, "models": MODELS, "datasets": DATASETS, "devices": DEVICES}[command[0]]
+    if len(command) == 1 or command[0] == "devices":
+        assert [row.split()[1] for row in rows] == list(names)
+    else:
+        (line,) = (line for line in done.out.splitlines() if line.startswith("Defaults: "))
+        assert "method.until=" in line and "method.rollback=" in line
+    assert max(map(len, done.out.splitlines())) < 2000
+
+
+def test_what_is_not_tracked_is_not_said_to_be_in_mlflow(fedray, in_tmp):
+    def last(*arguments: str) -> str:
+        return fedray("run", "x.yaml", "rounds=1", *arguments).out.splitlines()[-1]
+
+    assert last("tracking.uri=none", "--out", "a") == "Files: a   Pictures: fedray report a"
+    assert last("tracking.uri=http://127.0.0.1:1", "--out", "b") == "Files: b   Pictures: fedray report b"
+    line = last("tracking.uri=sqlite:///my.db", "--out", "c")
+    assert line == f"Files: c   Pictures: fedray report c   MLflow: fedray ui --uri sqlite:///{in_tmp}/my.db"
+
+
+def test_resume_takes_a_file_of_ones_own(fedray, in_tmp):
+    assert fedray("run", "x.yaml", "rounds=1", "--out", "mine").status == 0
+    done = fedray("resume", "mine", "--import", "nowhere.py")
+    assert (done.status, done.out) == (2, "")
+    assert "imports: no file 'nowhere.py'" in done.err
+    assert fedray("resume", "mine", "--import", "holding.py").status == 0
 
 
 def test_report_draws_a_finished_run(fedray, in_tmp):

@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fedray.data import PARTITIONS
+from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest, unknown
 from fedray.experiment import checks, yaml
@@ -43,14 +43,23 @@ from fedray.experiment.overrides import (
     parse_overrides,
     plain_copy,
 )
-from fedray.experiment.plugins import import_modules
+from fedray.experiment.plugins import files_of, import_modules, unrecorded
 from fedray.experiment.tracking import absolute_uri
 from fedray.federation.method import Method
 from fedray.methods import METHODS
-from fedray.models import InputShape, ModelSpec, Norm, build_model
+from fedray.models import MODELS, InputShape, ModelSpec, Norm, build_model
 from fedray.types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Seed
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
+
+
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "method.name": METHODS,
+    "data.partition.kind": PARTITIONS,
+    "data.name": DATASETS,
+    "model": MODELS,
+}
+"""Key of a config → the table that its value is a name of."""
 
 
 @dataclass(frozen=True)
@@ -320,12 +329,16 @@ class Config(Section):
         except ValidationError as error:
             raise ConfigError(explain(error, type(self), where)) from None
         self.__pydantic_fields_set__.add("tracking")  # see TrackingConfig
+        self._complete()
         problems = [line(key, text, where) for key, text in self._problems()]
         if problems:
             raise ConfigError("\n".join(problems))
 
     def _prepare(self, tree: Tree) -> None:
         """Do what must be done before the keys of a plain tree can be validated."""
+
+    def _complete(self) -> None:
+        """Add what a valid config has to remember, though nobody gave it."""
 
     def _problems(self) -> Iterable[checks.Problem]:
         """Return everything that keeps the config from being run, though each key is valid."""
@@ -383,6 +396,29 @@ class RunConfig(Config):
         imports = tree.get("imports")
         if isinstance(imports, list) and all(isinstance(path, str) for path in imports):
             import_modules(imports)
+
+    def _complete(self) -> None:
+        entries = [TABLES[key][name] for key, name in self.chosen().items() if name in TABLES[key]]
+        known = {path.resolve() for path in self.imports}
+        missing = [path for path in files_of(entries) if path not in known]
+        if missing:
+            self.__dict__["imports"] = (*self.imports, *missing)  # else `resume` would not know them
+            self.__pydantic_fields_set__.add("imports")
+
+    def chosen(self) -> dict[str, str]:
+        """Return the names that the config chooses from tables: key → name."""
+        return {
+            "method.name": self.method.name,
+            "data.partition.kind": self.data.partition.kind,
+            "data.name": self.data.name,
+            "model": self.model,
+        }
+
+    def unrecorded(self) -> dict[str, tuple[str, str]]:
+        """Return key → name and module of what is chosen, but whose module `imports` cannot name."""
+        names = self.chosen()
+        modules = unrecorded({key: TABLES[key][name] for key, name in names.items()})
+        return {key: (names[key], module) for key, module in modules.items()}
 
     def _problems(self) -> Iterable[checks.Problem]:
         return checks.problems(self)

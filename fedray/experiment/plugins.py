@@ -1,23 +1,35 @@
 """Methods, models and data sets from outside the package: a Python file that adds to the tables.
 
-The file is imported by its path; whoever starts workers pickles what it defines by value
-(`imported_modules`), since they could not import it by name.
+The file is imported by its path, and what lies beside it by its name. Whoever starts workers pickles what
+these files define by value (`imported_modules`), since they could not import it by name. A module that Python
+code imported itself is found by what it added to the tables (`files_of`), and its file is recorded like one
+that was given.
 """
 
+import ast
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
+from importlib import import_module, invalidate_caches
+from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fedray.errors import ConfigError
 
+OURS = frozenset({"fedray", "rllib_pruner"})
+INSTALLED = frozenset({"site-packages", "dist-packages"})
+
 _imported: dict[Path, ModuleType] = {}
+_beside: dict[str, ModuleType] = {}
+_adopted: dict[Path, ModuleType] = {}
 
 
 def import_modules(paths: Iterable[str | Path]) -> None:
-    """Import Python files, each once per process.
+    """Import Python files, each once per process; what Python has imported already is taken as it is.
 
     Raises:
         ConfigError: if a file is missing or raises.
@@ -30,17 +42,123 @@ def import_modules(paths: Iterable[str | Path]) -> None:
             raise ConfigError(f"imports: {str(given)!r} is not the name of a file: {error}") from None
         if not exists:
             raise ConfigError(f"imports: no file {str(given)!r} (looked for {path})")
-        if path not in _imported:
+        if path not in _imported and not _adopt(path):
             _imported[path] = _import(path, given)
 
 
 def imported_modules() -> tuple[ModuleType, ...]:
-    """Return the modules that were imported so far."""
-    return tuple(_imported.values())
+    """Return the modules of `imports:` files, and of files beside them, that were imported so far."""
+    return (*_imported.values(), *_beside.values())
+
+
+def modules_called(stem: str) -> list[ModuleType]:
+    """Return the modules, imported by path or recorded, whose file has this name without `.py`."""
+    return [module for path, module in {**_adopted, **_imported}.items() if path.stem == stem]
+
+
+# ── files of modules that Python code imported
+# ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def files_of(entries: Iterable[Any]) -> list[Path]:
+    """Return the files, each once, that define entries of tables: those from outside the package."""
+    found: list[Path] = []
+    for entry in entries:
+        module = home(entry)
+        file = _file(module) if module is not None and module.__name__ != "__main__" else None
+        if file is None or module is None:
+            continue
+        if module not in imported_modules():
+            _adopted[file] = module
+        if module not in _beside.values():  # else the file that imported it is recorded
+            found.append(file)
+    return list(dict.fromkeys(found))
+
+
+def unrecorded(entries: Mapping[str, Any]) -> dict[str, str]:
+    """Return key → module of the entries whose module `imports` cannot name: a script, or no file."""
+    modules = {key: home(entry) for key, entry in entries.items()}
+    return {
+        key: f"{module.__name__} ({getattr(module, '__file__', None) or 'no file'})"
+        for key, module in modules.items()
+        if module is not None and (module.__name__ == "__main__" or _file(module) is None)
+    }
+
+
+def home(entry: Any) -> ModuleType | None:
+    """Return the module outside the package that defines an entry of a table; None if there is none.
+
+    Of an entry that is not a class, the functions in its fields tell; what is installed does not count then.
+    """
+    if isinstance(entry, type):
+        return _outside(entry)
+    parts = [getattr(entry, f.name) for f in fields(entry)] if is_dataclass(entry) else []
+    modules = [_outside(getattr(part, "func", part)) for part in parts if callable(part)]
+    own = [m for m in modules if m is not None and not _is_installed(_file(m))]
+    return own[0] if own else None
+
+
+def _outside(thing: Any) -> ModuleType | None:
+    name = getattr(thing, "__module__", None) or ""
+    return None if name.partition(".")[0] in OURS else sys.modules.get(name)
+
+
+def _is_installed(file: Path | None) -> bool:
+    return file is not None and (
+        bool(INSTALLED.intersection(file.parts)) or file.is_relative_to(Path(ast.__file__).parent)
+    )
+
+
+def _file(module: ModuleType) -> Path | None:
+    name = getattr(module, "__file__", None)
+    path = Path(name).resolve() if name else None
+    return path if path is not None and path.suffix == ".py" and path.is_file() else None
+
+
+def _adopt(path: Path) -> bool:
+    """Whether Python has imported the file by name."""
+    if path in _adopted:
+        return True
+    for name, module in list(sys.modules.items()):
+        same = getattr(module, "__file__", None) and Path(str(module.__file__)).name == path.name
+        if same and name not in ("__main__", "__mp_main__") and _file(module) == path:
+            _adopted[path] = module
+            return True
+    return False
+
+
+# ── files that are imported by path
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _import(path: Path, given: str | Path) -> ModuleType:
-    name = f"fedray_import_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
+    try:
+        code = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"imports: {given} raised {type(error).__name__}: {error}") from error
+    name, folder = f"fedray_import_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}", path.parent
+    if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(code)):
+        name, folder = _in_package(path)
+    else:
+        _check_hidden(_names_beside(code, path), path, given)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # last: what is installed comes first
+    invalidate_caches()
+    before = set(sys.modules)
+    try:
+        module = import_module(name) if "." in name else _executed(name, path, given)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"imports: {given} raised {type(error).__name__}: {error}") from error
+    for other in set(sys.modules) - before - {name}:
+        file = _file(sys.modules[other])
+        if file is not None and file.is_relative_to(folder) and not _is_installed(file) and _foreign(other):
+            _beside[other] = sys.modules[other]
+    return module
+
+
+def _executed(name: str, path: Path, given: str | Path) -> ModuleType:
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"imports: {given} is not a Python file")
@@ -48,7 +166,45 @@ def _import(path: Path, given: str | Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a class's module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException:
         del sys.modules[name]
-        raise ConfigError(f"imports: {given} raised {type(error).__name__}: {error}") from error
+        raise
     return module
+
+
+def _foreign(name: str) -> bool:
+    return name.partition(".")[0] not in OURS
+
+
+def _in_package(path: Path) -> tuple[str, Path]:
+    """Return the dotted name of a file in a package, and the folder that holds the package."""
+    folder, parts = path.parent, [path.stem]
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return ".".join(parts), folder
+
+
+def _names_beside(code: ast.Module, path: Path) -> set[str]:
+    """Return the names that a file imports and that lie beside it."""
+    names = set[str]()
+    for node in ast.walk(code):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    places = {name: (path.parent / f"{name}.py", path.parent / name / "__init__.py") for name in names - OURS}
+    return {name for name, files in places.items() if any(file.is_file() for file in files)}
+
+
+def _check_hidden(names: set[str], path: Path, given: str | Path) -> None:
+    """Refuse a file beside the imported one in whose place another module of its name would be imported."""
+    for name in sorted(names - sys.stdlib_module_names):
+        loaded = sys.modules.get(name)
+        spec = loaded.__spec__ if loaded is not None else PathFinder.find_spec(name)
+        origin = getattr(loaded, "__file__", None) or (spec.origin if spec is not None else None)
+        if origin and not Path(origin).resolve().is_relative_to(path.parent):
+            raise ConfigError(
+                f"imports: {given} imports {name}, which lies beside it, but Python finds {origin} under "
+                "that name; rename the one beside it"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 from fedray.errors import ConfigError, RunError
 from fedray.experiment import sealed
 from fedray.experiment.checkpoint import Stored, difference
-from fedray.experiment.config import RunConfig, decisive
+from fedray.experiment.config import TABLES, RunConfig, decisive
 from fedray.experiment.files import RunFiles
 from fedray.experiment.overrides import Tree, origin, override_tree, parse_overrides
 from fedray.experiment.provenance import flatten
@@ -21,6 +21,9 @@ MAY_CHANGE = (
     "rounds, checkpoint_every, tracking, clients.actors, clients.resources without by_device, data.root, "
     "imports"
 )
+REGISTERED = "registered.json"
+"""Names of tables that this run uses, with their modules, where `imports` could not record a file."""
+
 SHOWN = 6
 """Differences that a message names."""
 
@@ -35,6 +38,7 @@ def resumed_config(
         RunError: if `config.yaml` is not as it was written.
     """
     path = files.path / "config.yaml"
+    _check_registered(files)
     problem = sealed.fault(path)
     if problem is not None:
         if not files.checkpoints():
@@ -55,6 +59,20 @@ def resumed_config(
             f"change {MAY_CHANGE}. For a new run: fedray run {path} {arguments}"
         )
     return before, after
+
+
+def _check_registered(files: RunFiles) -> None:
+    """Refuse to resume what the tables lack, since no file can be imported for it.
+
+    Raises:
+        ConfigError: with the module that had added it.
+    """
+    for key, (name, module) in (files.read_json(REGISTERED) or {}).items():
+        if name not in TABLES.get(key, (name,)):
+            raise ConfigError(
+                f"{files.path}: {key} {name!r} was added by the module {module}, which a run cannot record: "
+                "give a file that adds it, fedray resume --import FILE, or import it before fedray.resume"
+            )
 
 
 def check_origin(files: RunFiles, found: Stored, config: RunConfig, layout: Layout) -> None:

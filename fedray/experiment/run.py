@@ -28,7 +28,7 @@ from fedray.experiment.files import RunFiles
 from fedray.experiment.messages import shortened
 from fedray.experiment.placement import pool_for
 from fedray.experiment.provenance import declared, run_tags
-from fedray.experiment.resuming import check_origin, check_rounds, resumed_config
+from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
@@ -192,6 +192,8 @@ def run(
         files = RunFiles(take_next(local_path(RUNS), _stem(config), "checkpoints", "run"))
     with Lock(files.path):
         files.write_config(config.to_tree())
+        if foreign := config.unrecorded():
+            files.write_json(REGISTERED, foreign)
         files.warn(federation.dataset.warnings)
         return _go(federation, files, None, on_round, pool, tracking or Tracking())
 

@@ -105,6 +105,21 @@ def load_run(path: str | Path) -> RunData:
     )
 
 
+def store_of(path: Path) -> str | None:
+    """Return the URI of the store where a run or a sweep is tracked; None where it is not.
+
+    Raises:
+        ConfigError, RunError: if a file of it cannot be read.
+    """
+    known = read_mapping(path / "mlflow.json")
+    if known is None:
+        return None
+    uri = known.get("uri")
+    if uri is None and (path / "sweep.yaml").is_file():
+        uri = yaml.load(path / "sweep.yaml").get("base", {}).get("tracking", {}).get("uri")
+    return None if uri is None else str(uri)
+
+
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Return the run directories among `paths` and below them, each once, `x-2` before `x-10`.
 

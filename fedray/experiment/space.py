@@ -152,9 +152,7 @@ class Sweep:
         incomparable = [line(key, text, where) for key, text in comparison_problems(tune, configs)]
         if incomparable:
             raise ConfigError("\n".join(incomparable))
-        # the default store is of the directory where the sweep was begun
-        base = override_tree(_located(tree["base"], configs), {"tracking.uri": configs[0].tracking.uri})
-        return cls(name, tree | {"base": base}, tune, tuple(points))
+        return cls(name, tree | {"base": _located(tree["base"], configs)}, tune, tuple(points))
 
     @property
     def rounds(self) -> int:

@@ -109,7 +109,8 @@ def resume_sweep(path: str | Path, *, on_round: OnTrialRound | None = None) -> S
 def _written(plan: Sweep) -> Tree:
     """Return what `sweep.yaml` holds: the points as they were drawn, and paths that hold from anywhere."""
     config = plan.points[0].config
-    paths: Tree = {"imports": [str(path) for path in config.imports]} if config.imports else {}
+    imports = dict.fromkeys(str(path) for point in plan.points for path in point.config.imports)
+    paths: Tree = {"tracking.uri": config.tracking.uri} | ({"imports": list(imports)} if imports else {})
     if config.data.root is not None:
         paths["data.root"] = str(config.data.root)
     base = override_tree(plan.tree["base"], paths)

@@ -540,6 +540,11 @@ def _line(text: str) -> str:
     return line if len(line) <= 300 else line[:299] + "…"
 
 
+def without_password(uri: str) -> str:
+    """Return an address without the user and password that it may hold."""
+    return _without_password(uri, uri)
+
+
 def _without_password(text: str, uri: str) -> str:
     user, at, _ = uri.partition("://")[2].partition("/")[0].rpartition("@")
     return text.replace(user + at, "") if at else text

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fedray.errors import FedrayError
-from fedray.experiment.plugins import imported_modules
+from fedray.experiment.plugins import modules_called
 from fedray.types import Layout, Mask, Params
 
 PLUGIN = "fedray_import_"
@@ -316,12 +316,22 @@ def _class(name: str) -> type:
 
 
 def _module(name: str) -> ModuleType:
-    if name in sys.modules or not name.startswith(PLUGIN):
+    """Return the module of a name; a file that was imported by another path, or by its name, is the same."""
+    is_plugin = name.startswith(PLUGIN)
+    if name in sys.modules:
+        return sys.modules[name]
+    stem = name.removeprefix(PLUGIN).rpartition("_")[0] if is_plugin else name.rpartition(".")[2]
+    moved = modules_called(stem)
+    if len(moved) == 1 and "." not in name:
+        return moved[0]
+    if is_plugin:
+        raise ImportError(f"no `imports:` file {stem}.py")
+    try:
         return import_module(name)
-    moved = [m for m in imported_modules() if m.__name__.rpartition("_")[0] == name.rpartition("_")[0]]
-    if len(moved) != 1:
-        raise ImportError(f"no `imports:` file {name.removeprefix(PLUGIN).rpartition('_')[0]}.py")
-    return moved[0]
+    except ImportError:
+        if len(moved) != 1:
+            raise
+        return moved[0]
 
 
 def _float(value: float) -> Any:
