@@ -404,9 +404,10 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, 
     monkeypatch.setenv("COLUMNS", "30")
     done = fedray(*command)
     rows = [line for line in done.out.splitlines() if line.startswith("│")]
-    names = {"methods": METHODS, "models": MODELS, "datasets": DATASETS, "devices": DEVICES}[command[0]]
+    tables = {"methods": METHODS, "models": MODELS, "datasets": DATASETS, "devices": DEVICES}
+    names = [*map(str, tables[command[0]])]  # type: ignore[call-overload]
     if len(command) == 1 or command[0] == "devices":
-        assert [row.split()[1] for row in rows] == list(names)
+        assert [row.split()[1] for row in rows] == names
     else:
         (line,) = (line for line in done.out.splitlines() if line.startswith("Defaults: "))
         assert "method.until=" in line and "method.rollback=" in line
@@ -415,7 +416,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, 
 
 def test_what_is_not_tracked_is_not_said_to_be_in_mlflow(fedray, in_tmp):
     def last(*arguments: str) -> str:
-        return fedray("run", "x.yaml", "rounds=1", *arguments).out.splitlines()[-1]
+        return str(fedray("run", "x.yaml", "rounds=1", *arguments).out.splitlines()[-1])
 
     assert last("tracking.uri=none", "--out", "a") == "Files: a   Pictures: fedray report a"
     assert last("tracking.uri=http://127.0.0.1:1", "--out", "b") == "Files: b   Pictures: fedray report b"
