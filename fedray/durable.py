@@ -39,6 +39,12 @@ def local_path(path: str | Path) -> Path:
         raise ConfigError(f"{str(path)!r} is not a path: {error}") from None
 
 
+def shown(path: Path) -> str:
+    """Return a path as a user would write it here: relative where it lies below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 @contextmanager
 def on_disk(path: Path, then: str = "run the command again") -> Iterator[None]:
     """Turn an OSError of the block into a RunError.

@@ -17,7 +17,7 @@ from shutil import rmtree
 from typing import Any
 
 from fedray import durable
-from fedray.durable import local_path
+from fedray.durable import local_path, shown
 from fedray.errors import ConfigError
 from fedray.experiment import sealed
 from fedray.experiment.directory import take
@@ -128,7 +128,7 @@ class TrainFiles:
             RunError: if the disk refuses.
         """
         place = self.path / name
-        with durable.on_disk(place, f"`python -m rllib_pruner.train --resume {self.path}`"):
+        with durable.on_disk(place, f"`python -m rllib_pruner.train --resume {shown(self.path)}`"):
             yield place
 
 

@@ -295,8 +295,24 @@ def test_resume_goes_on_and_a_finished_run_is_only_shown(fedray, in_tmp):
     shas += [run(tiny.config(), out="whole").weights_sha256]
     assert shas[0] == shas[1]
     before = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*")}
-    assert fedray("resume", "mine").status == 0
+    again = fedray("resume", "mine")
+    assert again.status == 0
+    assert "mine is finished: nothing was run. More rounds: fedray resume mine rounds=N" in again.out
     assert {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*")} == before
+
+
+def test_resume_takes_more_rounds_and_refuses_what_changes_results(fedray, in_tmp):
+    run(tiny.config(), out="mine")
+    refused = fedray("resume", "mine", "method.lr=0.3")
+    assert refused.status == 2
+    assert "resume cannot change method.lr from 0.05 to 0.3" in refused.err
+    done = fedray("resume", "mine", "rounds=4")
+    assert done.status == 0
+    assert "nothing was run" not in done.out
+    assert json.loads((in_tmp / "mine" / "result.json").read_text())["rounds"] == 4
+    assert "mine: resumed after round 3 with rounds=4; planned were 3" in done.err
+    same = run(tiny.config(rounds=4), out="whole").weights_sha256
+    assert json.loads((in_tmp / "mine" / "result.json").read_text())["weights_sha256"] == same
 
 
 def test_ctrl_c_ends_with_status_130_and_resume_finishes_with_the_same_weights(fedray, in_tmp):

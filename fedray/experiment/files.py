@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray import durable
-from fedray.durable import local_path, read_mapping
+from fedray.durable import local_path, read_mapping, shown
 from fedray.errors import ConfigError, RunError
 from fedray.experiment import checkpoint as stored
 from fedray.experiment import sealed, yaml
@@ -236,7 +236,7 @@ class RunFiles:
             RunError: if the disk refuses.
         """
         path = self.path / name
-        with durable.on_disk(path, f"`fedray resume {self.path}`"):
+        with durable.on_disk(path, f"`fedray resume {shown(self.path)}`"):
             yield path
 
     def _write_rows(self) -> None:

@@ -30,8 +30,8 @@ SHOWN = 6
 
 def resumed_config(
     files: RunFiles, changes: Sequence[str] | Mapping[str, Any] = ()
-) -> tuple[RunConfig, RunConfig]:
-    """Return a run's config as it was, and as it is to be.
+) -> tuple[Tree, RunConfig]:
+    """Return a run's config as it was, which may name files that have moved, and as it is to be.
 
     Raises:
         ConfigError: if `changes` are not allowed.
@@ -44,14 +44,10 @@ def resumed_config(
         if not files.checkpoints():
             RunConfig.from_tree(files.read_config(), str(path))  # it may be the config of something else
         raise RunError(f"{path}: {problem}{_against_checkpoint(files)}")
-    before = RunConfig.from_tree(files.read_config(), str(path))
+    before = files.read_config()
     given = dict(changes) if isinstance(changes, Mapping) else parse_overrides(changes)
-    if not given:
-        return before, before
-    after = RunConfig.from_tree(override_tree(before.to_tree(), given), origin(path, given))
-    fixed = [
-        f"{key} from {old} to {new}" for key, old, new in _differences(before.to_tree(), after.to_tree())
-    ]
+    after = RunConfig.from_tree(override_tree(before, given), origin(path, given))
+    fixed = [f"{key} from {old} to {new}" for key, old, new in _differences(before, after.to_tree())]
     if fixed:
         arguments = " ".join(changes) if not isinstance(changes, Mapping) else "KEY=VALUE"
         raise ConfigError(

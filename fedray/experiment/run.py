@@ -18,7 +18,7 @@ import numpy as np
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, Dataset, Examples, Splits, split
-from fedray.durable import local_path
+from fedray.durable import local_path, shown
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import checkpoint as stored
 from fedray.experiment.checkpoint import Stored
@@ -26,6 +26,7 @@ from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import LOCK, Lock, check_free, take_next
 from fedray.experiment.files import RunFiles
 from fedray.experiment.messages import shortened
+from fedray.experiment.overrides import Tree
 from fedray.experiment.placement import pool_for
 from fedray.experiment.provenance import declared, run_tags
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
@@ -247,7 +248,7 @@ def resume(
         if found is not None:
             check_origin(files, found, config, federation.place.model.layout)
             check_rounds(found, config)
-        if before.to_tree() != config.to_tree():
+        if before != config.to_tree():
             _change(files, before, config, found)
         return _go(federation, files, found, on_round, pool, tracking or Tracking())
 
@@ -267,14 +268,16 @@ def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None
     return result if made == config.rounds else None
 
 
-def _change(files: RunFiles, before: RunConfig, after: RunConfig, found: Stored | None) -> None:
+def _change(files: RunFiles, before: Tree, after: RunConfig, found: Stored | None) -> None:
     """Record what a resumed run changes; set the end of a finished run aside."""
     done = found.done if found is not None else 0
-    if after.rounds != before.rounds:
+    is_extended = after.rounds != before["rounds"]
+    if is_extended:
         files.set_end_aside(done)
     files.write_config(after.to_tree())
-    if after.rounds != before.rounds:
-        files.warn([f"resumed after round {done} with rounds={after.rounds}; planned were {before.rounds}"])
+    if is_extended:
+        planned = before["rounds"]
+        files.warn([f"resumed after round {done} with rounds={after.rounds}; planned were {planned}"])
 
 
 def _go(
@@ -317,7 +320,9 @@ def _go(
     finally:
         _close(tracker, files, federation, status)
         if status != "FINISHED":
-            logger.warning("ended early; `fedray resume %s` goes on from the last checkpoint", files.path)
+            logger.warning(
+                "ended early; `fedray resume %s` goes on from the last checkpoint", shown(files.path)
+            )
     return History(files.path, _history(files), result)
 
 
