@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
 
 LOCK = ".lock"
@@ -32,7 +33,7 @@ def check_free(path: Path) -> None:
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
-                f"{path} is not empty: a run needs a directory of its own; choose a new one with --out"
+                f"{shown(path)} is not empty: a run needs a directory of its own; choose a new one with --out"
             )
     except OSError as error:
         raise _refused(path, error) from None
@@ -54,7 +55,9 @@ def take(path: Path, inner: str, what: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         (path / inner).mkdir()  # fails for the second of two that start at once
     except FileExistsError:
-        raise ConfigError(f"{path} is another {what}'s directory: choose a new one with --out") from None
+        raise ConfigError(
+            f"{shown(path)} is another {what}'s directory: choose a new one with --out"
+        ) from None
     except OSError as error:
         raise _refused(path, error) from None
 
@@ -87,7 +90,7 @@ def numbered(folder: Path, stem: str) -> Path:
 
 
 def _refused(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{path}: cannot be made: {error.strerror}; choose another with --out")
+    return ConfigError(f"{shown(path)}: cannot be made: {error.strerror}; choose another with --out")
 
 
 class Lock:
@@ -115,7 +118,7 @@ class Lock:
                 return self
             if time.monotonic() >= until:
                 raise RunError(
-                    f"{self.path}: this {self.what} is still running ({holder}); wait for its end, or stop it"
+                    f"{shown(self.path)}: this {self.what} is still running ({holder}); wait for its end, or stop it"
                 )
             time.sleep(0.2)
 

@@ -70,7 +70,7 @@ class RunFiles:
         """
         place = local_path(path)
         if not (place / "config.yaml").is_file():
-            raise ConfigError(f"{place} is not the directory of a run: it has no config.yaml")
+            raise ConfigError(f"{shown(place)} is not the directory of a run: it has no config.yaml")
         return cls(place)
 
     # ── while the run goes on
@@ -164,7 +164,7 @@ class RunFiles:
         if problems:
             reasons = "\n".join(f"  {problem}" for problem in problems)
             raise RunError(
-                f"{self.path} cannot be resumed, and nothing in it was changed:\n{reasons}\n"
+                f"{shown(self.path)} cannot be resumed, and nothing in it was changed:\n{reasons}\n"
                 "Restore the files from a copy, or start a new run"
             )
         return None

@@ -8,6 +8,7 @@ Nothing is written here. Whatever does not belong together is refused with the v
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
 from fedray.experiment import sealed
 from fedray.experiment.checkpoint import Stored, difference
@@ -52,7 +53,7 @@ def resumed_config(
         arguments = " ".join(changes) if not isinstance(changes, Mapping) else "KEY=VALUE"
         raise ConfigError(
             f"resume cannot change {_some(fixed)}: the rounds so far were made with the old values. It can "
-            f"change {MAY_CHANGE}. For a new run: fedray run {path} {arguments}"
+            f"change {MAY_CHANGE}. For a new run: fedray run {shown(path)} {arguments}"
         )
     return before, after
 
@@ -84,7 +85,7 @@ def check_origin(files: RunFiles, found: Stored, config: RunConfig, layout: Layo
     other = difference(found.checkpoint.state.params.layout, layout)
     problem = _some(changed) or (f"the model is another one: {other}" if other else "")
     if problem:
-        raise RunError(f"{files.path} cannot be resumed: {problem} ({found.path.name})")
+        raise RunError(f"{shown(files.path)} cannot be resumed: {problem} ({found.path.name})")
 
 
 def check_rounds(found: Stored, config: RunConfig) -> None:
@@ -121,7 +122,7 @@ def _differences(before: Tree, after: Tree) -> Iterator[tuple[str, str, str]]:
 
 def _against_checkpoint(files: RunFiles) -> str:
     """Say how `config.yaml` differs from the config of the newest checkpoint, and what to do."""
-    advice = f". Put them back; to change {MAY_CHANGE}: fedray resume {files.path} KEY=VALUE"
+    advice = f". Put them back; to change {MAY_CHANGE}: fedray resume {shown(files.path)} KEY=VALUE"
     try:
         found = files.load()
     except RunError:

@@ -264,7 +264,7 @@ def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None
         return None
     made = result.get("rounds", config.rounds)
     if made > config.rounds:
-        raise ConfigError(f"rounds={config.rounds}: {files.path} is finished, with {made} rounds")
+        raise ConfigError(f"rounds={config.rounds}: {shown(files.path)} is finished, with {made} rounds")
     return result if made == config.rounds else None
 
 
