@@ -118,7 +118,8 @@ class Lock:
                 return self
             if time.monotonic() >= until:
                 raise RunError(
-                    f"{shown(self.path)}: this {self.what} is still running ({holder}); wait for its end, or stop it"
+                    f"{shown(self.path)}: this {self.what} is still running ({holder}); wait for its end, "
+                    "or stop it"
                 )
             time.sleep(0.2)
 
