@@ -32,9 +32,10 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest, unknown
-from fedray.experiment import checks, yaml
-from fedray.experiment.messages import Where, explain, line
+from fedray.experiment import checks, hints, yaml
+from fedray.experiment.messages import Where, explain, keys_of, line
 from fedray.experiment.overrides import (
+    CHOICES,
     Tree,
     base_of,
     options_given,
@@ -109,9 +110,11 @@ def choose(
         raise ValidationError.from_exception_data(section, [_told(message, key, name)])
     known = [field.name for field in fields(table[name])]
     problems = [
-        _told(_no_option(option, name, known, key, table), option, given.pop(option))
-        for option in sorted(set(given) - set(known))
+        _told(_no_option(option, value, name, known, section, key, table), option, value)
+        for option, value in sorted(given.items())
+        if option not in known
     ]
+    given = {option: value for option, value in given.items() if option in known}
     try:
         # JSON in strict mode: no "3" for 3, no true for 1, but a list for a tuple and a string for a path
         options = TypeAdapter(table[name]).validate_json(json.dumps(given), strict=True)
@@ -134,9 +137,22 @@ def _again(problem: Any) -> InitErrorDetails:
     return {"type": custom, "loc": problem["loc"], "input": problem["input"]}
 
 
-def _no_option(option: str, name: str, known: list[str], key: str, table: Mapping[str, type[Any]]) -> str:
+def _no_option(
+    option: str,
+    value: Any,
+    name: str,
+    known: list[str],
+    section: str,
+    key: str,
+    table: Mapping[str, type[Any]],
+) -> str:
     owners = [other for other, kind in table.items() if option in {field.name for field in fields(kind)}]
-    hint = f"; {', '.join(owners)} can have it." if owners else nearest(option, known)
+    if owners:
+        hint = f"; {', '.join(owners)} can have it."
+    else:
+        others = keys_of(RunConfig) if section in CHOICES else []
+        keys = [*(f"{section}.{k}" for k in known), *(k for k in others if not k.startswith(f"{section}."))]
+        hint = hints.for_key(f"{section}.{option}", value, keys, section)
     return f"{name} has no such option{hint} Keys here: {', '.join(sorted([key, *known]))}"
 
 

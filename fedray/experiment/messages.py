@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from fedray.errors import nearest
+from fedray.experiment import hints
 
 Where = str | Callable[[str], str]
 """What a message says of where a key was given: a file, or a function of the dotted key."""
@@ -20,6 +21,7 @@ WORDS = {
     "a valid integer": "a whole number",
     "a valid number": "a number",
     "a valid string": "text",
+    "a valid boolean": "true or false",
     "Value error, ": "",
 }
 """Pydantic's words → ours."""
@@ -38,11 +40,12 @@ def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix:
     for problem in error.errors(include_url=False):
         path = tuple(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            text = _unknown_key(path, root)
+            text = _unknown_key(path, root, problem["input"])
         elif problem["type"] == "told":
             text = problem["msg"]
         else:
-            text = f"got {shortened(problem['input'])}; {_allowed(problem)}"
+            key = ".".join(prefix + path)
+            text = f"got {shortened(problem['input'])}; {_allowed(problem, key)}"
         lines.append(line(".".join(prefix + path), text, where))
     return "\n".join(dict.fromkeys(lines))
 
@@ -58,14 +61,19 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _unknown_key(path: Sequence[str], root: type[BaseModel]) -> str:
-    """Name the nearest key of the section, or else the key of that very name in another section."""
-    known = sorted(_section(root, path[:-1]).model_fields)
-    hint = nearest(path[-1], known)
-    elsewhere = [key for key in _keys(root().model_dump(mode="json")) if key.endswith(f".{path[-1]}")]
-    if hint == "." and len(elsewhere) == 1:
-        hint = f"; did you mean {elsewhere[0]!r}?"
-    return f"unknown{hint} Keys here: {', '.join(known)}"
+def _unknown_key(path: Sequence[str], root: type[BaseModel], value: Any) -> str:
+    """Say which key is meant: of this section, of another one, or by a word of other tools."""
+    section = _section(root, path[:-1])
+    above = ".".join(path[:-1])
+    known = [*keys_of(root), *(f"{above}.{key}".lstrip(".") for key in section.model_fields)]
+    hint = hints.for_key(".".join(path), value, dict.fromkeys(known), above)
+    return f"unknown{hint} Keys here: {', '.join(sorted(section.model_fields))}"
+
+
+def keys_of(root: type[BaseModel]) -> list[str]:
+    """Return the dotted keys of a config, with the options of all methods and partitions if it has these."""
+    own = list(_keys(root().model_dump(mode="json")))
+    return [*own, *hints.option_keys()] if "method" in root.model_fields else own
 
 
 def _section(root: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
@@ -86,10 +94,10 @@ def _keys(tree: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield from _keys(value, f"{above}{key}.")
 
 
-def _allowed(problem: Any) -> str:
+def _allowed(problem: Any, key: str) -> str:
     text = str(problem["msg"])
     for theirs, ours in WORDS.items():
         text = text.replace(theirs, ours)
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
         text += nearest(problem["input"], re.findall("'(.+?)'", problem["ctx"]["expected"])).rstrip(".")
-    return text
+    return text + hints.for_value(key, problem["input"], problem["type"])

@@ -24,7 +24,15 @@ from fedray.errors import ConfigError, unknown
 from fedray.experiment import yaml
 from fedray.experiment.config import RunConfig
 from fedray.experiment.messages import Where, line, shortened
-from fedray.experiment.overrides import CHOICES, Tree, base_of, origin, override_tree, parse_overrides
+from fedray.experiment.overrides import (
+    CHOICES,
+    SECTIONS,
+    Tree,
+    base_of,
+    origin,
+    override_tree,
+    parse_overrides,
+)
 from fedray.experiment.placement import import_ray
 from fedray.experiment.tune_config import TuneConfig, comparison_problems, tune_config
 
@@ -266,8 +274,13 @@ def _of_points(problem: str, labels: Sequence[str], points: int) -> str:
 
 
 def _verb(key: str, spec: Any, where: Where) -> tuple[str, list[Any]]:
+    inner = _dotted(key, spec)
+    if inner:
+        text = f"got {shortened(spec)}; write the key with its dots: {', '.join(inner)}"
+        raise ConfigError(line(f"space.{key}", text, where))
     if not isinstance(spec, Mapping) or len(spec) != 1:
-        text = f"got {shortened(spec)}; write one verb and its list, e.g. {{grid: [1, 2]}}"
+        example = shortened(spec) if isinstance(spec, list) and spec else "[1, 2]"
+        text = f"got {shortened(spec)}; write one verb and its list, e.g. {{grid: {example}}}"
         raise ConfigError(line(f"space.{key}", text, where))
     ((verb, arguments),) = spec.items()
     if verb not in VERBS:
@@ -276,6 +289,21 @@ def _verb(key: str, spec: Any, where: Where) -> tuple[str, list[Any]]:
         text = f"got {shortened(arguments)}; must be a list with something in it"
         raise ConfigError(line(f"space.{key}.{verb}", text, where))
     return verb, arguments
+
+
+def _dotted(key: str, spec: Any) -> list[str]:
+    """Return the entries of a key of `space` that is a section: each as it is to be written."""
+    found = []
+    for name, inner in spec.items() if isinstance(spec, Mapping) and not set(spec) & set(VERBS) else ():
+        dotted = f"{key}.{name}"
+        if isinstance(inner, Mapping) and len(inner) == 1 and set(inner) <= set(VERBS):
+            ((verb, arguments),) = inner.items()
+            found.append(f"{dotted}: {{{verb}: {shortened(arguments)}}}")
+        elif isinstance(inner, Mapping):
+            found += _dotted(dotted, inner)
+        elif isinstance(inner, list) and inner and key in SECTIONS:
+            found.append(f"{dotted}: {{grid: {shortened(inner)}}}")
+    return found
 
 
 def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:

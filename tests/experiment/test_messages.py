@@ -64,19 +64,107 @@ method.scorers (x.yaml): fedavg has no such option; snip, ceafl can have it. Key
 $ data.partition.kind=dirichlet  data.partition.alfa=1
 data.partition.alfa (x.yaml): dirichlet has no such option; did you mean 'alpha'? Keys here: alpha, kind
 
+# words of other tools
+
+$ density=0.1
+density (x.yaml): unknown; did you mean 'method.density'? Keys here: checkpoint_every, …
+
+$ clients.lr=0.1
+clients.lr (x.yaml): unknown; did you mean 'method.lr'? Keys here: actors, …
+
+$ method.name=snip  method.sparsity=0.9
+method.sparsity (x.yaml): snip has no such option; did you mean 'method.density' (density = 1 − sparsity:
+method.density=0.1)? Keys here: batch_size, …
+
+$ sparsity=0.75
+sparsity (x.yaml): unknown; did you mean 'method.density' (density = 1 − sparsity: method.density=0.25)? Keys
+here: …
+
+$ method.learning_rate=0.1
+method.learning_rate (x.yaml): fedavg has no such option; did you mean 'method.lr'? Keys here: batch_size, …
+
+$ learning-rate=0.1
+learning-rate (x.yaml): unknown; did you mean 'method.lr'? Keys here: …
+
+$ method.cohort=3
+method.cohort (x.yaml): fedavg has no such option; did you mean 'clients.cohort'? Keys here: …
+
+$ clients.num_clients=3
+clients.num_clients (x.yaml): unknown; did you mean 'clients.population'? Keys here: …
+
+$ clients.fraction_fit=0.1
+clients.fraction_fit (x.yaml): unknown; did you mean 'clients.cohort' (a number of clients: share ×
+clients.population)? Keys here: …
+
+$ num_rounds=3
+num_rounds (x.yaml): unknown; did you mean 'rounds'? Keys here: …
+
+$ epochs=0.5
+epochs (x.yaml): unknown; did you mean 'method.local_epochs' (of a client in a round; rounds says how many
+rounds), or, for part of an epoch, 'method.steps'? Keys here: …
+
+$ data.dataset=mnist
+data.dataset (x.yaml): unknown; did you mean 'data.name'? Keys here: …
+
+$ data.alpha=0.1
+data.alpha (x.yaml): unknown; did you mean 'data.partition.alpha'…
+
+$ clients.gpus=1
+clients.gpus (x.yaml): unknown; did you mean 'clients.resources.gpu'? Keys here: …
+
+$ device=cuda
+device (x.yaml): unknown; did you mean 'clients.devices' (the simulated devices; for a GPU of this machine
+set clients.resources.gpu=1)? Keys here: …
+
+# other notations
+
+$ method.local_epochs=0.5
+method.local_epochs (x.yaml): got 0.5; must be a whole number; for part of an epoch set method.steps, e.g.
+method.steps=10
+
+$ rounds=1e3
+rounds (x.yaml): got 1000.0; must be a whole number; write rounds=1000
+
+$ rounds=1_000
+rounds (x.yaml): got '1_000'; must be a whole number; write rounds=1000
+
+$ rounds=2.5
+rounds (x.yaml): got 2.5; must be a whole number
+
+$ clients.deadline_s=1:30
+clients.deadline_s (x.yaml): got '1:30'; must be a number; write clients.deadline_s=90
+
+$ clients.dropout=5%
+clients.dropout (x.yaml): got '5%'; must be a number; write clients.dropout=0.05
+
+$ prune_first=off
+prune_first (x.yaml): got 'off'; must be true or false; write prune_first=false
+
+$ prune_last=1
+prune_last (x.yaml): got 1; must be true or false; write prune_last=true
+
+$ model=off
+model (x.yaml): unknown model 'off'. Known: cnn, …
+
+$ model=true
+model (x.yaml): got True; must be text; known: cnn, …
+
+$ data.name=
+data.name (x.yaml): got None; must be text; known: cifar10, …
+
 # types
 
 $ rounds=ten
 rounds (x.yaml): got 'ten'; must be a whole number
 
 $ rounds="3"
-rounds (x.yaml): got '3'; must be a whole number
+rounds (x.yaml): got '3'; must be a whole number; write rounds=3
 
 $ rounds=true
 rounds (x.yaml): got True; must be a whole number
 
 $ rounds=3.0
-rounds (x.yaml): got 3.0; must be a whole number
+rounds (x.yaml): got 3.0; must be a whole number; write rounds=3
 
 $ rounds=
 rounds (x.yaml): got None; must be a whole number
@@ -85,16 +173,17 @@ $ seed.x=3
 seed (x.yaml): got {'x': 3}; must be a whole number
 
 $ model=3
-model (x.yaml): got 3; must be text
+model (x.yaml): got 3; must be text; known: cnn, …
 
 $ method.lr="0.1"
-method.lr (x.yaml): got '0.1'; must be a number
+method.lr (x.yaml): got '0.1'; must be a number; write method.lr=0.1
 
 $ method.batch_size=true
 method.batch_size (x.yaml): got True; must be a whole number
 
 $ data.partition.kind=shards  data.partition.classes_per_client="2"
-data.partition.classes_per_client (x.yaml): got '2'; must be a whole number
+data.partition.classes_per_client (x.yaml): got '2'; must be a whole number; write
+data.partition.classes_per_client=2
 
 $ clients.devices=phone
 clients.devices (x.yaml): got 'phone'; must be a mapping of keys to values
@@ -112,6 +201,9 @@ $ imports=[3]
 imports.0 (x.yaml): got 3; must be text
 
 # ranges
+
+$ seed=18446744073709551616
+seed (x.yaml): got 18446744073709551616; must be less than or equal to 18446744073709551615
 
 $ rounds=0
 rounds (x.yaml): got 0; must be greater than 0

@@ -278,7 +278,7 @@ tune: {scheduler: ashaa}
 tune.scheduler (x.yaml): got 'ashaa'; must be 'fifo' or 'asha'; did you mean 'asha'?
 
 tune: {concurrent: "2"}
-tune.concurrent (x.yaml): got '2'; must be a whole number
+tune.concurrent (x.yaml): got '2'; must be a whole number; write tune.concurrent=2
 
 tune: {reduction: 1}
 tune.reduction (x.yaml): got 1; must be greater than or equal to 2
@@ -336,3 +336,28 @@ def test_the_message_says_what_an_override_broke(refused):
     assert refused("", "tune.seed=x") == "tune.seed (override): got 'x'; must be a whole number"
     assert refused("", "tune=3") == "tune (override): got 3; must be a mapping of keys to values"
     assert refused("", "space.seed=3").startswith("space.seed (override): got 3; write one verb")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("{method: {lr: {grid: [0.1, 0.2]}}}", "write the key with its dots: method.lr: {grid: [0.1, 0.2]}"),
+        (
+            "{method: {lr: [0.1], steps: {choice: [1, 2]}}}",
+            "write the key with its dots: method.lr: {grid: [0.1]}, method.steps: {choice: [1, 2]}",
+        ),
+        (
+            "{data: {partition: {alpha: {grid: [1, 2]}}}}",
+            "write the key with its dots: data.partition.alpha: {grid: [1, 2]}",
+        ),
+        ("{method.lr: [0.1, 0.2]}", "write one verb and its list, e.g. {grid: [0.1, 0.2]}"),
+    ],
+)
+def test_a_section_in_space_is_told_how_it_is_written(load, space, message):
+    with pytest.raises(ConfigError) as caught:
+        load(f"space: {space}")
+    assert message in str(caught.value)
+
+
+def test_a_section_with_a_verb_is_a_choice_among_whole_sections(load):
+    assert len(load("space: {method: {grid: [{name: fedavg}, {lr: 0.2}]}}").points) == 2
