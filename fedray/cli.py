@@ -208,17 +208,22 @@ def models(imports: Import = None) -> None:
     """List the models, with their sizes on each data set."""
     _import(imports)
     from fedray.data import DATASETS
-    from fedray.models import MODELS, build_model
+    from fedray.models import MODELS, build_model, refusal
 
     table = _table("model", "layers", "source", *(f"weights on {name}" for name in DATASETS))
     for name, architecture in MODELS.items():
-        sizes = [
-            "—"
-            if architecture.accepts(spec.input_shape)
-            else f"{build_model(name, spec.input_shape, spec.num_classes).layout.size:,}"
-            for spec in DATASETS.values()
-        ]
-        table.add_row(name, architecture.summary, architecture.source, *sizes)
+        sizes, faults = [], []
+        for spec in DATASETS.values():
+            if refusal(architecture, spec.input_shape):
+                sizes.append("—")
+                continue
+            try:
+                sizes.append(f"{build_model(name, spec.input_shape, spec.num_classes).layout.size:,}")
+            except ConfigError as error:
+                sizes.append("broken")
+                faults.append(str(error))
+        summary = f"{architecture.summary}\n{faults[0]}" if faults else architecture.summary
+        table.add_row(name, _escape(summary), architecture.source, *sizes)
     out.print(table)
 
 

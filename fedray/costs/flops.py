@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from fedray.randomness import borrowed
 from fedray.types import Exploits, Layout, Mask
 
+PROBES = 2
+"""Examples that a model is traced with."""
 CACHED_MASKS = 4096
 """How many masks' counts a model remembers, at some 300 bytes each."""
 
@@ -56,7 +58,7 @@ class FlopModel:
 
     @classmethod
     def trace(cls, module: nn.Module, input_shape: tuple[int, int, int], layout: Layout) -> "FlopModel":
-        """Count positions by sending one example through a copy of the module.
+        """Count positions by sending two examples through a copy of the module, which may need two.
 
         Args:
             module: takes images (n, channels, height, width). On the CPU; tensors without values (on the meta
@@ -82,18 +84,18 @@ class FlopModel:
             if name not in layout.spans:
                 raise ValueError(f"{name} is in the module, not in the layout; give the module's own layout")
             # a layer that is used twice, or shares its weight with another, counts twice
-            counted[name] = counted.get(name, 0) + output.numel() // layer.weight.shape[0]
+            counted[name] = counted.get(name, 0) + output.numel() // layer.weight.shape[0] // PROBES
 
         for layer in probe.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.register_forward_hook(count)
         exits: dict[str, int] = {}
         with torch.no_grad(), borrowed(0):
-            probe(torch.zeros(1, *input_shape))
+            probe(torch.zeros(PROBES, *input_shape))
             positions = dict(counted)
             for path in getattr(probe, "exits", ()):
                 counted.clear()
-                x = torch.zeros(1, *input_shape)
+                x = torch.zeros(PROBES, *input_shape)
                 for name in path:
                     x = probe.get_submodule(name)(x)
                 exits |= {name: n for name, n in counted.items() if name not in positions}

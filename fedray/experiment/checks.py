@@ -1,6 +1,7 @@
 """Whether the parts of a config fit each other. Costs no process, and writes nothing."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from fedray.data.datasets import set_aside
 from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
 from fedray.federation.method import Setting
-from fedray.models import MODELS, build_model
+from fedray.models import MODELS, ModelSpec, broken, build_model, refusal
 
 if TYPE_CHECKING:
     from fedray.experiment.config import ResourcesConfig, RunConfig
@@ -102,11 +103,15 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
     if config.data.name not in DATASETS:
         return
     spec: DatasetSpec = DATASETS[config.data.name]
-    reason = MODELS[config.model].accepts(spec.input_shape)
+    reason = refusal(MODELS[config.model], spec.input_shape)
     if reason:
         yield "model", f"{config.model} does not take {config.data.name}: {reason}"
         return
-    size = config.build_model(spec.input_shape, spec.num_classes).layout.size
+    model, fault = _built(config, spec)
+    if model is None:
+        yield "model", fault
+        return
+    size = model.layout.size
     for name in config.clients.devices:
         try:
             device = devices.profile(name)
@@ -121,15 +126,27 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
             )
 
 
+def _built(config: "RunConfig", spec: DatasetSpec) -> tuple[ModelSpec | None, str]:
+    """Return the model of a config if it can be trained; else None, and what is wrong with it."""
+    try:
+        model = config.build_model(spec.input_shape, spec.num_classes)
+        fault = broken(model)
+    except ConfigError as error:
+        return None, str(error).removeprefix("model: ")
+    return (model, "") if fault is None else (None, fault)
+
+
 def _norm(config: "RunConfig") -> Iterator[Problem]:
     spec = DATASETS.get(config.data.name)
     if config.norm == "average" or spec is None:
         return
 
     def has_batch_norm(model: str) -> bool:
-        return bool(build_model(model, spec.input_shape, spec.num_classes).norms.names)
+        with suppress(ConfigError):  # a broken entry says so where it is asked for
+            return bool(build_model(model, spec.input_shape, spec.num_classes).norms.names)
+        return False
 
-    able = [name for name, other in MODELS.items() if other.accepts(spec.input_shape) is None]
+    able = [name for name, other in MODELS.items() if refusal(other, spec.input_shape) is None]
     if config.model in able and not has_batch_norm(config.model):
         yield (
             "norm",
@@ -155,10 +172,12 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     if method.optimizer == "adam" and method.momentum:
         yield "method.momentum", f"{method.momentum:g}, but Adam has moments of its own; set it to 0"
     spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
-    if spec is None or architecture is None or architecture.accepts(spec.input_shape):
+    if spec is None or architecture is None or refusal(architecture, spec.input_shape):
         return  # already reported
     clients = config.clients
-    model = config.build_model(spec.input_shape, spec.num_classes)
+    model, _ = _built(config, spec)
+    if model is None:
+        return  # already reported
     problem = method.check(Setting(model, clients.population, clients.cohort, config.rounds))
     if problem:
         yield "method", problem

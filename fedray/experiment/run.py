@@ -18,8 +18,9 @@ import numpy as np
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, Dataset, Examples, Splits, split
+from fedray.data.partition import Partition
 from fedray.durable import local_path, shown
-from fedray.errors import ConfigError, FedrayError, RunError
+from fedray.errors import ConfigError, DataError, FedrayError, RunError
 from fedray.experiment import checkpoint as stored
 from fedray.experiment.checkpoint import Stored
 from fedray.experiment.config import RunConfig
@@ -31,10 +32,12 @@ from fedray.experiment.placement import pool_for
 from fedray.experiment.provenance import declared, run_tags
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.federation.client import TWO
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
 from fedray.federation.server import Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
+from fedray.models import ModelSpec
 from fedray.randomness import borrowed, generator, seed_sequence
 from fedray.types import RoundReport
 
@@ -110,6 +113,7 @@ class Federation:
             clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
         )
         model = config.build_model(dataset.input_shape, dataset.num_classes)
+        _check_pairs(config, model, partition)
         place = Workplace(
             model=model,
             flops=FlopModel.trace(model.bind(model.init(seed).flat), dataset.input_shape, model.layout),
@@ -437,6 +441,25 @@ def _module(federation: Federation, files: RunFiles) -> Any:
 
 # ── small things
 # ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_pairs(config: RunConfig, model: ModelSpec, partition: Partition) -> None:
+    """Refuse clients that a model which needs two examples cannot be trained on.
+
+    Raises:
+        ConfigError: if batches are of one example.
+        DataError: if clients have a single one.
+    """
+    if "train" not in model.pairs:
+        return
+    if config.method.options.batch_size == 1:
+        raise ConfigError(f"method.batch_size: 1, but {model.name} cannot be trained on one example; {TWO}")
+    alone = np.flatnonzero(np.asarray(partition.sizes) == 1)
+    if len(alone):
+        raise DataError(
+            f"data.partition: {len(alone):,} client(s) have one example (clients {alone[:10].tolist()}); "
+            f"{model.name} cannot be trained on one: {TWO}"
+        )
 
 
 def _rows(examples: Examples, rows: np.ndarray) -> Examples:

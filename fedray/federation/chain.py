@@ -12,7 +12,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from fedray.models.channels import is_sequence
+
 relu_backward = torch.ops.aten.threshold_backward
+
+
+def _is_flattening(layer: nn.Module) -> bool:
+    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 class LinearChain:
@@ -29,9 +35,10 @@ class LinearChain:
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
         """Return the chain that a module is, or None if it is something else."""
-        if not isinstance(module, nn.Sequential):
+        if not is_sequence(module) or any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
             return None
-        layers = [layer for layer in module if not isinstance(layer, nn.Flatten)]
+        assert isinstance(module, nn.Sequential)
+        layers = [layer for layer in module if not _is_flattening(layer)]
         linear, between = layers[::2], layers[1::2]
         is_chain = len(layers) % 2 == 1 and all(type(layer) is nn.ReLU for layer in between)
         found = [layer for layer in linear if type(layer) is nn.Linear and layer.bias is not None]

@@ -17,11 +17,18 @@ import torch
 from torch import Tensor
 
 from fedray.errors import MethodError
-from fedray.federation.engine import Engine, Forward, Loss, Outcome, Step, Training, View
+from fedray.federation.engine import Engine, Forward, Loss, Outcome, Step, Training, View, cut
 from fedray.models.spec import ModelSpec
 from fedray.types import ClientInfo, ClientUpdate, Mask, Params, Task
 
 __all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "Step", "norm_statistics"]
+
+
+TWO = (
+    "it normalises over the batch (BatchNorm1d, or a single value for each channel), or drops a dimension of "
+    "size 1: give each client two examples or more, take method.batch_size of 2 or more, or another model"
+)
+"""What a model that needs two examples asks for."""
 
 
 @dataclass
@@ -129,12 +136,12 @@ class Client:
             The trained weights, in memory of their own.
 
         Raises:
-            MethodError: if both epochs and steps are given, or the client has no examples.
+            MethodError: if both epochs and steps are given, or the client has no examples, or fewer than the
+                model can be trained on.
         """
         if epochs is not None and steps is not None:
             raise MethodError("client.sgd takes epochs or steps, not both")
-        if not self.num_examples:
-            raise MethodError(f"client {self.id} has no examples to train on")
+        self._check_examples()
         started = time.perf_counter()
         training, rate = self._training, self.lr if lr is None else lr
         plain = loss is None and on_grad is None and view is None and forward is None
@@ -180,14 +187,15 @@ class Client:
             loss: instead of the cross-entropy of the logits.
             batches: look at so many batches of the method's size, drawn at random; None: at all examples.
         """
+        self._check_examples()
         started = time.perf_counter()
         self._engine.load(params, mask)
         self._engine.module.train()
         total, seen = torch.zeros(self._engine.layout.size), 0
-        size = self._training.batch_size
-        parts: Iterator[Tensor] = iter(torch.split(torch.arange(self.num_examples), size))
+        whole = self._cut(torch.arange(self.num_examples))
+        parts: Iterator[Tensor] = iter(whole)
         if batches is not None:
-            parts = self._batches(self.rng, None, min(batches, -(-self.num_examples // size)))
+            parts = self._batches(self.rng, None, min(batches, len(whole)))
         for rows in parts:
             x, y = self._batch(rows)
             _, grads = self._engine.gradient(x, y, 0, loss)
@@ -217,15 +225,28 @@ class Client:
         """Yield rows of each batch: of so many epochs or steps, or of as many as the method's options say."""
         if epochs is None and steps is None:
             epochs, steps = self._training.local_epochs, self._training.steps
-        size, given = self._training.batch_size, steps is not None
+        given = steps is not None
         left, passes = steps or 0, epochs or 0
         while left > 0 if given else passes > 0:
-            for rows in torch.split(torch.from_numpy(rng.permutation(self.num_examples)), size):
+            for rows in self._cut(torch.from_numpy(rng.permutation(self.num_examples))):
                 if given and left == 0:
                     return
                 yield rows
                 left -= 1
             passes -= 1
+
+    def _cut(self, rows: Tensor) -> list[Tensor]:
+        """Cut rows into batches of the method's size; none is of one example if the model needs two."""
+        return cut(rows, self._training.batch_size, pairs="train" in self.model.pairs)
+
+    def _check_examples(self) -> None:
+        if not self.num_examples:
+            raise MethodError(f"client {self.id} has no examples to train on")
+        if "train" in self.model.pairs and min(self.num_examples, self._training.batch_size) == 1:
+            raise MethodError(
+                f"{self.model.name} cannot be trained on one example at a time, and client {self.id} has "
+                f"{self.num_examples} with method.batch_size={self._training.batch_size}; {TWO}"
+            )
 
     def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         # index_select gathers rows about twice as fast as indexing does

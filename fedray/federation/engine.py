@@ -78,6 +78,20 @@ class Training(Protocol):
     def weight_decay(self) -> float: ...
 
 
+def cut(rows: Tensor, size: int, *, pairs: bool) -> list[Tensor]:
+    """Cut rows into batches of `size`, the last one shorter.
+
+    Args:
+        rows: (n, …).
+        size: of a batch.
+        pairs: whether the model needs two examples. A last batch of one is then joined to the one before.
+    """
+    parts = list(torch.split(rows, size))
+    if pairs and len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
 class Engine:
     """One model in working memory, bound to one flat vector; a worker has one and reuses it for every client.
 
@@ -181,7 +195,7 @@ class Engine:
         """
         weights = self.leaves if view is None else dict(view(self.leaves))
         features: list[Tensor] = []
-        with self._classifier_input(features) if loss is not None else nullcontext():
+        with self._classifier_input(features) if loss is not None and self.model.has_head else nullcontext():
             if forward is not None:
                 logits = forward(self.module, weights, x)
             elif view is not None:
@@ -190,7 +204,7 @@ class Engine:
                 logits = self.module(x)
         if loss is None:
             value = cross_entropy(logits, y)
-        else:  # a way of computing logits that goes past the classifier has no features
+        else:  # without a classifier, or where logits are computed past it, there are no features
             seen = features[-1] if features else logits
             value = loss(Step(x, y, logits, seen, self.leaves, index))
         grads = torch.autograd.grad(value, tuple(self.leaves.values()), materialize_grads=True)
@@ -230,16 +244,22 @@ class Engine:
         self.module.eval()
         for name, norm in self._tracked:
             norm.train(not bool(mask[f"{name}.running_var"].any()))
-        logits = [self.module(self.batch(part)).cpu() for part in torch.split(x, batch)]
-        losses = [
-            cross_entropy(out, t, reduction="none")
-            for out, t in zip(logits, torch.split(y, batch), strict=True)
-        ]
+        by_batch = any(norm.training for _, norm in self._tracked)
+        pairs = bool(self.model.pairs & ({"train", "eval"} if by_batch else {"eval"}))
+        parts = cut(x, batch, pairs=pairs)
+        logits = [self._logits(part, pairs=pairs) for part in parts]
+        labels = torch.split(y, [len(part) for part in parts])
+        losses = [cross_entropy(out, t, reduction="none") for out, t in zip(logits, labels, strict=True)]
         right = [
             (out.argmax(1) == t) & ~out.isnan().any(1)  # argmax takes NaN for the largest
-            for out, t in zip(logits, torch.split(y, batch), strict=True)
+            for out, t in zip(logits, labels, strict=True)
         ]
         return Outcome(torch.cat(right).numpy(), torch.cat(losses).numpy())
+
+    def _logits(self, x: Tensor, *, pairs: bool) -> Tensor:
+        """Return the logits of a batch; a single example that the model cannot take goes in twice."""
+        logits: Tensor = self.module(self.batch(x.repeat(2, 1, 1, 1) if pairs and len(x) == 1 else x))
+        return logits[: len(x)].cpu()
 
     @torch.no_grad()
     def statistics(self, params: Params, mask: Mask, x: Tensor, batch: int) -> Tensor:
@@ -250,7 +270,7 @@ class Engine:
         self.load(params, mask)
         self.module.eval()
         seen = 0
-        for part in torch.split(x, batch):
+        for part in cut(x, batch, pairs="train" in self.model.pairs):
             seen += len(part)
             for _, norm in self._tracked:
                 norm.train()

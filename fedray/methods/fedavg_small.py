@@ -38,7 +38,8 @@ class FedAvgSmall(Method):
     def check(self, setting: Setting) -> str | None:
         """Refuse models that cannot be made so narrow."""
         model = setting.model
-        return cannot_narrow(model.name, model.layout, model.channel_groups, self.density)
+        groups, why = model.channel_groups, model.without_channels
+        return cannot_narrow(model.name, model.layout, groups, self.density, why)
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Keep the first channels of each layer, in the scale that a model of that width starts from."""

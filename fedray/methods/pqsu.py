@@ -97,7 +97,8 @@ class PQSU(Method):
     def check(self, setting: Setting) -> str | None:
         """Refuse models without channels, or without as few as asked for."""
         model = setting.model
-        return cannot_narrow(model.name, model.layout, model.channel_groups, self.density or 1.0)
+        groups, why = model.channel_groups, model.without_channels
+        return cannot_narrow(model.name, model.layout, groups, self.density or 1.0, why)
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data, rank channels by their L1 norm, keep the best of each layer."""

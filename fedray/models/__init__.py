@@ -8,6 +8,7 @@ Your own network is an `Architecture` too; pass `{**MODELS, "mine": Architecture
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from fedray.errors import ConfigError, unknown
 from fedray.models.cnn import CNN, CONV2
@@ -17,9 +18,20 @@ from fedray.models.mlp import MLP, MLP_WIDE
 from fedray.models.norms import Norm
 from fedray.models.resnet import RESNET18
 from fedray.models.spec import Architecture, InputShape, ModelSpec, layout_of
+from fedray.models.trial import fault
 from fedray.models.vgg import VGG11, VGG19_BN
 
-__all__ = ["MODELS", "Architecture", "InputShape", "ModelSpec", "Norm", "build_model", "layout_of"]
+__all__ = [
+    "MODELS",
+    "Architecture",
+    "InputShape",
+    "ModelSpec",
+    "Norm",
+    "broken",
+    "build_model",
+    "layout_of",
+    "refusal",
+]
 
 MODELS: dict[str, Architecture] = {
     "mlp": MLP,
@@ -34,6 +46,30 @@ MODELS: dict[str, Architecture] = {
     "fedlp_cnn_exits": FEDLP_CNN_EXITS,
 }
 """Name in a config → architecture."""
+OURS = frozenset(MODELS.values())
+"""Those of the package, which its tests train."""
+
+
+def refusal(architecture: Architecture, input_shape: InputShape) -> str | None:
+    """Return why an architecture does not take such inputs, or None; an error in `accepts` is a reason."""
+    try:
+        return architecture.accepts(input_shape)
+    except Exception as error:
+        return f"its `accepts` raised {type(error).__name__}: {error}"
+
+
+def broken(spec: ModelSpec) -> str | None:
+    """Return why a model that a user wrote cannot be trained; None if it can, or if it is one of ours."""
+    if spec.architecture in OURS:
+        return None
+    return _fault(spec.architecture, spec.name, spec.input_shape, spec.num_classes, spec.norm)
+
+
+@lru_cache(maxsize=64)
+def _fault(
+    architecture: Architecture, name: str, input_shape: InputShape, num_classes: int, norm: Norm
+) -> str | None:
+    return fault(ModelSpec.of(name, architecture, input_shape, num_classes, norm=norm))
 
 
 def build_model(
@@ -63,8 +99,8 @@ def build_model(
     if name not in models:
         raise ConfigError(f"model: {unknown('model', name, models)}")
     architecture = models[name]
-    if reason := architecture.accepts(input_shape):
-        able = ", ".join(n for n, other in models.items() if other.accepts(input_shape) is None)
+    if reason := refusal(architecture, input_shape):
+        able = ", ".join(n for n, other in models.items() if refusal(other, input_shape) is None)
         raise ConfigError(
             f"model: {reason}. Models that take {'×'.join(map(str, input_shape))}: {able or 'none'}"
         )

@@ -32,21 +32,26 @@ CACHED_MASKS = 8
 """Of how many masks the shared part is remembered, the latest ones."""
 
 
-def batch_norms(module: nn.Module) -> list[tuple[str, nn.BatchNorm1d | nn.BatchNorm2d]]:
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+def batch_norms(module: nn.Module) -> list[tuple[str, BatchNorm]]:
     """Return the BatchNorm layers of a module with their dotted names."""
-    return [(n, m) for n, m in module.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    return [(n, m) for n, m in module.named_modules() if isinstance(m, BATCH_NORMS)]
 
 
 def under_policy(module: nn.Module, norm: Norm) -> nn.Module:
     """Return a newly built module as a policy wants it; it is changed in place.
 
     Raises:
-        ConfigError: if a BatchNorm1d was to become a GroupNorm.
+        ConfigError: if a BatchNorm of another kind than BatchNorm2d was to become a GroupNorm.
     """
     for name, layer in batch_norms(module):
         if norm == "group":
-            if isinstance(layer, nn.BatchNorm1d):
-                raise ConfigError(f"norm: group replaces BatchNorm2d only, and {name} is a BatchNorm1d")
+            if not isinstance(layer, nn.BatchNorm2d):
+                kind = type(layer).__name__
+                raise ConfigError(f"norm: group replaces BatchNorm2d only, and {name} is a {kind}")
             parent, _, own = name.rpartition(".")
             setattr(module.get_submodule(parent), own, _group_norm(layer))
         elif norm == "static":

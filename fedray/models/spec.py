@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from fedray.errors import ConfigError
-from fedray.models.channels import Chains, channel_groups, sequential
+from fedray.errors import ConfigError, FedrayError
+from fedray.models.channels import Chains, channel_groups, not_followed, sequential, shared_parameters
 from fedray.models.norms import Norm, Norms, under_policy
 from fedray.randomness import borrowed
 from fedray.types import ChannelGroup, Layout, Params
@@ -34,7 +38,7 @@ class Architecture:
         source: who published it.
         summary: its layers in one line.
         chains: where its channels can be followed from layer to layer, for structured pruning. The default
-            knows `nn.Sequential`, nested or not.
+            knows `nn.Sequential`, nested or not. A flattening belongs into a chain too, as `nn.Flatten()`.
     """
 
     build: Callable[[InputShape, int], nn.Module]
@@ -91,23 +95,63 @@ class ModelSpec:
             prune_last: whether those of the last one (the classifier) may be pruned.
 
         Raises:
-            ConfigError: if the module holds floating-point tensors that are not float32, or if the policy
-                does not fit it.
+            ConfigError: if it cannot be built, if the module holds what cannot lie in one float32 vector, or
+                if the policy does not fit it.
         """
-        module = _build(architecture, input_shape, num_classes, norm, seed=0)
+        try:
+            module = _build(architecture, input_shape, num_classes, norm, seed=0)
+        except FedrayError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"model: {name} cannot be built for images of {'×'.join(map(str, input_shape))} and "
+                f"{num_classes} classes: {type(error).__name__}: {error}{_place(error)}"
+            ) from error
         layout = layout_of(module, prune_first=prune_first, prune_last=prune_last)
+        if not layout.names:
+            raise ConfigError(f"model: {name} has no parameters, so there is nothing to train")
         empty = {n: torch.empty(layout.shape_of[n], device="meta") for n in layout.names}
         return cls(name, input_shape, num_classes, architecture, layout, _with_tensors(module, empty), norm)
 
     @cached_property
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
         """The channels that can be taken out as a whole; empty where none can be told apart."""
-        return channel_groups(self.architecture.chains(self.module))
+        return channel_groups(self.architecture.chains(self.module), shared_parameters(self.module))
+
+    @cached_property
+    def without_channels(self) -> str:
+        """Why there are no channels that can be taken out; of interest where there are none."""
+        return not_followed(self.module, self.architecture.chains(self.module))
 
     @cached_property
     def norms(self) -> Norms:
         """Where its batch normalisation lies, and what of it is shared."""
         return Norms.of(self.module, self.layout, self.norm)
+
+    @cached_property
+    def pairs(self) -> frozenset[str]:
+        """In which modes, `train` and `eval`, the model needs two examples at least.
+
+        BatchNorm1d fails on one, as does every normalisation with a single value for each channel; a
+        `squeeze` takes it for no batch at all.
+        """
+        found = set()
+        with borrowed(0), torch.no_grad():
+            module = self.bind(torch.zeros(self.layout.size))
+            for mode in ("train", "eval"):
+                try:
+                    logits = module.train(mode == "train")(torch.zeros(1, *self.input_shape))
+                    alone = logits.shape == (1, self.num_classes)
+                except Exception:  # whatever it is: with two examples the model works, see `trial`
+                    alone = False
+                if not alone:
+                    found.add(mode)
+        return frozenset(found)
+
+    @cached_property
+    def has_head(self) -> bool:
+        """Whether there is a linear layer that can be called the classifier."""
+        return any(isinstance(module, nn.Linear) for module in self.module.modules())
 
     @cached_property
     def head(self) -> str:
@@ -169,10 +213,14 @@ def layout_of(module: nn.Module, *, prune_first: bool = True, prune_last: bool =
     The flags are those of `ModelSpec.of`.
 
     Raises:
-        ConfigError: if a floating-point tensor is not float32.
+        ConfigError: if it is no module, if a tensor is not float32 or has no entries.
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"model: `build` returned {type(module).__name__}, not an nn.Module")
     named = list(_tensors(module))
     for name, tensor in named:
+        if not tensor.numel():
+            raise ConfigError(f"model: {name} of shape {tuple(tensor.shape)} has no entries; leave it out")
         if tensor.dtype != torch.float32:
             raise ConfigError(
                 f"model: {name} is {tensor.dtype}; a model is one float32 vector. Build it in torch.float32"
@@ -193,7 +241,38 @@ def _build(
 ) -> nn.Module:
     with borrowed(seed):
         torch.default_generator.manual_seed(seed)  # as it was before numpy's and Python's were seeded too
-        return under_policy(architecture.build(input_shape, num_classes), norm)
+        module = architecture.build(input_shape, num_classes)
+        if isinstance(module, nn.Module):
+            _initialise(module, input_shape)
+            module = under_policy(module, norm)
+        return module
+
+
+def _initialise(module: nn.Module, input_shape: InputShape) -> None:
+    """Give lazy modules their shapes, by a pass over empty images.
+
+    Raises:
+        ConfigError: if some parameters have none after it.
+    """
+    if not _lazy(module):
+        return
+    with torch.no_grad():
+        module.eval()(torch.zeros(2, *input_shape))
+    module.train()
+    if left := _lazy(module):
+        raise ConfigError(f"model: {left[0]} has no shape after a forward pass, in which it takes no part")
+
+
+def _lazy(module: nn.Module) -> list[str]:
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    return [name for name, tensor in tensors if is_lazy(tensor)]
+
+
+def _place(error: Exception) -> str:
+    """Return the file and line that raised an error."""
+    frames = list(walk_tb(error.__traceback__))
+    frame, line = frames[-1]
+    return f" ({Path(frame.f_code.co_filename).name}, line {line})"
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -214,4 +293,10 @@ def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
             nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new.data
         )
     # deepcopy takes what it finds in its memo as the copy: no weight is copied, and tied ones stay tied
-    return deepcopy(module, replaced)
+    try:
+        return deepcopy(module, replaced)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"model: {type(module).__name__} cannot be copied for each worker: {str(error).splitlines()[0]}. "
+            "A module may hold parameters, buffers and plain values, but no computed tensors, locks or files"
+        ) from error

@@ -125,7 +125,13 @@ def removed_entries(mask: Mask, groups: Sequence[ChannelGroup]) -> Tensor:
     return gone
 
 
-def cannot_narrow(model: str, layout: Layout, groups: Sequence[ChannelGroup], density: float) -> str | None:
+def cannot_narrow(
+    model: str,
+    layout: Layout,
+    groups: Sequence[ChannelGroup],
+    density: float,
+    why: str = "none go from one layer to the next",
+) -> str | None:
     """Return why no channels can be removed down to a density, beginning with the key to change; or None.
 
     Args:
@@ -133,12 +139,12 @@ def cannot_narrow(model: str, layout: Layout, groups: Sequence[ChannelGroup], de
         layout: its layout.
         groups: its channels.
         density: share of the prunable weights that shall be left; 1 asks for channels to remove, no more.
+        why: why it has none, if it has none.
     """
     if not groups:
         return (
-            f"model={model} has no channels that can be removed as a whole: none go from one layer to the "
-            "next without a sum or a GroupNorm between them. They do in mlp, lenet5, cnn, vgg11, and with "
-            "BatchNorm in vgg19_bn and resnet18"
+            f"model={model} has no channels that can be removed as a whole: {why}. There are some in mlp, "
+            "lenet5, cnn, vgg11, and with BatchNorm in vgg19_bn and resnet18"
         )
     narrowest = density_at(0, layout, groups)
     if narrowest > density:
@@ -209,7 +215,8 @@ def _shapes(
     shapes = {name: list(shape) for name, shape in layout.shape_of.items()}
     for group in groups:
         for name in group.rows:
-            shapes[name][0] = kept[group.name]
+            # a BatchNorm behind a flattening has several entries for each channel
+            shapes[name][0] = shapes[name][0] // group.size * kept[group.name]
         shapes[group.columns][1] -= (group.size - kept[group.name]) * group.spread
     return {name: tuple(shape) for name, shape in shapes.items()}
 

@@ -1,5 +1,6 @@
 """Channels read from the structure of a network: where they are found, where not, and that they are right."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -133,6 +134,102 @@ def test_a_layer_that_is_called_twice_has_no_channels_of_its_own() -> None:
         ("0", "2.weight", 1),
         ("2", "4.weight", 1),
     ]
+
+
+class Residual(nn.Sequential):
+    """A sequence that adds its input to what it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + super().forward(x)
+        return out
+
+
+class Doubled(nn.ReLU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x], 1)
+
+
+def tied() -> tuple[nn.Module, ...]:
+    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    second.weight = first.weight
+    return first, nn.ReLU(), second, nn.Linear(16, 3)
+
+
+def hooked() -> nn.Module:
+    layer = nn.ReLU()
+    layer.register_forward_hook(lambda module, args, output: output.flip(1))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layers", "where"),
+    [
+        ((nn.Linear(16, 6), Residual(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 3)), []),
+        ((nn.Linear(16, 6), nn.ReLU(), Residual(nn.Linear(6, 6)), nn.Linear(6, 3)), []),
+        ((nn.Linear(16, 6), Doubled(), nn.Linear(12, 3)), []),
+        ((nn.Linear(16, 6), hooked(), nn.Linear(6, 3)), []),
+        ((nn.Conv2d(1, 4, 3), nn.Flatten(2), nn.Linear(16, 3)), []),  # a channel is a row, not some columns
+        ((nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(8, 3)), []),  # takes in the last side of the image
+        ((nn.Linear(28, 4), nn.Flatten(), nn.Linear(112, 3)), []),  # of each row: channels come last
+        ((nn.Conv2d(1, 4, 3), nn.Unflatten(1, (2, 2)), nn.Flatten(1), nn.Linear(16, 3)), []),
+        (
+            (nn.Conv2d(1, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+            [0, 2],
+        ),
+    ],
+    ids=lambda value: "-".join(type(m).__name__ for m in value) if isinstance(value, tuple) else "",
+)
+def test_only_what_is_known_is_followed(layers: tuple[nn.Module, ...], where: list[int]) -> None:
+    assert [name for name, _, _ in groups_of(*layers)] == list(map(str, where))
+
+
+def test_layers_that_share_a_weight_have_no_channels() -> None:
+    architecture = Architecture(
+        lambda shape, classes: nn.Sequential(nn.Flatten(), *tied()), lambda shape: None, "made up", "tied"
+    )
+    assert ModelSpec.of("tied", architecture, small.SHAPE, 3).channel_groups == ()
+
+
+def test_normalisation_behind_a_flattening_goes_with_its_channel() -> None:
+    def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)
+        )
+
+    spec = ModelSpec.of("late", Architecture(build, lambda shape: None, "made up", ""), small.SHAPE, 3)
+    (group,) = spec.channel_groups
+    kept = torch.tensor([True, False, False, True])
+    mask = channel_mask(spec.layout, spec.channel_groups, {group.name: kept})
+    part = shrink(mask, spec.channel_groups)
+    assert part is not None
+    assert part.layout.shape_of["2.weight"] == (8,)
+    params, x = spec.init(0), torch.from_numpy(np.random.default_rng(0).random((5, *small.SHAPE), np.float32))
+    whole = spec.bind(params.masked(mask).flat)(x)
+    smaller = spec.shrunken(part.layout).bind(params.flat[part.index])(x)
+    torch.testing.assert_close(smaller, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (
+            lambda: nn.Sequential(
+                nn.Flatten(2), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3), nn.Flatten()
+            ),
+            "channels are not followed through Conv1d",
+        ),
+        (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(), Doubled()), "through Doubled, PReLU"),
+        (lambda: Residual(nn.Linear(16, 16)), "Residual is a class with a `forward` of its own"),
+        (lambda: nn.Sequential(nn.Linear(16, 3)), "none go from one layer to the next"),
+    ],
+)
+def test_the_reason_for_no_channels_is_the_right_one(build: Callable[[], nn.Module], why: str) -> None:
+    architecture = Architecture(lambda shape, classes: build(), lambda shape: None, "made up", "")
+    spec = ModelSpec.of("mine", architecture, small.SHAPE, 3)
+    said = cannot_narrow("mine", spec.layout, spec.channel_groups, 0.5, spec.without_channels)
+    assert said is not None
+    assert said.startswith("model=mine has no channels that can be removed as a whole: ")
+    assert why in said
 
 
 def test_a_module_of_ones_own_has_none_unless_it_says_where() -> None:
