@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,6 +127,33 @@ def rename(old: Path, new: Path) -> None:
     """
     old.rename(new)
     sync(new.parent)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give a finished folder the name of another, which goes; `restore_folder` mends what a crash leaves.
+
+    Raises:
+        OSError: if that cannot be done.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        rename(folder, old)
+    rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring back what `replace_folder` was about to replace when its process died."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        rename(old, folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 (hex) of each file below a folder, by relative name, in order."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def sync(folder: Path) -> None:

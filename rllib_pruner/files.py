@@ -13,17 +13,20 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
+from shutil import copyfile, rmtree
 from typing import Any
 
 from fedray import durable
 from fedray.durable import local_path, shown
-from fedray.errors import ConfigError
-from fedray.experiment import sealed
+from fedray.errors import ConfigError, RunError
+from fedray.experiment import sealed, yaml
 from fedray.experiment.directory import take
+from fedray.experiment.provenance import flatten
 from rllib_pruner.config import TrainConfig
 
 KEPT_CHECKPOINTS = 2
+DIGESTS = "digests.json"
+"""Of a checkpoint's other files."""
 
 Row = dict[str, float]
 """What an evaluation found: `iteration`, `env_steps`, `return` and `length` of episodes, and measures."""
@@ -46,7 +49,7 @@ class TrainFiles:
         files = cls(path)
         if not taken:
             take(files.path, "checkpoints", "training")
-        with files._writing("config.yaml") as place:
+        with files.writing("config.yaml") as place:
             sealed.write(place, config.to_tree())
         return files
 
@@ -65,20 +68,35 @@ class TrainFiles:
             raise ConfigError(
                 f"{path} is not the directory of a training: it has no config.yaml or checkpoints{hint}"
             )
-        return cls(path)
+        files = cls(path)
+        durable.restore_folder(files.policy)
+        return files
 
     def config(self) -> TrainConfig:
         """Read the config.
 
         Raises:
-            RunError: if it is not as it was written.
+            RunError: if it is not as it was written, with what differs from the newest checkpoint's.
         """
         place = self.path / "config.yaml"
-        return TrainConfig.from_tree(sealed.load(place), str(place))
+        problem = sealed.fault(place)
+        if problem is None:
+            return TrainConfig.from_tree(yaml.load(place), str(place))
+        newest = self.checkpoints()[:1]
+        copy = newest[0] / "config.yaml" if newest else place
+        was, now = flatten(yaml.load(copy)) if copy.is_file() else {}, flatten(yaml.load(place))
+        changed = [
+            f"{key}: {was.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} in config.yaml"
+            for key in dict.fromkeys((*was, *now))
+            if was and was.get(key) != now.get(key)
+        ]
+        raise RunError(
+            f"{place}: {problem}{': ' if changed else ''}{'; '.join(changed)}. Put the values back"
+        )
 
     def append(self, row: Row) -> None:
         """Add an evaluation, and see it onto the disk."""
-        with self._writing("progress.jsonl") as place:
+        with self.writing("progress.jsonl") as place:
             durable.append(place, durable.as_lines([row]))
 
     def progress(self) -> list[Row]:
@@ -89,20 +107,44 @@ class TrainFiles:
         """
         return durable.read_lines(self.path / "progress.jsonl")
 
-    def rewind(self, iteration: int) -> list[Row]:
-        """Forget evaluations after an iteration, which are made again; return those that stay."""
-        rows = [row for row in self.progress() if row["iteration"] <= iteration]
-        with self._writing("progress.jsonl") as place:
-            durable.replace(place, durable.as_lines(rows).encode())
-        return rows
+    def rewind(self) -> tuple[list[Row], Path | None]:
+        """Go back to the newest sound checkpoint: forget evaluations after it, which are made again.
+
+        Returns:
+            The evaluations that stay, and the checkpoint; none and None before the first.
+
+        Raises:
+            RunError: if there are checkpoints, or evaluations, but no sound checkpoint; nothing is changed.
+        """
+        rows = self.progress()
+        made = {int(row["iteration"]) for row in rows}
+        # a checkpoint is written before its evaluation, which a crash may have kept from being written
+        usable = [place for place in self.checkpoints() if _iteration(place) in made and _is_sound(place)]
+        if rows and not usable:
+            names = ", ".join(place.name for place in self.checkpoints()) or "there is none"
+            raise RunError(
+                f"{shown(self.path)} cannot be resumed: no checkpoint is as it was written ({names}); "
+                "restore the folder from a copy, or start a new training"
+            )
+        last = _iteration(usable[0]) if usable else 0
+        with self.writing("checkpoints"):
+            for place in self.checkpoints():
+                if _iteration(place) > last:
+                    durable.replace_folder(place, place.with_name(f"unusable-{place.name}"))
+        rows = [row for row in rows if row["iteration"] <= last]
+        with self.writing("progress.jsonl") as lines:
+            durable.replace(lines, durable.as_lines(rows).encode())
+        return rows, usable[0] if usable else None
 
     def save(self, algorithm: Any, iteration: int) -> None:
-        """Write a checkpoint of RLlib's, and keep the newest two."""
-        with self._writing(f"checkpoints/iteration-{iteration:06d}") as place:
+        """Write a checkpoint of RLlib's with the config and the digests of its files; keep the newest two."""
+        with self.writing(f"checkpoints/iteration-{iteration:06d}") as place:
             partial = place.with_name(f".{place.name}.writing")
             rmtree(partial, ignore_errors=True)
             algorithm.save_to_path(str(partial))
-            durable.rename(partial, place)
+            copyfile(self.path / "config.yaml", partial / "config.yaml")
+            durable.replace(partial / DIGESTS, json.dumps(durable.digests(partial), indent=1).encode())
+            durable.replace_folder(partial, place)
             durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
 
     def checkpoints(self) -> list[Path]:
@@ -117,11 +159,11 @@ class TrainFiles:
     def write_run_id(self, run_id: str | None) -> None:
         """Remember that id."""
         if run_id is not None:
-            with self._writing("mlflow.json") as place:
+            with self.writing("mlflow.json") as place:
                 durable.replace(place, (json.dumps({"run_id": run_id}) + "\n").encode())
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str) -> Iterator[Path]:
         """Yield the path of a file that is written.
 
         Raises:
@@ -130,6 +172,20 @@ class TrainFiles:
         place = self.path / name
         with durable.on_disk(place, f"`python -m rllib_pruner.train --resume {shown(self.path)}`"):
             yield place
+
+
+def _iteration(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint's files are those that were written."""
+    try:
+        written = durable.read_mapping(checkpoint / DIGESTS)
+        found = durable.digests(checkpoint)
+    except (OSError, RunError):
+        return False
+    return written == {name: digest for name, digest in found.items() if name != DIGESTS}
 
 
 def as_row(iteration: int, env_steps: int, episodes: Mapping[str, Any], measures: Mapping[str, float]) -> Row:

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedray.durable import on_disk, replacing
 from rllib_pruner.files import Row
 
 
@@ -43,6 +44,5 @@ def draw_curves(trainings: Mapping[str, Sequence[Row]], path: Path, title: str) 
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}.writing")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    with on_disk(path), replacing(path) as file:
+        figure.savefig(file, format="png")

@@ -14,6 +14,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fedray.durable import local_path, on_disk
+from fedray.errors import RunError
+from fedray.experiment import sealed
+from fedray.experiment.directory import Lock
+from fedray.experiment.overrides import plain_copy
+from fedray.experiment.provenance import flatten
+from fedray.experiment.tables import read_table, write_table
+from fedray.pruning import observation
 from fedray.pruning.observation import FEATURES
 from fedray.pruning.schedules import cubic
 from fedray.pruning.stages import ACTIONS, FACTORS, GROWTH
@@ -22,6 +30,8 @@ from rllib_pruner.stage_env import StageEnv
 
 SHARD = 25
 """Episodes in one file."""
+ORIGIN = "origin.yaml"
+"""Says of which federations the episodes are."""
 
 OUTCOME = ("accuracy", "spent_bytes", "spent_flops", "density", "executed")
 COLUMNS = ("episode", "stage", "action", *OUTCOME, *(f"x{i}" for i in range(len(FEATURES) - 1)))
@@ -113,8 +123,53 @@ def collect(
         episodes: how many in all; rounded up to whole shards.
         seed: of the first federation; episode i is federation `seed + i`.
         parallel: shards that are played at once, each in a Ray task with one CPU.
+
+    Raises:
+        RunError: if the folder holds episodes of other federations, or another process plays some there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = local_path(folder)
+    with on_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder, "collection of episodes"):
+        _claim(folder, federations, seed)
+        yield from _play_missing(folder, federations, episodes, seed, parallel)
+
+
+def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
+    """Write down what a log's episodes are of, or refuse a log of others."""
+    origin = plain_copy(
+        {
+            "process": {"federations": dict(federations), "first": seed},
+            "observation": observation.VERSION,
+            "columns": COLUMNS,
+            "shard": SHARD,
+        }
+    )
+    place = folder / ORIGIN
+    if not place.is_file():
+        if any(folder.glob("*.parquet")):
+            raise RunError(
+                f"{folder}: an earlier version made this log, which does not say of what federations; give "
+                "process.log another folder"
+            )
+        with on_disk(place):
+            sealed.write(place, origin)
+    written, asked = flatten(sealed.load(place)), flatten(origin)
+    differ = [
+        f"{key}: {written.get(key, 'absent')} in the log, {asked.get(key, 'absent')} now"
+        for key in dict.fromkeys((*written, *asked))
+        if written.get(key) != asked.get(key)
+    ]
+    if differ:
+        raise RunError(
+            f"{folder}: the log is of other federations: {'; '.join(differ)}. Give process.log another "
+            "folder, or put the values back"
+        )
+
+
+def _play_missing(
+    folder: Path, federations: Mapping[str, Any], episodes: int, seed: int, parallel: int
+) -> Iterator[int]:
     shards = range(-(-episodes // SHARD))
     missing = [index for index in shards if not _shard(folder, index).exists()]
     done = len(shards) - len(missing)
@@ -153,9 +208,9 @@ def play_shard(federations: Mapping[str, Any], file: Path, first: int) -> None:
 
 def write(rows: Sequence[Mapping[Any, Any]], file: Path) -> None:
     """Write a shard whole, or not at all."""
-    fresh = file.with_suffix(".part")
-    pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(fresh)
-    fresh.replace(file)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    with on_disk(file, "start the training again: it plays what is missing"):
+        write_table(file, {name: frame[name] for name in COLUMNS})
 
 
 def load(folder: Path) -> pd.DataFrame:
@@ -163,13 +218,14 @@ def load(folder: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if there is none.
+        RunError: if one is damaged; without the file, its episodes are played again.
     """
-    files: Sequence[Path] = sorted(folder.glob("*.parquet"))
-    if not files:
+    rows = read_table(folder)
+    if rows is None or rows.empty:
         raise FileNotFoundError(
             f"no log of episodes in {folder}; `python -m rllib_pruner.train` collects one"
         )
-    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    return rows
 
 
 def _shard(folder: Path, index: int) -> Path:

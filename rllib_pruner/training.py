@@ -78,11 +78,10 @@ def resume(
     files = TrainFiles.open(path)
     config = files.config()
     with Lock(files.path, "training", patience_s):
-        newest = files.checkpoints()[:1]
-        rows = files.rewind(int(newest[0].name.partition("-")[2]) if newest else 0)
+        rows, checkpoint = files.rewind()
         if is_over(config, rows):
             return rows
-        return _track(config, files, rows, on_evaluation, store, None)
+        return _track(config, files, rows, on_evaluation, store, None, checkpoint)
 
 
 def is_over(config: TrainConfig, rows: Sequence[Row]) -> bool:
@@ -107,6 +106,7 @@ def _track(
     on_evaluation: OnEvaluation | None,
     store: Store | None,
     parent: str | None,
+    checkpoint: Path | None = None,
 ) -> list[Row]:
     """Learn, and tell MLflow about it, however it ends."""
     tags = {
@@ -132,7 +132,7 @@ def _track(
 
     status: RunStatus = "FAILED"
     try:
-        rows = _learn(config, files, rows, report)
+        rows = _learn(config, files, rows, report, checkpoint)
         draw_curves({config.algorithm.name: rows}, files.path / "curve.png", config.process.name)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -143,12 +143,18 @@ def _track(
     return rows
 
 
-def _learn(config: TrainConfig, files: TrainFiles, rows: list[Row], report: OnEvaluation) -> list[Row]:
+def _learn(
+    config: TrainConfig,
+    files: TrainFiles,
+    rows: list[Row],
+    report: OnEvaluation,
+    checkpoint: Path | None,
+) -> list[Row]:
     algorithm = _build(config)
     try:
-        if rows:
+        if checkpoint is not None:
             with quiet():
-                algorithm.restore_from_path(str(files.checkpoints()[0]))
+                algorithm.restore_from_path(str(checkpoint))
         best = highest(row["score"] for row in rows)
         while not is_over(config, rows):
             with quiet():
@@ -160,7 +166,8 @@ def _learn(config: TrainConfig, files: TrainFiles, rows: list[Row], report: OnEv
             row = as_row(iteration, about["env_steps"], result["env_runners"], measures)
             if as_gain(row["score"]) >= best:  # of equals the one that has learnt longer
                 best = as_gain(row["score"])
-                save(module, files.policy, about | {"measures": measures})
+                with files.writing("policy"):
+                    save(module, files.policy, about | {"measures": measures})
             with quiet():
                 files.save(algorithm, iteration)
             files.append(row)

@@ -31,7 +31,7 @@ from fedray.experiment.checkpoint import Damaged, Stored
 from fedray.experiment.directory import take
 from fedray.experiment.overrides import Tree
 from fedray.experiment.rundata import scan_rounds, sound_rounds
-from fedray.experiment.tables import write_table
+from fedray.experiment.tables import read_table, write_table
 from fedray.federation.server import Checkpoint
 from fedray.types import ClientRecord, Params, RoundReport
 
@@ -202,10 +202,21 @@ class RunFiles:
         with self._writing("rounds.jsonl") as path:
             durable.replace(path, durable.as_lines(rounds[: done + 1]).encode())
         with self._writing("clients.parquet") as folder:
-            for part in folder.glob("part-*.parquet"):
-                if int(part.stem.split("-")[2]) > done:
-                    part.unlink()
+            for part in sorted(folder.glob("part-*.parquet")):
+                self._rewind_part(part, done)
         self._unwritten = []
+
+    def _rewind_part(self, part: Path, done: int) -> None:
+        """Remove clients' rows that are made again; set damaged ones aside, with a warning."""
+        first, last = map(int, part.stem.split("-")[1:])
+        if last > done:
+            part.unlink()
+            return
+        try:
+            read_table(part)
+        except RunError as error:
+            durable.rename(part, part.with_name(f".unusable-{part.name}"))
+            self.warn([f"the clients' rows of rounds {first} to {last} are lost: {error}"])
 
     def set_end_aside(self, round: int) -> None:
         """Move what a run leaves at its end to `ended-…/`, since it gets more rounds; the result first."""

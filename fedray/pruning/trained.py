@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedray.durable import replace_folder
 from fedray.errors import ConfigError
 
 FORMAT = 1
@@ -138,8 +139,7 @@ def save(module: Any, folder: Path, about: Mapping[str, Any]) -> None:
     versions = {name: metadata.version(name) for name in ("ray", "torch")}
     text = json.dumps({"format": FORMAT, **about, **versions, "files": files}, indent=2)
     (partial / "policy.json").write_text(text + "\n", encoding="utf-8")
-    rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    replace_folder(partial, folder)
 
 
 @contextmanager

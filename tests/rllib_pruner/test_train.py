@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, RunError
+from fedray.experiment.directory import Lock
 from fedray.pruning.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS
 from fedray.pruning.trained import TrainedPolicy, policy_problem
 from rllib_pruner.config import Plan, TrainConfig
@@ -76,7 +77,14 @@ def test_files_are_rewound_and_a_torn_line_is_passed_over(tmp_path):
     with open(tmp_path / "t" / "progress.jsonl", "a") as file:
         file.write('{"iteration": 4, "env_')
     assert [row["iteration"] for row in files.progress()] == [1, 2, 3]
-    assert files.rewind(2) == files.progress() and len(files.progress()) == 2
+    with pytest.raises(
+        RunError, match=r"t cannot be resumed: no checkpoint is as it was written \(there is none"
+    ):
+        files.rewind()
+    files.save(Writes(), 2)
+    rows, place = files.rewind()
+    assert rows == files.progress() and len(rows) == 2
+    assert place == files.checkpoints()[0]
     with pytest.raises(ConfigError, match="is not empty: a run needs a directory of its own"):
         TrainFiles.create(tmp_path / "t", small())
     with pytest.raises(ConfigError, match=r"not the directory of a training: it has no config\.yaml"):
@@ -94,11 +102,85 @@ def test_a_row_has_what_there_is():
     json.dumps(row)
 
 
-def test_only_the_newest_two_checkpoints_are_kept(tmp_path):
-    class Writes:
-        def save_to_path(self, path: str) -> None:
-            Path(path).mkdir()
+class Writes:
+    """Something that RLlib would save."""
 
+    def save_to_path(self, path: str) -> None:
+        (Path(path) / "module").mkdir(parents=True)
+        (Path(path) / "module" / "state.pkl").write_bytes(b"some weights")
+
+
+def files_of(path: Path, iterations: int = 3) -> TrainFiles:
+    """Return a training that was interrupted."""
+    files = TrainFiles.create(path, small())
+    for iteration in range(1, iterations + 1):
+        files.save(Writes(), iteration)
+        files.append({"iteration": iteration, "env_steps": 10 * iteration, "score": 0.1})
+    return files
+
+
+def test_a_training_whose_config_was_edited_or_cut_is_refused(tmp_path):
+    files = files_of(tmp_path / "t")
+    place, whole = tmp_path / "t" / "config.yaml", (tmp_path / "t" / "config.yaml").read_text()
+    place.write_text(whole.replace("seed: 0", "seed: 4"))
+    with pytest.raises(RunError, match=r"edited, or cut.*seed: 0 in the checkpoint, 4 in config\.yaml\. Put"):
+        resume(tmp_path / "t")
+    for count in range(1, len(whole.splitlines())):
+        place.write_text("".join(whole.splitlines(keepends=True)[:count]))
+        with pytest.raises((RunError, ConfigError)):
+            files.config()
+    place.write_text(whole)
+    assert files.config() == small()
+
+
+def _spoil(place: Path, how: str) -> None:
+    match how:
+        case "flipped":
+            (place / "module" / "state.pkl").write_bytes(b"some weightr")
+        case "missing file":
+            (place / "module" / "state.pkl").unlink()
+        case "no digests":
+            (place / "digests.json").unlink()
+        case _:
+            shutil.rmtree(place)
+            place.mkdir()
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing file", "no digests", "empty"])
+def test_a_damaged_checkpoint_of_a_training_gives_way_to_the_one_before(tmp_path, how):
+    files = files_of(tmp_path / "t")
+    newest, older = files.checkpoints()
+    _spoil(newest, how)
+    rows, usable = files.rewind()
+    assert ([row["iteration"] for row in rows], usable) == ([1, 2], older)
+    assert (tmp_path / "t" / "checkpoints" / f"unusable-{newest.name}").is_dir()
+    _spoil(older, how)
+    with pytest.raises(RunError, match=r"no checkpoint is as it was written \(iteration-000002\)"):
+        files.rewind()
+    assert len(files.progress()) == 2
+
+
+def test_an_evaluation_that_a_crash_kept_from_being_written_is_made_again(tmp_path):
+    files = files_of(tmp_path / "t", 2)
+    files.save(Writes(), 3)
+    rows, usable = files.rewind()
+    assert ([row["iteration"] for row in rows], usable and usable.name) == ([1, 2], "iteration-000002")
+
+
+def test_a_training_that_is_running_is_not_resumed(tmp_path):
+    files_of(tmp_path / "t")
+    with Lock(tmp_path / "t"), pytest.raises(RunError, match="t: this training is still running"):
+        resume(tmp_path / "t")
+
+
+def test_a_policy_is_never_lost_between_two(tmp_path):
+    files = files_of(tmp_path / "t")
+    (tmp_path / "t" / ".policy.old").mkdir()  # a crash left it so, in the midst of the replacement
+    assert TrainFiles.open(tmp_path / "t").policy.is_dir()
+    assert files.policy.is_dir()
+
+
+def test_only_the_newest_two_checkpoints_are_kept(tmp_path):
     files = TrainFiles.create(tmp_path / "t", small())
     for iteration in range(1, 5):
         files.save(Writes(), iteration)
