@@ -139,7 +139,10 @@ def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
     """Write down what a log's episodes are of, or refuse a log of others."""
     origin = plain_copy(
         {
-            "process": {"federations": dict(federations), "first": seed},
+            "process": {
+                "federations": {name: value for name, value in federations.items() if name != "root"},
+                "first": seed,
+            },
             "observation": observation.VERSION,
             "columns": COLUMNS,
             "shard": SHARD,
