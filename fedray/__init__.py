@@ -7,6 +7,7 @@
 Names are imported when they are first used: `fedray --help` does not wait for torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,11 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# MLflow and Ray report how they are used unless told not to. Set here, since every process that imports one
+# of them for us (a trial, a client actor, the UI) imports fedray first or inherits this environment.
+for _name, _off in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("RAY_USAGE_STATS_ENABLED", "0")):
+    os.environ.setdefault(_name, _off)
 
 _HOMES = {
     "DATASETS": "fedray.data",

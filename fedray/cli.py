@@ -1,6 +1,7 @@
-"""The command line: `fedray run | sweep | report | resume | ui | methods | models | datasets | devices`.
+"""The command line: `fedray run | sweep | report | resume | sync | ui | methods | models | …`.
 
-Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted.
+Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted,
+143 and 129 ended by SIGTERM and SIGHUP.
 """
 
 import inspect
@@ -136,6 +137,22 @@ def _resume_sweep(directory: Path, changes: list[str]) -> None:
     with _SweepProgress({}) as progress:
         result = resume_sweep(directory, on_round=progress.show)
     _say_sweep(result)
+
+
+@app.command()
+def sync(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
+    uri: Annotated[str | None, typer.Option(help="The store; default: that of the run's config.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow's experiment; default: as above.")] = None,
+    imports: Import = None,
+) -> None:
+    """Bring MLflow up to the files of runs and sweeps, e.g. after it was out of reach."""
+    _import(imports)
+    from fedray.experiment.sync import sync as bring
+
+    for directory in directories:
+        for done in bring(directory, uri, experiment):
+            out.print(f"{_short(done.path)}: {done.status}, {done.points} points added", soft_wrap=True)
 
 
 @app.command()

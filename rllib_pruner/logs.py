@@ -139,10 +139,7 @@ def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
     """Write down what a log's episodes are of, or refuse a log of others."""
     origin = plain_copy(
         {
-            "process": {
-                "federations": {name: value for name, value in federations.items() if name != "root"},
-                "first": seed,
-            },
+            "process": {"federations": dict(federations), "first": seed},
             "observation": observation.VERSION,
             "columns": COLUMNS,
             "shard": SHARD,
@@ -179,7 +176,7 @@ def _play_missing(
     yield done * SHARD
     if not missing:
         return
-    from fedray.experiment.placement import start_ray
+    from fedray.experiment.cluster import start_ray
 
     start_ray()
     import ray

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fedray.durable import local_path
 from fedray.errors import ConfigError, FedrayError
+from fedray.experiment.cluster import start_ray
 from fedray.experiment.directory import take_next
 from fedray.pruning.trained import shipped
 from rllib_pruner.config import Plan
@@ -61,9 +62,11 @@ def train(
         process, is_next = next(iter(plan.trials.values())).process.name, out_dir is None
         for trial in plan.trials.values():
             trial.process.options.prepare(err.print)
+        err.print("starting Ray …")
+        start_ray()  # before anything is left on disk
         inner = "trials" if plan.has_space else "checkpoints"
         place = out_dir or take_next(local_path(RUNS), plan.name, inner, "training")
-        err.print(f"training in {place}; starting Ray …")
+        err.print(f"training in {place}")
         if plan.has_space:
             err.print(f"best: {train_all(plan, place, _say_trial, taken=is_next)}")
         else:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fedray.comparing import as_gain, highest
-from fedray.experiment.directory import Lock
-from fedray.experiment.placement import start_ray
+from fedray.experiment.cluster import start_ray
+from fedray.experiment.directory import Lock, check_free
 from fedray.experiment.provenance import git_revision
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.pruning.trained import TrainedPolicy, quiet, save
@@ -51,6 +51,9 @@ def train(
     Raises:
         ConfigError: if there is something in `out`.
     """
+    if not taken:
+        check_free(out)
+    start_ray()  # before anything is left on disk
     files = TrainFiles.create(out, config, taken=taken)
     with Lock(files.path, "training"):
         return _track(config, files, [], on_evaluation, store, parent)
@@ -77,6 +80,7 @@ def resume(
     """
     files = TrainFiles.open(path)
     config = files.config()
+    start_ray()  # before anything is changed on disk
     with Lock(files.path, "training", patience_s):
         rows, checkpoint = files.rewind()
         if is_over(config, rows):
@@ -180,7 +184,6 @@ def _learn(
 
 
 def _build(config: TrainConfig) -> Any:
-    start_ray()
     with quiet():
         environment = config.process.options.environment()
         learner = config.algorithm.options.rllib(environment, config.seed, config.budget.evaluate_every)

@@ -10,8 +10,8 @@ from typing import Any
 from fedray.comparing import highest
 from fedray.durable import local_path
 from fedray.errors import RunError
-from fedray.experiment.directory import Lock, take
-from fedray.experiment.placement import start_ray
+from fedray.experiment.cluster import start_ray
+from fedray.experiment.directory import Lock, check_free, take
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
@@ -40,13 +40,15 @@ def train_all(plan: Plan, out: Path, on_evaluation: OnTrial, *, taken: bool = Fa
     """
     out = local_path(out)  # a trial works in a directory of Tune's
     if not taken:
+        check_free(out)
+    start_ray()  # before anything is left on disk
+    if not taken:
         take(out, "trials", "training")
     with Lock(out, "training"):
         return _train_all(plan, out, on_evaluation)
 
 
 def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
-    start_ray()
     tracking = next(iter(plan.trials.values())).tracking
     store = prepare_store(tracking.uri, tracking.experiment)
     parent = parent_run(store, out.name, {"plan": plan.name}, {"trials": list(plan.trials)})

@@ -41,7 +41,7 @@ def ray_local() -> Iterator[None]:
     """Start one local Ray for all tests that want one, as a run starts it."""
     import ray
 
-    from fedray.experiment.placement import start_ray
+    from fedray.experiment.cluster import start_ray
 
     start_ray()
     yield

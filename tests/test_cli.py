@@ -334,7 +334,7 @@ def test_ctrl_c_ends_with_status_130_and_resume_finishes_with_the_same_weights(f
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert "ended early; `fedray resume mine` goes on from the last checkpoint" in err
+    assert "interrupted; `fedray resume mine` continues from the last checkpoint" in err
     assert "Traceback" not in out + err
     assert not (in_tmp / "mine" / "result.json").exists()
     (in_tmp / "hold").unlink()

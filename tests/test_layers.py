@@ -28,7 +28,7 @@ FLOORS = (
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 RAY = {
     "fedray.federation.pool",
-    "fedray.experiment.placement",
+    "fedray.experiment.cluster",
     "fedray.experiment.sweep",
     "fedray.experiment.space",  # the verbs of a sweep's space are Tune's own
     "fedray.pruning.trained",  # RLlib's module of a trained agent

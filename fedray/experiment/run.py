@@ -7,8 +7,8 @@ the same files, and the same weights.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,18 +24,21 @@ from fedray.errors import ConfigError, DataError, FedrayError, RunError
 from fedray.experiment import checkpoint as stored
 from fedray.experiment.checkpoint import Stored
 from fedray.experiment.config import RunConfig
-from fedray.experiment.directory import LOCK, Lock, check_free, take_next
+from fedray.experiment.directory import Lock, check_free, take_next
 from fedray.experiment.files import RunFiles
+from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.messages import shortened
 from fedray.experiment.overrides import Tree
-from fedray.experiment.placement import pool_for
-from fedray.experiment.provenance import declared, run_tags
+from fedray.experiment.placement import pool_for, reach
+from fedray.experiment.provenance import declared
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
-from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.experiment.sync import mend
+from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
+from fedray.experiment.tracking import RunStatus
 from fedray.federation.client import TWO
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
-from fedray.federation.server import Schedule, Server, ServerSide
+from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
 from fedray.models import ModelSpec
 from fedray.randomness import borrowed, generator, seed_sequence
@@ -151,21 +154,6 @@ class Federation:
         return sorted(rng.choice(population, min(population, ACCURACY_CLIENTS), replace=False).tolist())
 
 
-@dataclass
-class Tracking:
-    """Where a run is tracked beside its own files.
-
-    Args:
-        store: a prepared MLflow store; None: prepare the one of the config.
-        parent: MLflow's run id of the sweep.
-        name: name of the run in MLflow.
-    """
-
-    store: Store | None = None
-    parent: str | None = None
-    name: str | None = None
-
-
 def run(
     config: RunConfig,
     *,
@@ -191,16 +179,19 @@ def run(
     if out is not None:
         check_free(local_path(out))
     federation = Federation.of(config)
-    if out is not None:
-        files = RunFiles.create(local_path(out))
-    else:
-        files = RunFiles(take_next(local_path(RUNS), _stem(config), "checkpoints", "run"))
-    with Lock(files.path):
-        files.write_config(config.to_tree())
-        if foreign := config.unrecorded():
-            files.write_json(REGISTERED, foreign)
-        files.warn(federation.dataset.warnings)
-        return _go(federation, files, None, on_round, pool, tracking or Tracking())
+    if pool is None:
+        reach(config)
+    with signals():
+        if out is not None:
+            files = RunFiles.create(local_path(out))
+        else:
+            files = RunFiles(take_next(local_path(RUNS), _stem(config), "checkpoints", "run"))
+        with Lock(files.path):
+            files.write_config(config.to_tree())
+            if foreign := config.unrecorded():
+                files.write_json(REGISTERED, foreign)
+            files.warn(federation.dataset.warnings)
+            return _go(federation, files, None, on_round, pool, tracking or Tracking())
 
 
 def _expect_config(config: object) -> None:
@@ -242,8 +233,11 @@ def resume(
     before, config = resumed_config(files, overrides)
     result = finished_result(files, config)
     if result is not None:
+        mend(files, config, tracking or Tracking())
         return History(files.path, _history(files), result)
     federation = Federation.of(config)
+    if pool is None:
+        reach(config)
     with Lock(files.path, patience_s=patience_s):
         result = finished_result(files, config)  # another process may have ended it meanwhile
         if result is not None:
@@ -293,49 +287,64 @@ def _go(
     tracking: Tracking,
 ) -> History:
     config, checkpoint = federation.config, found.checkpoint if found is not None else None
-    tree = config.to_tree()
-    files.rewind(found)
-    tracker = _tracker(config, files, tracking)
     status: RunStatus = "FAILED"
-    try:
-        with _opened((pool_factory or pool_for(config))(federation.place)) as pool:
-            server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
-            for report in _rounds(server, config.rounds):
-                stored.check(
-                    server.checkpoint, config.method.name, {record.client for record in report.clients}
-                )
-                files.append(report)
-                if report.round % config.checkpoint_every == 0 or report.round == config.rounds:
-                    files.save(server.checkpoint, tree)
-                files.warn(f"round {report.round}: {note}" for note in report.notes)
-                tracker.log_round(report)
-                logger.info("round %d of %d: %s", report.round, config.rounds, _headline(report))
-                if on_round is not None:
-                    on_round(report)
-            result = _finish(federation, server, files)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    except FedrayError as error:
-        with suppress(RunError):  # the disk may be what failed
-            files.warn([f"failed: {error}"])
-        raise
-    finally:
-        _close(tracker, files, federation, status)
-        if status != "FINISHED":
-            logger.warning(
-                "ended early; `fedray resume %s` goes on from the last checkpoint", shown(files.path)
-            )
+    with signals() as stop:
+        files.rewind(found)
+        tracker = open_tracker(config, files, tracking)
+        try:
+            with stop.cuts():
+                pool = (pool_factory or pool_for(config))(federation.place)
+            with _opened(pool):
+                server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
+                with closing(_rounds(server, files, config, stop)) as rounds:
+                    for report in rounds:
+                        tracker.log_round(report)
+                        logger.info("round %d of %d: %s", report.round, config.rounds, _headline(report))
+                        if on_round is not None:
+                            on_round(report)
+                with stop.cuts():
+                    result = _finish(federation, server, files)
+            status = "FINISHED"
+        except BaseException as error:
+            # what breaks after a signal breaks by it: Ray's processes may have got it too
+            if isinstance(error, INTERRUPTS) or stop.signal is not None:
+                status = "KILLED"
+            elif isinstance(error, FedrayError):
+                with suppress(RunError):  # the disk may be what failed
+                    files.warn([f"failed: {error}"])
+            raise
+        finally:
+            close_tracker(tracker, config, files, status)
+            if status != "FINISHED":
+                done, path = "interrupted" if status == "KILLED" else "failed", shown(files.path)
+                logger.warning("%s; `fedray resume %s` continues from the last checkpoint", done, path)
     return History(files.path, _history(files), result)
 
 
-def _rounds(server: Server, rounds: int) -> Iterator[RoundReport]:
-    """Make the rounds that are left, the set-up first if it was not made yet."""
-    if server.state.round == 0:
-        yield server.setup()
-    while server.state.round <= rounds:
-        yield server.step()
+def _rounds(server: Server, files: RunFiles, config: RunConfig, stop: Stop) -> Generator[RoundReport]:
+    """Make the rounds that are left, the set-up first if it was not made yet, and write each down.
+
+    However it ends, the last complete round has a checkpoint then; one that was begun is dropped.
+    """
+    tree = config.to_tree()
+    unsaved: Checkpoint | None = None
+    try:
+        while server.state.round <= config.rounds:
+            with stop.cuts():
+                report = server.setup() if server.state.round == 0 else server.step()
+            stored.check(server.checkpoint, config.method.name, {record.client for record in report.clients})
+            files.append(report)
+            unsaved = server.checkpoint.snapshot()
+            if report.round % config.checkpoint_every == 0 or report.round == config.rounds:
+                files.save(unsaved, tree)
+                unsaved = None
+            files.warn(f"round {report.round}: {note}" for note in report.notes)
+            yield report
+            stop.check()
+    finally:
+        if unsaved is not None:
+            with suppress(Exception):  # what ended the run matters more
+                files.save(unsaved, tree)
 
 
 @contextmanager
@@ -392,51 +401,6 @@ def _own_accuracy(
     own = server.evaluate(_rows(train, np.concatenate(rows)))
     ends = np.cumsum([len(r) for r in rows])
     return [float(part.mean()) for part in np.split(own.right, ends[:-1])]
-
-
-def _tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTracker:
-    """Return what tells MLflow; going on with the MLflow run of the same directory if there is one."""
-    store = tracking.store or prepare_store(config.tracking.uri, config.tracking.experiment)
-    known = files.read_json("mlflow.json") or {}
-    tracker = MLflowTracker(
-        store,
-        run_name=tracking.name or files.path.name,
-        params=config.to_tree(),
-        tags=run_tags(
-            method=config.method.name,
-            dataset=config.data.name,
-            model=config.model,
-            digest=config.digest,
-            **declared(config),
-        ),
-        parent_run_id=tracking.parent,
-        resume=known.get("run_id"),
-    )
-    if tracker.run_id:
-        files.write_json("mlflow.json", {"uri": config.tracking.uri, "run_id": tracker.run_id})
-    return tracker
-
-
-def _close(tracker: MLflowTracker, files: RunFiles, federation: Federation, status: RunStatus) -> None:
-    artifacts: Sequence[Path] = []
-    model = None
-    if status == "FINISHED":
-        skipped = {"checkpoints", "mlflow.json", LOCK}
-        artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
-        model = lambda: _module(federation, files)  # noqa: E731
-    tracker.finish(status, artifacts, model)
-    with suppress(RunError):
-        files.warn(tracker.warnings)
-
-
-def _module(federation: Federation, files: RunFiles) -> Any:
-    """Return the final model as a plain torch module."""
-    import torch
-    from safetensors.torch import load_file
-
-    model = federation.place.model
-    tensors = load_file(files.path / "model.safetensors")
-    return model.bind(torch.cat([tensors[name].flatten() for name in model.layout.names]))
 
 
 # ── small things

@@ -22,6 +22,7 @@ import numpy as np
 
 from fedray.errors import ConfigError, unknown
 from fedray.experiment import yaml
+from fedray.experiment.cluster import import_ray
 from fedray.experiment.config import RunConfig
 from fedray.experiment.messages import Where, line, shortened
 from fedray.experiment.overrides import (
@@ -33,7 +34,6 @@ from fedray.experiment.overrides import (
     override_tree,
     parse_overrides,
 )
-from fedray.experiment.placement import import_ray
 from fedray.experiment.tune_config import TuneConfig, comparison_problems, tune_config
 
 VERBS = (

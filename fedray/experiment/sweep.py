@@ -16,14 +16,16 @@ from typing import Any, Literal
 from fedray.durable import local_path, on_disk
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import sealed
+from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import Lock, check_free, take, take_next
 from fedray.experiment.files import RunFiles
 from fedray.experiment.messages import shortened
 from fedray.experiment.overrides import Tree, override_tree
-from fedray.experiment.placement import groups_for, pool_for, start_ray
-from fedray.experiment.run import RUNS, Federation, Tracking, resume, run
+from fedray.experiment.placement import groups_for, pool_for
+from fedray.experiment.run import RUNS, Federation, resume, run
 from fedray.experiment.space import Point, Sweep
+from fedray.experiment.tracked import Tracking
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
 from fedray.experiment.tune_config import tune_config
 from fedray.federation.pool import ActorOptions
@@ -82,6 +84,7 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
         check_free(path)
     for config in _different_data(plan.points):
         Federation.of(config)  # data that cannot be dealt as asked shows here, before anything is started
+    start_ray()
     if path is None:
         path = take_next(local_path(RUNS), plan.name, "trials", "sweep")
     else:
@@ -217,9 +220,7 @@ def _trial(point: Point, path: Path, cpus: float, tracking: Tracking) -> None:
 
 def _shares(plan: Sweep, trials: int) -> tuple[float, int]:
     """Return the CPUs of each trial, and how many run at once."""
-    import ray
-
-    cpus = float(ray.cluster_resources().get("CPU", 1.0))
+    cpus = cluster_cpus()
     concurrent = min(trials, plan.tune.concurrent or max(1, int(cpus)))
     return cpus / concurrent, concurrent
 

@@ -48,6 +48,9 @@ PROBE_S = 3.0
 SHIPPED_BYTES_PER_S = 1e6
 """Artifacts lengthen the wait at the end by their size over this rate."""
 
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag for the run that another belongs to."""
+
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 _NAME_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH = 250, 6000, 5000, 100  # MLflow's limits
@@ -155,15 +158,19 @@ class MLflowTracker:
     Args:
         store: from `prepare_store`.
         run_name: what the run is called in the UI.
-        params: nested config; logged once, under dotted names such as `method.density`.
+        params: nested config; logged once, under dotted names such as `method.density`. None: only a run that
+            is there is continued, and none is made.
         tags: see `provenance.run_tags`.
         parent_run_id: the sweep that the run belongs to.
-        resume: id of a run to go on with, instead of starting one; its params stay as they are, and
-            metrics of rounds that it has already are not logged again.
+        resume: id of a run to continue instead of starting one, if the store has it; if it is deleted, it is
+            restored. Its params and tags stay, missing ones are added, and no point is logged twice.
+        answer_s: how long to wait for the store at the start and at the end, in seconds; None: ANSWER_S.
 
     Attributes:
         run_id: None until MLflow has given one.
         warnings: what a reader of the run should know.
+        is_complete: whether the run has ended and the store has taken everything.
+        points: how many metric values were logged.
     """
 
     def __init__(
@@ -171,26 +178,26 @@ class MLflowTracker:
         store: Store,
         *,
         run_name: str,
-        params: Mapping[str, object],
+        params: Mapping[str, object] | None,
         tags: Mapping[str, str],
         parent_run_id: str | None = None,
         resume: str | None = None,
+        answer_s: float | None = None,
     ) -> None:
         self.run_id: str | None = None
+        self.is_complete, self.points = False, 0
+        self._wait_s = answer_s
         self.warnings: list[str] = [] if store.problem is None else [store.problem]
         self._uri, self._is_on = store.uri, store.experiment_id is not None
-        self._last_round: dict[str, int] = {}
+        self._steps: dict[str, set[int]] = {}
         self._lane = _Lane() if self._is_on else None
         if not self._is_on:
             return
         _import_mlflow(self._uri)
         if parent_run_id is not None:
-            tags = {**tags, "mlflow.parentRunId": parent_run_id}
-        if resume is None:
-            opened = self._submit(lambda: self._create(store.experiment_id, run_name, params, tags))
-        else:
-            opened = self._submit(lambda: self._reopen(resume))
-        self._await(opened, _opening_s(self._uri))
+            tags = {**tags, PARENT: parent_run_id}
+        opened = self._submit(lambda: self._open(store.experiment_id, run_name, params, tags, resume))
+        self._await(opened, answer_s or _opening_s(self._uri))
 
     def log_round(self, report: RoundReport) -> None:
         """Hand over the finite metrics of a round as one batch, with the round as step. Does not wait."""
@@ -201,10 +208,19 @@ class MLflowTracker:
         now_ms, step = time.time_ns() // 1_000_000, report.round
         finite = {_name(key): value for key, value in report.metrics.items() if math.isfinite(value)}
         # MLflow keys its metrics by time too: what is logged twice is there twice
-        new = {key: value for key, value in finite.items() if step > self._last_round.get(key, -1)}
+        new = {key: value for key, value in finite.items() if step not in self._steps.get(key, ())}
         batch = [Metric(key, float(value), now_ms, step) for key, value in new.items()]
         if batch:
+            self.points += len(batch)
+            for key in new:
+                self._steps.setdefault(key, set()).add(step)
             self._submit(lambda: self._client.log_batch(self.run_id, metrics=batch, synchronous=True))
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags, new ones and others. Does not wait."""
+        for key, value in tags.items():
+            if self._is_on:
+                self._submit(partial(self._set_tag, _name(key), value[:_TAG_LENGTH]))
 
     def finish(
         self,
@@ -222,7 +238,7 @@ class MLflowTracker:
         """
         if self._is_on:
             self._end(status, artifacts, model)
-        self._close()
+        self.close()
 
     def _end(
         self, status: RunStatus, artifacts: Sequence[Path], model: Callable[[], nn.Module] | None
@@ -231,19 +247,25 @@ class MLflowTracker:
             saved = Path(folder, "model")
             if model is not None:
                 _import_quietly("mlflow.pyfunc", "mlflow.pytorch")
-                self._await(self._submit(partial(self._save_model, model(), saved)), ANSWER_S)
+                self._await(self._submit(partial(self._save_model, model(), saved)), self._answer_s)
             shipped_bytes = 0
             for file, to in _files([*artifacts, saved]):
                 shipped_bytes += file.stat().st_size
                 self._submit(partial(self._ship, file, to))
             ended = self._submit(lambda: self._client.set_terminated(self.run_id, status))
-            self._await(ended, ANSWER_S + shipped_bytes / SHIPPED_BYTES_PER_S)
+            self._await(ended, self._answer_s + shipped_bytes / SHIPPED_BYTES_PER_S)
+            self.is_complete = self._is_on
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Stop tracking, and leave the run in MLflow as it is."""
         self._is_on = False
         if self._lane is not None:
             self._lane.close()
             self._lane = None
+
+    @property
+    def _answer_s(self) -> float:
+        return ANSWER_S if self._wait_s is None else self._wait_s
 
     @property
     def _client(self) -> Any:
@@ -251,24 +273,66 @@ class MLflowTracker:
 
     # ── calls of the thread ──────────────────────────────────────────────────────────────────────────────
 
+    def _open(
+        self,
+        experiment_id: str | None,
+        run_name: str,
+        params: Mapping[str, object] | None,
+        tags: Mapping[str, str],
+        resume: str | None,
+    ) -> None:
+        run = None if resume is None else self._find(resume)
+        if run is not None:
+            self._reopen(run, params or {}, tags)
+        elif params is not None:
+            self._create(experiment_id, run_name, params, tags)
+        else:
+            raise ConnectionError(f"has no run {resume}")
+
+    def _find(self, run_id: str) -> Any:
+        """Return a run of the store, a deleted one too; None if it has none of this id."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
     def _create(
         self, experiment_id: str | None, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]
     ) -> None:
-        from mlflow.entities import Param
-
         tags = {_name(key): value[:_TAG_LENGTH] for key, value in tags.items()}
         run_id = self._client.create_run(experiment_id, tags=tags, run_name=run_name).info.run_id
-        rows = [Param(_name(key), value[:_PARAM_LENGTH]) for key, value in flatten(params).items()]
+        self._log_params(run_id, params)
+        self.run_id = run_id
+
+    def _log_params(self, run_id: str, params: Mapping[str, object], known: Sequence[str] = ()) -> None:
+        from mlflow.entities import Param
+
+        named = {_name(key): value[:_PARAM_LENGTH] for key, value in flatten(params).items()}
+        rows = [Param(key, value) for key, value in named.items() if key not in known]
         for start in range(0, len(rows), _PARAMS_PER_BATCH):
             batch = rows[start : start + _PARAMS_PER_BATCH]
             self._client.log_batch(run_id, params=batch, synchronous=True)
+
+    def _reopen(self, run: Any, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        run_id, client = run.info.run_id, self._client
+        if run.info.lifecycle_stage == "deleted":
+            client.restore_run(run_id)
+        self._steps = {
+            key: {point.step for point in client.get_metric_history(run_id, key)} for key in run.data.metrics
+        }
+        self._log_params(run_id, params, list(run.data.params))
+        for key, value in tags.items():
+            if key != PARENT and _name(key) not in run.data.tags:
+                client.set_tag(run_id, _name(key), value[:_TAG_LENGTH])
+        client.update_run(run_id, status="RUNNING")
         self.run_id = run_id
 
-    def _reopen(self, run_id: str) -> None:
-        latest = self._client.get_run(run_id).data.to_proto().metrics
-        self._last_round = {metric.key: metric.step for metric in latest}
-        self._client.update_run(run_id, status="RUNNING")
-        self.run_id = run_id
+    def _set_tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self.run_id, key, value)
 
     def _save_model(self, module: nn.Module, folder: Path) -> None:
         """Save a module as MLflow keeps it; leave no folder if that fails."""
@@ -319,19 +383,34 @@ class MLflowTracker:
         logger.warning(text)
 
 
-def parent_run(store: Store, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> str | None:
-    """Start the run that a sweep's trials belong to; return its id, or None where nothing is tracked."""
-    tracker = MLflowTracker(store, run_name=name, params=params, tags=tags)
-    tracker._close()
+def parent_run(
+    store: Store,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, object],
+    resume: str | None = None,
+) -> str | None:
+    """Start the run that a sweep's trials belong to, or continue it; return its id.
+
+    None where nothing is tracked.
+    """
+    tracker = MLflowTracker(store, run_name=name, params=params, tags=tags, resume=resume)
+    tracker.close()
     return tracker.run_id
 
 
 def finish_parent(
-    store: Store, run_id: str | None, status: RunStatus, artifacts: Sequence[Path] = ()
+    store: Store,
+    run_id: str | None,
+    status: RunStatus,
+    artifacts: Sequence[Path] = (),
+    tags: Mapping[str, str] | None = None,
 ) -> None:
-    """End a sweep's run, with its tables and figures as artifacts."""
+    """End a sweep's run, with its tables and figures as artifacts, and tags that say what became of it."""
     if run_id is not None:
-        MLflowTracker(store, run_name="", params={}, tags={}, resume=run_id).finish(status, artifacts)
+        tracker = MLflowTracker(store, run_name="", params=None, tags={}, resume=run_id)
+        tracker.tag(tags or {})
+        tracker.finish(status, artifacts)
 
 
 def ui_command(uri: str, port: int) -> list[str]:

@@ -108,6 +108,10 @@ class Checkpoint:
     totals: dict[str, float] = field(default_factory=dict)
     rounds_matter: bool = False
 
+    def snapshot(self) -> "Checkpoint":
+        """Return a copy that the next round does not change: its parts are replaced, never written into."""
+        return replace(self, memories=dict(self.memories), holds=dict(self.holds), totals=dict(self.totals))
+
 
 def _at_work(step: Callable[["Server"], RoundReport]) -> Callable[["Server"], RoundReport]:
     """Run a step on one torch thread; its hooks may draw from the global generators, seeded for its round."""

@@ -204,12 +204,12 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(finished, tmp_path, caplog, ro
     out = tmp_path / "run"
     with pytest.raises(error, match=f"after round {round}"):
         run(tiny.config(method=STAGED), out=out, on_round=tiny.ending(round, error))
-    assert f"ended early; `fedray resume {out}` goes on from the last checkpoint" in caplog.text
+    how = "failed" if error is ValueError else "interrupted"
+    assert f"{how}; `fedray resume {out}` continues from the last checkpoint" in caplog.text
     assert not (out / "result.json").exists()
     seen: list[int] = []
     history = resume(out, on_round=lambda report: seen.append(report.round))
-    checkpoint = {0: 0, 1: 0, 2: 2, 3: 3}[round]
-    assert seen == list(range(checkpoint + 1, 4))
+    assert seen == list(range(round + 1, 4))  # every complete round is kept
     assert history.weights_sha256 == finished.weights_sha256
     assert tiny.figures(out) == tiny.figures(finished.path)
     assert history.result == json.loads((out / "result.json").read_text())

@@ -329,10 +329,40 @@ def test_a_resumed_run_has_each_round_once(store: Store, client: Any) -> None:
     assert run.data.params["rounds"] == "3" and "mlflow.parentRunId" not in run.data.tags
 
 
-def test_resuming_a_run_that_is_not_there_is_a_warning(store: Store) -> None:
+def test_a_run_that_is_not_there_is_made_anew_and_a_deleted_one_restored(store: Store, client: Any) -> None:
     tracker = tracker_of(store, resume="f" * 32)
     tracker.log_round(report(1))
+    tracker.finish("FINISHED")
+    assert tracker.run_id not in (None, "f" * 32) and tracker.is_complete and tracker.points == 2
+    assert client.get_run(tracker.run_id).data.params["method.density"] == "0.1"
+    client.delete_run(tracker.run_id)
+    again = tracker_of(store, resume=tracker.run_id)
+    again.finish("KILLED")
+    info = client.get_run(tracker.run_id).info
+    assert (info.lifecycle_stage, info.status, again.warnings) == ("active", "KILLED", [])
+
+
+def test_a_run_that_must_be_there_is_not_made(store: Store) -> None:
+    tracker = tracker_of(store, resume="f" * 32, params=None)
     assert tracker.run_id is None and len(tracker.warnings) == 1
+
+
+def test_what_a_resumed_run_lacks_is_added_wherever_it_is(store: Store, client: Any) -> None:
+    first = tracker_of(store, params={"rounds": 3}, tags={})
+    for round in (1, 2, 5):  # 3 and 4 were lost
+        first.log_round(report(round))
+    first.finish("FAILED")
+    again = tracker_of(store, resume=first.run_id)
+    for round in range(1, 7):
+        again.log_round(report(round))
+    again.tag({"trials_failed": "1"})
+    again.finish("FINISHED")
+    assert again.points == 2 * 3
+    steps = [m.step for m in client.get_metric_history(first.run_id, "bytes/up")]
+    assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+    run = client.get_run(first.run_id)
+    assert (run.data.params["method.density"], run.data.tags["method"]) == ("0.1", "frlp")
+    assert run.data.tags["trials_failed"] == "1"
 
 
 TRIAL = """

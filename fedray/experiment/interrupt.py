@@ -1,0 +1,130 @@
+"""What SIGTERM, SIGINT and SIGHUP do while a run, a sweep or a training works.
+
+The first signal ends the work in good order: a round that is being made is dropped, what is complete is
+written, and the tracking runs end as KILLED. The second ends the process at once.
+
+    with signals() as stop:
+        for … :
+            with stop.cuts():       a signal that comes here raises here
+                report = server.step()
+            write(report)           a signal that comes here waits for the next `cuts` or `check`
+            stop.check()
+
+SIGINT raises KeyboardInterrupt; SIGTERM and SIGHUP raise SystemExit with status 128 + their number.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
+"""What ends a run that could have gone on: a signal, or `sys.exit` in a callback."""
+
+_active: "Stop | None" = None
+
+
+class Stop:
+    """Whether a signal has asked this process to end; made by `signals`."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._raises_now = False
+
+    @contextmanager
+    def cuts(self) -> Iterator[None]:
+        """Let a signal raise inside, wherever the work is; what was begun there must not matter."""
+        self.check()
+        try:
+            self._raises_now = True
+            yield
+        finally:
+            self._raises_now = False
+
+    def check(self) -> None:
+        """Raise if a signal has come.
+
+        Raises:
+            KeyboardInterrupt: after SIGINT.
+            SystemExit: after the others; the status is 128 + the signal's number, as shells have it.
+        """
+        if self.signal is not None:
+            raise self.error
+
+    @property
+    def error(self) -> BaseException:
+        """What the signal that came raises."""
+        assert self.signal is not None
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Be the handler of the signals."""
+        if self.signal is not None:
+            _end_at_once(number)
+        self.signal = signal.Signals(number)
+        with suppress(OSError):  # the terminal may be gone
+            # not by logging or print, which may be in the middle of a line
+            os.write(2, f"\n{self.signal.name}: ending; a second signal ends at once\n".encode())
+        if self._raises_now:
+            raise self.error
+
+
+@contextmanager
+def signals() -> Iterator[Stop]:
+    """Handle the signals inside, and give them back as they were.
+
+    A handler that the user has installed stays, and so does a signal that is ignored (`nohup`). Nothing is
+    handled outside the main thread, nor in a worker of Ray, where signals mean something else. Inside another
+    `signals` it is that one.
+    """
+    global _active
+    if threading.current_thread() is not threading.main_thread() or _is_ray_worker():
+        yield Stop()
+        return
+    if _active is not None:
+        yield _active
+        return
+    stop = Stop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number, handler in before.items() if _is_default(handler)]
+    _active = stop
+    try:
+        for number in ours:
+            signal.signal(number, stop.receive)
+        yield stop
+    except BaseException as error:
+        # whatever broke then broke by the signal, which Ray's processes may have got too
+        if stop.signal is not None and not isinstance(error, type(stop.error)):
+            raise stop.error from error
+        raise
+    finally:
+        _active = None
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def _is_default(handler: Callable[[int, FrameType | None], Any] | int | None) -> bool:
+    """Tell a handler that nobody chose: Python's, or the one that Ray leaves behind."""
+    by_ray = (getattr(handler, "__module__", None) or "").startswith("ray.")
+    return handler in (signal.SIG_DFL, signal.default_int_handler) or by_ray
+
+
+def _is_ray_worker() -> bool:
+    ray = sys.modules.get("ray")
+    return (
+        ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    )
+
+
+def _end_at_once(number: int) -> None:
+    """End the process as the signal does by default; where a user sits at a prompt, only the call."""
+    if number == signal.SIGINT and (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
+        raise KeyboardInterrupt
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -1,0 +1,110 @@
+"""A run's directory as MLflow sees it: opened, filled from the files, and ended."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedray.data import DATASETS
+from fedray.durable import shown
+from fedray.errors import RunError
+from fedray.experiment.config import RunConfig
+from fedray.experiment.directory import LOCK
+from fedray.experiment.files import RunFiles
+from fedray.experiment.provenance import declared, run_tags
+from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.types import RoundReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Tracking:
+    """Where a run is tracked beside its own files.
+
+    Args:
+        store: a prepared MLflow store; None: prepare the one of the config.
+        parent: MLflow's run id of the sweep.
+        name: name of the run in MLflow.
+        answer_s: how long to wait for the store, in seconds; None: as `MLflowTracker`.
+    """
+
+    store: Store | None = None
+    parent: str | None = None
+    name: str | None = None
+    answer_s: float | None = None
+
+
+def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTracker:
+    """Return what tells MLflow: the MLflow run of this directory if the store has it, else a new one.
+
+    What the files have and the store lacks is logged: rounds that an earlier try could not deliver.
+    """
+    store = tracking.store or prepare_store(config.tracking.uri, config.tracking.experiment)
+    known = files.read_json("mlflow.json") or {}
+    tracker = MLflowTracker(
+        store,
+        run_name=tracking.name or files.path.name,
+        params=config.to_tree(),
+        tags=run_tags(
+            method=config.method.name,
+            dataset=config.data.name,
+            model=config.model,
+            digest=config.digest,
+            **declared(config),
+        ),
+        parent_run_id=tracking.parent,
+        resume=known.get("run_id"),
+        answer_s=tracking.answer_s,
+    )
+    if tracker.run_id:
+        # the config's address, which is absolute and may hold a password that the config holds too
+        uri = config.tracking.uri if tracking.store is None else tracking.store.uri
+        files.write_json("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
+        for line in files.rounds():
+            tracker.log_round(as_report(line))
+    return tracker
+
+
+def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, status: RunStatus) -> None:
+    """End the MLflow run; if it is finished, with its final metrics, its files and the model."""
+    artifacts: Sequence[Path] = []
+    model = None
+    if status == "FINISHED":
+        tracker.log_round(final(files.read_json("result.json") or {}))
+        skipped = {"checkpoints", "mlflow.json", LOCK}
+        artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
+        model = lambda: load_module(config, files)  # noqa: E731
+    tracker.finish(status, artifacts, model)
+    with suppress(RunError):  # the disk may be what failed
+        files.warn(tracker.warnings)
+        if tracker.is_complete:
+            files.write_json("mlflow.json", {**(files.read_json("mlflow.json") or {}), "is_complete": True})
+        elif tracker.warnings:
+            logger.warning("`fedray sync %s` brings MLflow up to this run's files", shown(files.path))
+
+
+def as_report(line: Mapping[str, Any]) -> RoundReport:
+    """Return a line of `rounds.jsonl` as a round's report; metrics without a value are left out."""
+    metrics = {name: value for name, value in line["metrics"].items() if value is not None}
+    return RoundReport(line["round"], metrics)
+
+
+def final(result: Mapping[str, Any]) -> RoundReport:
+    """Return the final metrics of `result.json`, those of no round, as a report of the last one."""
+    prefixes = ("test/", "clients/")
+    own = {name: value for name, value in result.items() if name.startswith(prefixes) and value is not None}
+    return RoundReport(int(result.get("rounds", 0)), own)
+
+
+def load_module(config: RunConfig, files: RunFiles) -> Any:
+    """Return the final model of a run as a plain torch module."""
+    import torch
+    from safetensors.torch import load_file
+
+    data = DATASETS[config.data.name]
+    model = config.build_model(data.input_shape, data.num_classes)
+    tensors = load_file(files.path / "model.safetensors")
+    return model.bind(torch.cat([tensors[name].flatten() for name in model.layout.names]))
