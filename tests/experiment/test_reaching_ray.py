@@ -183,11 +183,9 @@ def test_a_run_leaves_nothing_and_the_next_try_works(unreachable: Path) -> None:
 def test_a_resumed_run_keeps_what_it_has(unreachable: Path) -> None:
     with pytest.raises(RuntimeError):
         fedray.run(tiny.config(), out="r", on_round=tiny.ending(2, RuntimeError))
-    config = unreachable / "r" / "config.yaml"
-    config.write_text(config.read_text().replace("actors: 0", "actors: 1"))
     rounds = (unreachable / "r" / "rounds.jsonl").read_text()
     with pytest.raises(RunError, match="Connection refused"):
-        fedray.resume("r")
+        fedray.resume("r", ["clients.actors=1"])
     assert (unreachable / "r" / "rounds.jsonl").read_text() == rounds
 
 
