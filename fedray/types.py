@@ -59,7 +59,10 @@ METRICS = (
     "clients/selected",
     "clients/dropped",
 )
-"""Every metric name that a round reports. Costs (bytes, flops, time) also exist as `total/…`."""
+"""Every metric name that a round reports. Costs (bytes, flops, time) also exist as `total/…`.
+
+Beside them stand `density/asked`, where a method has a target, and the method's own metrics.
+"""
 
 Direction = Literal["max", "min"]
 """Whether more of a metric is better, or less."""

@@ -40,7 +40,7 @@ class PausedStaged(Staged):
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """Move nothing; keep what a decision would see."""
         journey = travelled(state.memory.journey, state, cohort, ctx)
-        return replace(state, memory=Paused(state.memory.stages, journey, cohort, ctx))
+        return replace(state, memory=Paused(state.memory.stages, journey, state.memory.done, cohort, ctx))
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Episode:
             memory = self.server.state.memory
             done = self.server.state.round - 1
             counted = memory.cohort is not None and memory.cohort.folded
-            if done == self.server.schedule.rounds or (done in memory.stages and counted):
+            if done == self.server.schedule.rounds or (memory.due(done) and counted):
                 left = 1 - made(memory.stages, done)
                 return look(self._state(), memory.cohort, self._ctx(), memory.journey, left)
 
@@ -83,7 +83,7 @@ class Episode:
         """Carry out an action as `Staged` would have in the round that was just made."""
         state, decider = self._state(), self.server.method.decider  # type: ignore[attr-defined]
         state, journey = decider.act(state, self._ctx(), state.memory.journey, now, action)
-        memory = replace(state.memory, journey=journey)
+        memory = replace(state.memory, journey=journey, done=state.round)
         self.server.checkpoint.state = replace(state, round=state.round + 1, memory=memory)
 
     def asked_by_bandit(self, now: Situation, preference: float) -> int:

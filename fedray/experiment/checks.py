@@ -10,6 +10,7 @@ from fedray.data import DATASETS, DatasetSpec
 from fedray.data.datasets import set_aside
 from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
+from fedray.federation.density import cannot_prune
 from fedray.federation.method import Setting
 from fedray.models import MODELS, ModelSpec, broken, build_model, refusal
 
@@ -178,7 +179,8 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     model, _ = _built(config, spec)
     if model is None:
         return  # already reported
-    problem = method.check(Setting(model, clients.population, clients.cohort, config.rounds))
+    setting = Setting(model, clients.population, clients.cohort, config.rounds)
+    problem = cannot_prune(method, setting) or method.check(setting)
     if problem:
         yield "method", problem
 

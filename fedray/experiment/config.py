@@ -476,6 +476,8 @@ class RunConfig(Config):
                 tree[key] == type(self).model_fields[key].default
             ):  # what all runs had before they could choose
                 del tree[key]
+        if tree["method"]["min_layer"] == type(self.method.options).min_layer:  # since then no layer empties
+            del tree["method"]["min_layer"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 

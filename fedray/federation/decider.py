@@ -35,6 +35,7 @@ class Decider:
         rollback: largest factor by which pruning may raise the validation loss at once.
         steepest: smallest factor of the density at once.
         regrow_from: what comes back starts from zero, or has its value from behind the mask.
+        min_layer: weights that each layer keeps at least.
     """
 
     policy: Literal["agent", "bandit"]
@@ -45,6 +46,7 @@ class Decider:
     rollback: float
     steepest: float
     regrow_from: Literal["zero", "shadow"]
+    min_layer: int = 0
 
     def problem(self) -> str | None:
         """Return why the agent cannot be used, or None; costs no process."""
@@ -106,6 +108,7 @@ class Decider:
             min_density=self.min_density,
             rollback=self.rollback,
             steepest=self.steepest,
+            min_layer=self.min_layer,
         )
         factor = moved.density / mask.density if mask.density else 1.0
         if self.regrow_from == "zero":

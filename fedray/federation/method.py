@@ -29,6 +29,7 @@ from fedray.types import (
     Layout,
     Mask,
     NonNegativeFloat,
+    NonNegativeInt,
     Params,
     PositiveFloat,
     PositiveInt,
@@ -152,6 +153,9 @@ class Method:
         batch_size: examples in a step; the last batch of an epoch may be smaller.
         momentum: of a client's SGD.
         weight_decay: L2 penalty of a client's training.
+        min_layer: weights that each prunable layer keeps at least (all, if it has fewer), however low they
+            score; the other layers lose as many more, so that a density stays as asked. 0: a layer may
+            lose all.
         uplink_values: how a client's weights are written: exact, half precision, or 8 bits per tensor.
         downlink_values: the same for the server's.
     """
@@ -159,6 +163,8 @@ class Method:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     uses_server_data: ClassVar[bool] = False
     """Whether it trains on the server's own examples; refused before the start where there are none."""
+    prunes: ClassVar[bool] = False
+    """Whether it removes weights; refused before the start where a model has none that may be pruned."""
     needs: ClassVar[str] = ""
     """What it asks of the model, for the list of methods; `check` is what refuses."""
     citation: ClassVar[str] = ""
@@ -171,6 +177,7 @@ class Method:
     batch_size: PositiveInt = 20
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
+    min_layer: NonNegativeInt = 1
     uplink_values: Values = "fp32"
     downlink_values: Values = "fp32"
 
@@ -209,6 +216,14 @@ class Method:
         own = type(self)
         silent = own.measures is Method.measures and own.client_update is Method.client_update
         return () if silent else None
+
+    @property
+    def target(self) -> float | None:
+        """The density that the model shall end with, by these options; None: they set no such target.
+
+        Refused before the start where it cannot be reached.
+        """
+        return None
 
     def check(self, setting: Setting) -> str | None:
         """Return why this cannot run in such a setting, beginning with the key to change; or None.
@@ -259,6 +274,13 @@ class Method:
         keeps them, and every checkpoint holds them.
         """
         return False
+
+    def density_asked(self, state: ServerState) -> float | None:
+        """Return the density that the options ask for after the state's round; None: they ask for none.
+
+        It stands in the report as `density/asked`; a run that ends above it has a warning.
+        """
+        return self.target
 
     def eval_params(self, state: ServerState) -> Params:
         """Say what is evaluated and saved as the model (under the state's mask)."""

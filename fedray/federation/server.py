@@ -28,6 +28,7 @@ from fedray.errors import MethodError
 from fedray.federation.accounts import TOTALS, Accounts, notes
 from fedray.federation.aggregate import CohortUpdate, cut, merge_all
 from fedray.federation.client import Client, ClientFunction, Outcome, norm_statistics
+from fedray.federation.density import above_asked, emptied
 from fedray.federation.method import ServerContext, check_mask
 from fedray.federation.pool import ClientPool, one_thread
 from fedray.federation.population import draw_cohort, none_came, wait_for_all, wait_for_any
@@ -42,6 +43,7 @@ from fedray.federation.worker import (
     reject_unknown,
 )
 from fedray.models.norms import Norms, overlaid
+from fedray.pruning.masks import empty_layers
 from fedray.randomness import borrowed, generator, seed_globals
 from fedray.types import (
     ClientInfo,
@@ -152,6 +154,7 @@ class Server:
         self.checkpoint = checkpoint
         self.visits = 0
         self._own: Worker | None = None
+        self._empty = set(empty_layers(checkpoint.state.mask))
         self._accounts = Accounts()
 
     @property
@@ -443,6 +446,8 @@ class Server:
         metrics = {"density/global": self.state.mask.density}
         metrics |= self._accounts.metrics(cohort, self.place.rules.deadline_s)
         state = replace(self.state, round=round)
+        asked = self.method.density_asked(state)
+        metrics |= {} if asked is None else {"density/asked": asked}
         metrics |= {f"method/{name}": float(value) for name, value in self.method.measures(state).items()}
         if evaluate and len(self.side.validation):
             outcome = self.evaluate(self.side.validation)
@@ -454,7 +459,19 @@ class Server:
             totals[name] = totals.get(name, 0.0) + metrics[name]
         metrics |= {f"total/{name}": value for name, value in totals.items()}
         records = cohort.records if cohort is not None else ()
-        return RoundReport(round, metrics, records, notes(self._accounts, cohort))
+        noted = (*notes(self._accounts, cohort), *self._density_notes(round, asked))
+        return RoundReport(round, metrics, records, noted)
+
+    def _density_notes(self, round: int, asked: float | None) -> Iterator[str]:
+        """Yield what a reader should know of the mask: a layer that lost all, once; a density not reached."""
+        mask = self.state.mask
+        lost = [name for name in empty_layers(mask) if name not in self._empty]
+        self._empty.update(lost)
+        yield from emptied(lost)
+        if round == self.schedule.rounds and (
+            note := above_asked(asked, mask, self.place.model.channel_groups)
+        ):
+            yield note
 
 
 def _check_layout(task: Task, layout: Layout, client: int) -> None:

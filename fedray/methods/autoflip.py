@@ -32,9 +32,10 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.models.spec import ModelSpec
+from fedray.pruning.masks import filled
 from fedray.pruning.schedules import part_of
 from fedray.pruning.scores import above_quantile, loss_deviation, scaled_per_layer
-from fedray.pruning.shrink import channel_mask
+from fedray.pruning.shrink import channel_mask, removed_entries
 from fedray.types import (
     ClientUpdate,
     Density,
@@ -86,6 +87,7 @@ class AutoFLIP(Method):
     """
 
     citation: ClassVar[str] = "Internò et al., arXiv 2405.10271, 2024"
+    prunes: ClassVar[bool] = True
 
     explorers: Density = 1.0
     explore_epochs: PositiveInt | None = None
@@ -228,7 +230,9 @@ class AutoFLIP(Method):
             alive = mask[group.rows[0]].reshape(group.size, -1).any(1)
             if bool(alive.any()):  # a layer that lost all its weights keeps its biases, to pass something on
                 mask = channel_mask(layout, (group,), {group.name: alive}, within=mask)
-        return mask
+        # a layer whose last columns went with channels before it takes others
+        removed = removed_entries(mask, model.channel_groups)
+        return filled(mask, scores, self.min_layer, among=~removed)
 
     def guidance(self, moved: Tensor, layout: Layout) -> Tensor:
         """Return the scaled movement as a score (size,) of each weight."""
@@ -237,12 +241,12 @@ class AutoFLIP(Method):
         return scaled_per_layer(scores, layout, self.scaling)
 
     def keep(self, scores: Tensor, layout: Layout) -> Mask:
-        """Keep what scores above the quantile, of all tensors or of its own."""
+        """Keep what scores above the quantile, of all tensors or of its own, and `min_layer` of each."""
         kept, prunable = torch.ones(layout.size, dtype=torch.bool), layout.prunable_flat
         if self.quantile == "global":
             kept[prunable] = above_quantile(scores[prunable], self.threshold)
-            return Mask(kept, layout)
+            return filled(Mask(kept, layout), scores, self.min_layer)
         for name in layout.prunable_names:
             span = layout.spans[name]
             kept[span] = above_quantile(scores[span], self.threshold)
-        return Mask(kept, layout)
+        return filled(Mask(kept, layout), scores, self.min_layer)

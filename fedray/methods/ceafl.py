@@ -34,7 +34,7 @@ from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.masks import grow, top_k
 from fedray.pruning.recovery import classifier, classify, distillation, ensemble
-from fedray.pruning.schedules import events
+from fedray.pruning.schedules import due, events, no_event
 from fedray.pruning.scores import sensitivity
 from fedray.pruning.votes import cast, tally
 from fedray.types import (
@@ -63,14 +63,20 @@ class CEAFLMemory:
     Args:
         events: the rounds after which it may prune; their step is the interval.
         losses: mean training loss of each round of the last two intervals.
+        done: the round of the last event that was decided; 0 before the first.
         finetune: the round after the last event, in which clients recover; 0 before the first.
         teacher: (classes, width + 1), weights and bias of the ensemble, for that round.
     """
 
     events: range
     losses: tuple[float, ...] = ()
+    done: int = 0
     finetune: int = 0
     teacher: Tensor | None = None
+
+    def due(self, round: int) -> bool:
+        """Tell whether an event has to be decided in a round: its own, or one before without an answer."""
+        return due(self.events, self.done, round)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,7 @@ class CEAFL(Method):
     """
 
     citation: ClassVar[str] = "Pei et al., Journal of Chinese Computer Systems 47(5), 2026"
+    prunes: ClassVar[bool] = True
     needs: ClassVar[str] = "a linear classifier; validation data"
 
     importance: Literal["gw", "g", "g2"] = "gw"
@@ -136,10 +143,14 @@ class CEAFL(Method):
         return ("train/loss",)
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse a floor above the start, and fine-tuning of a model without a classifier."""
+        """Refuse a floor above the start, an interval without event, fine-tuning without a classifier."""
         if self.min_density > self.initial_density:
             above = f"method.initial_density={self.initial_density}"
             return f"method.min_density={self.min_density} is above {above}"
+        found = self.events(setting.rounds)
+        asked = self.interval is not None and self.until > 0
+        if asked and (fault := no_event(found, found.step, self.until, setting.rounds, "prunes on")):
+            return fault
         if self.finetune_epochs and not any(isinstance(m, nn.Linear) for m in setting.model.module.modules()):
             return (
                 f"method.finetune_epochs must be 0: {setting.model.name} has no linear layer as a classifier"
@@ -159,7 +170,9 @@ class CEAFL(Method):
             raise MethodError(
                 f"the scores of all {len(scored.records)} scorers are not finite: check the data and model"
             )
-        mask = top_k(self.scores(scored, state.mask), self.initial_density, ctx.layout)
+        mask = top_k(
+            self.scores(scored, state.mask), self.initial_density, ctx.layout, min_layer=self.min_layer
+        )
         return replace(state, mask=mask, memory=CEAFLMemory(self.events(ctx.rounds)))
 
     def first_scores(self, task: Task, client: Client) -> ClientUpdate:
@@ -171,7 +184,7 @@ class CEAFL(Method):
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
         """Say what a client does beside training: keep scores, send them, recover from the last event."""
         memory, extras = state.memory, dict[str, Extra]()
-        if memory.events and state.round <= memory.events[-1]:
+        if memory.due(state.round) or (memory.events and state.round <= memory.events[-1]):
             extras["track"] = True
         removed, grown = self.plan(state)
         if removed:
@@ -188,7 +201,7 @@ class CEAFL(Method):
         Clients vote for what grows while they train, so it goes by the losses up to the round before.
         """
         memory, layout = state.memory, state.mask.layout
-        if state.round not in memory.events:
+        if not memory.due(state.round):
             return 0, 0
         every = memory.events.step
         last, before = memory.losses[-every:], memory.losses[-2 * every : -every]
@@ -269,17 +282,22 @@ class CEAFL(Method):
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """Stage 2: at an event prune, grow, and go back if that spoilt the model. Keep the losses."""
-        if state.round == state.memory.finetune:  # its lesson was given
-            state = replace(state, memory=replace(state.memory, teacher=None))
+        if (
+            state.round == state.memory.finetune
+        ):  # its lesson was given; without an answer, the next round's is
+            later = {"teacher": None} if cohort.folded else {"finetune": state.round + 1}
+            state = replace(state, memory=replace(state.memory, **later))
         if "loss" not in cohort.metrics:  # nobody answered, or the last event is over
             return state
         removed, grown = self.plan(state)
         losses = (*state.memory.losses, cohort.metrics["loss"])[-2 * state.memory.events.step :]
-        state = replace(state, memory=replace(state.memory, losses=losses))
+        done = state.round if state.memory.due(state.round) else state.memory.done
+        state = replace(state, memory=replace(state.memory, losses=losses, done=done))
         if not removed:
             return state
         density = state.mask.density - removed / ctx.layout.prunable_count
-        kept = top_k(self.scores(cohort, state.mask), density, ctx.layout, within=state.mask)
+        scores = self.scores(cohort, state.mask)
+        kept = top_k(scores, density, ctx.layout, within=state.mask, min_layer=self.min_layer)
         votes = [(ctx.clients[k].num_examples, vote) for k, vote in sorted(cohort.each.items())]
         mask = grow(tally(votes, state.mask), grown, ctx.layout, within=kept)
         params = state.params.masked(state.mask)  # what grows starts from zero
@@ -295,8 +313,8 @@ class CEAFL(Method):
 
     def forgets(self, state: ServerState) -> bool:
         """After the last event no client is asked for its importance any more."""
-        events = state.memory.events
-        return bool(events) and state.round == events[-1]
+        memory = state.memory
+        return bool(memory.events) and memory.done == state.round >= memory.events[-1]
 
     def scores(self, cohort: CohortUpdate, mask: Mask) -> Tensor:
         """Return the cohort's importance (size,) of the weights held, up to a factor."""

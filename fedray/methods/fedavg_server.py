@@ -9,6 +9,7 @@ where FRLP makes one for each candidate of its search. The models are those of a
 keep every weight, bit for bit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -46,11 +47,11 @@ class FedAvgServer(Method):
     pretrain_epochs: NonNegativeInt = 5
     finetune_epochs: NonNegativeInt = 1
 
-    def events(self, rounds: int) -> tuple[int, ...]:
+    def events(self, rounds: int) -> Sequence[int]:
         """Return the rounds after which the server fine-tunes."""
         if self.finetune_rounds is not None:
             return self.finetune_rounds
-        return tuple(events(rounds, self.interval, self.until, parts=5, most=20))
+        return events(rounds, self.interval, self.until, parts=5, most=20)
 
     def check(self, setting: Setting) -> str | None:
         """Refuse rounds that the run never reaches."""
@@ -74,7 +75,7 @@ class FedAvgServer(Method):
         """Pre-train on the server's data; fix the events as FRLP does."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
         given = self.finetune_rounds  # which say when, whatever is planned
-        rounds = self.events(ctx.rounds) if given is None else given
+        rounds = tuple(self.events(ctx.rounds)) if given is None else given
         return replace(state, params=trained, memory=FedAvgServerMemory(rounds))
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:

@@ -31,9 +31,15 @@ class FedAvgSmall(Method):
     """
 
     citation: ClassVar[str] = "Liu et al., ICLR 2019; McMahan et al., AISTATS 2017"
+    prunes: ClassVar[bool] = True
     needs: ClassVar[str] = "a model with channels"
 
     density: Density = 0.25
+
+    @property
+    def target(self) -> float | None:
+        """The density, as the options say."""
+        return self.density
 
     def check(self, setting: Setting) -> str | None:
         """Refuse models that cannot be made so narrow."""

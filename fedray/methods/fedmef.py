@@ -55,9 +55,20 @@ from fedray.types import (
 
 @dataclass(frozen=True)
 class FedMefMemory:
-    """Adjustment round → share of its weights that a layer exchanges at its end, in (0, 1]."""
+    """What the server remembers.
+
+    Args:
+        shares: adjustment round → share of its weights that a layer exchanges at its end, in (0, 1].
+        done: the round in which weights were exchanged last; 0 before the first.
+    """
 
     shares: Mapping[int, float]
+    done: int = 0
+
+    def share(self, round: int) -> float | None:
+        """Return the share of a round: of its own adjustment, or of the last one without an answer."""
+        pending = [event for event in self.shares if self.done < event <= round]
+        return self.shares[max(pending)] if pending else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,7 @@ class FedMef(Method):
     """
 
     citation: ClassVar[str] = "Huang et al., CVPR 2024"
+    prunes: ClassVar[bool] = True
 
     density: Density = 0.1
     interval: PositiveInt | None = None
@@ -89,6 +101,11 @@ class FedMef(Method):
     max_lr: PositiveFloat | None = None
     nsconv: bool = True
     activation_pruning: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    @property
+    def target(self) -> float | None:
+        """The density, as the options say."""
+        return self.density
 
     def events(self, rounds: int) -> range:
         """Return the adjustment rounds of a run."""
@@ -101,29 +118,24 @@ class FedMef(Method):
 
     def check(self, setting: Setting) -> str | None:
         """Refuse an interval that leaves no adjustment."""
-        stop = self.until * setting.rounds
-        if self.interval is not None and 0 < stop <= self.interval:
+        found, stop = self.events(setting.rounds), self.until * setting.rounds
+        if self.interval is not None and stop and not found:
             return (
-                f"method.interval={self.interval} puts the first adjustment after the end of adjustments, "
-                f"which is round {stop:g} (method.until={self.until} of {setting.rounds} rounds)"
+                f"method.interval={found.step} puts the first adjustment after the end of adjustments, which "
+                f"is round {stop:g} (method.until={self.until} of {setting.rounds} rounds)"
             )
         return None
 
-    @property
-    def depends_on_rounds(self) -> str | None:
-        """The end of the adjustments."""
-        return "method.until is a share of the run's rounds"
-
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Draw the first mask; fix the adjustment rounds."""
-        mask = random(ctx.layout, erk(ctx.layout, self.density), ctx.rng)
+        mask = random(ctx.layout, erk(ctx.layout, self.density), ctx.rng, min_layer=self.min_layer)
         stop = self.until * ctx.rounds
         shares = {t: adjust_rate(t, stop, self.adjust) for t in self.events(ctx.rounds)}
         return replace(state, params=state.params.masked(mask), mask=mask, memory=FedMefMemory(shares))
 
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
         """In an adjustment round, say how much will be exchanged."""
-        share = state.memory.shares.get(state.round)
+        share = state.memory.share(state.round)
         return Task(state.params, state.mask, extras={} if share is None else {"adjust": share})
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
@@ -155,7 +167,7 @@ class FedMef(Method):
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """After an adjustment round, exchange each layer's smallest weights; new ones start from zero."""
-        share = state.memory.shares.get(state.round)
+        share = state.memory.share(state.round)
         if share is None or not cohort.folded:
             return state
         kept = self.largest(state.params, state.mask, share)
@@ -166,7 +178,8 @@ class FedMef(Method):
         scores = gradient.abs()
         scores[state.mask.flat] = -1.0  # what goes must not come back where no gradient was sent
         mask = grow_per_layer(scores, self.exchanged(state.mask, share), ctx.layout, within=kept)
-        return replace(state, params=state.params.masked(kept), mask=mask)
+        memory = replace(state.memory, done=state.round)
+        return replace(state, params=state.params.masked(kept), mask=mask, memory=memory)
 
     def eval_params(self, state: ServerState) -> Params:
         """Say what the forward pass uses: a plain model, with the standardised weights as its own."""

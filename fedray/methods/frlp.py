@@ -17,6 +17,7 @@ Differs from the paper (readings of unclear points, with the flag that restores 
   falls; `solver="scan"` walks on any distance, and `solver="dqn"` is the agent trained by `rllib_pruner`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
@@ -29,7 +30,7 @@ from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.masks import support, top_k
 from fedray.pruning.policies import Solver, solve
 from fedray.pruning.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
-from fedray.pruning.schedules import events
+from fedray.pruning.schedules import events, no_event
 from fedray.pruning.scores import l2_distance, magnitude
 from fedray.pruning.trained import policy_problem
 from fedray.types import (
@@ -83,6 +84,7 @@ class FRLP(Method):
     """
 
     citation: ClassVar[str] = "Nie et al., CSA 33(5), 2024"
+    prunes: ClassVar[bool] = True
     uses_server_data: ClassVar[bool] = True
 
     solver: Solver = "bisect"
@@ -114,11 +116,11 @@ class FRLP(Method):
         """FedSA: the mask-aware mean, or its literal form; or plain FedAvg."""
         return Fold(by=self.aggregation)
 
-    def events(self, rounds: int) -> tuple[int, ...]:
+    def events(self, rounds: int) -> Sequence[int]:
         """Return the rounds after which the server prunes."""
         if self.prune_rounds is not None:
             return self.prune_rounds
-        return tuple(events(rounds, self.interval, self.until, parts=5, most=20))
+        return events(rounds, self.interval, self.until, parts=5, most=20)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ class FRLP(Method):
         return ()
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse pruning rounds that the run never reaches, and an agent that cannot be used."""
+        """Refuse to prune never, or after rounds that the run never reaches; an agent that cannot be used."""
         beyond = [event for event in self.prune_rounds or () if event > setting.rounds]
         if beyond:
             late = ", ".join(map(str, beyond))
@@ -134,6 +136,8 @@ class FRLP(Method):
                 f"method.prune_rounds asks to prune after round(s) {late}, "
                 f"but the run has {setting.rounds} round(s)"
             )
+        if fault := self.never(setting.rounds):
+            return fault
         if self.solver == "dqn":
             problem = policy_problem(self.policy, PROCESS, OBSERVATION_VERSION, FEATURES)
             return problem and f"method.policy: {problem}"
@@ -148,11 +152,22 @@ class FRLP(Method):
             return None
         return "method.until is a share of the run's rounds; method.prune_rounds is not"
 
+    def never(self, rounds: int) -> str | None:
+        """Return why the server prunes after no round, or None."""
+        if self.single_shot == 0:
+            return "method.single_shot=0 lets no event prune; raise it, or set method.name=fedavg_server"
+        pruned = self.events(rounds)
+        if isinstance(pruned, range):
+            return no_event(pruned, pruned.step, self.until, rounds, "prunes")
+        if not pruned:
+            return "method.prune_rounds=[] never prunes; name rounds, or set method.name=fedavg_server"
+        return None
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data; remember what the distance is measured from."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
         given = self.prune_rounds  # which say when, whatever is planned
-        rounds = self.events(ctx.rounds) if given is None else given
+        rounds = tuple(self.events(ctx.rounds)) if given is None else given
         initial = trained if self.winit == "pretrained" else state.params
         return replace(state, params=trained, memory=FRLPMemory(initial, rounds))
 
@@ -164,7 +179,8 @@ class FRLP(Method):
         params = client.sgd(task.params, everything)  # from the zeroed weights: the server sent params ⊙ mask
         if self.zeros == "regrow":
             return ClientUpdate(params, everything)
-        return ClientUpdate(params, top_k(magnitude(params), task.mask.density, task.mask.layout))
+        scores, layout = magnitude(params), task.mask.layout
+        return ClientUpdate(params, top_k(scores, task.mask.density, layout, min_layer=self.min_layer))
 
     def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
         """FedSA: the mask-aware mean, and zero where nobody holds a weight, as in eq. 7.
@@ -185,7 +201,8 @@ class FRLP(Method):
         initial = params if self.winit == "preprune" else state.memory.initial
 
         def pruned(density: float) -> Mask:
-            return top_k(magnitude(params), density, ctx.layout, within=state.mask)
+            scores = magnitude(params)
+            return top_k(scores, density, ctx.layout, within=state.mask, min_layer=self.min_layer)
 
         @lru_cache(maxsize=16)  # models, so not all of a scan's; but the winner is rarely trained twice
         def candidate(density: float) -> Params:

@@ -62,6 +62,7 @@ class PQSU(Method):
     """
 
     citation: ClassVar[str] = "Xu et al., IEEE Access 2021"
+    prunes: ClassVar[bool] = True
     needs: ClassVar[str] = "a model with channels"
     uses_server_data: ClassVar[bool] = True
 
@@ -93,6 +94,11 @@ class PQSU(Method):
     def metric_names(self) -> tuple[str, ...]:
         """None beside those of every run."""
         return ()
+
+    @property
+    def target(self) -> float | None:
+        """The density, where it is given in place of `channels`."""
+        return self.density
 
     def check(self, setting: Setting) -> str | None:
         """Refuse models without channels, or without as few as asked for."""

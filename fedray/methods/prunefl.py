@@ -16,7 +16,6 @@ Differs from the paper and its code (jiangyuang/PruneFL), with the flag that res
 * `max_density` holds for what is left after the drop too, which then is larger; published: on admission only.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -31,7 +30,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.greedy import rebuild, settled
-from fedray.pruning.schedules import events
+from fedray.pruning.schedules import due, events
 from fedray.types import (
     ClientInfo,
     ClientUpdate,
@@ -54,10 +53,17 @@ ASKED = 10
 
 @dataclass(frozen=True)
 class PruneFLMemory:
-    """The time of a round, and the rounds after which the mask is rebuilt."""
+    """What the server remembers.
+
+    Args:
+        times: the time of a round.
+        events: the rounds after which the mask is rebuilt.
+        done: the round in which it was rebuilt last; 0 before the first.
+    """
 
     times: LayerTimes
     events: tuple[int, ...]
+    done: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,7 @@ class PruneFL(Method):
     """
 
     citation: ClassVar[str] = "Jiang et al., TNNLS 2022"
+    prunes: ClassVar[bool] = True
 
     interval: PositiveInt | None = None
     drop: Fraction = 0.3
@@ -106,9 +113,15 @@ class PruneFL(Method):
         return ()
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse times that are not those of the model's layers, and a first client that there is not."""
+        """Refuse times of other layers than the model's, a first client that there is not, to prune never."""
         if self.initial_client is not None and self.initial_client >= setting.population:
             return f"method.initial_client={self.initial_client}, but there are {setting.population} clients"
+        rebuilt = self.events(setting.rounds)
+        if not self.initial_max_rounds and not rebuilt:
+            return (
+                "method.initial_max_rounds=0 leaves out the first pruning, and no mask is rebuilt in "
+                f"{setting.rounds} round(s) with an interval of {rebuilt.step}: the model is never pruned"
+            )
         if (self.layer_times_s is None) != (self.constant_s is None):
             return "method.constant_s and method.layer_times_s go together: give both, or neither"
         layout, fault = setting.model.layout, None
@@ -174,7 +187,8 @@ class PruneFL(Method):
                 break  # the server will see it
             if not counts and client.evaluate(params, mask).accuracy < START / client.model.num_classes:
                 continue
-            mask = rebuild(params, mask, squares * mask.flat, times, self.drop, self.max_density)
+            squares *= mask.flat
+            mask = rebuild(params, mask, squares, times, self.drop, self.max_density, self.min_layer)
             squares.zero_()
             counts.append(mask.count)
             if settled(counts):
@@ -185,12 +199,12 @@ class PruneFL(Method):
 
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
         """While a reconfiguration is ahead, ask to gather; in its round, to upload."""
-        events = state.memory.events
-        ahead = bisect_left(events, state.round)
-        if ahead == len(events) or (self.gather == "round" and events[ahead] != state.round):
+        memory = state.memory
+        upload = due(memory.events, memory.done, state.round)
+        ahead = bool(memory.events) and state.round < memory.events[-1]
+        if not upload and (not ahead or self.gather == "round"):
             return Task(state.params, state.mask)
-        since, upload = events[ahead - 1] if ahead else 0, events[ahead] == state.round
-        return Task(state.params, state.mask, extras={"since": since, "upload": upload})
+        return Task(state.params, state.mask, extras={"since": memory.done, "upload": upload})
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: masked local SGD; gather the square of the sum of its gradients."""
@@ -217,18 +231,18 @@ class PruneFL(Method):
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
         """Every interval, rebuild the mask from what the cohort gathered."""
-        if state.round not in state.memory.events or not cohort.folded:
+        if not due(state.memory.events, state.memory.done, state.round) or not cohort.folded:
             return state
         drop = self.drop * 0.5 ** (state.round / self.half_life)
         params, importance, times = state.params, cohort.sum("importance"), state.memory.times
-        mask = rebuild(params, state.mask, importance, times, drop, self.max_density)
+        mask = rebuild(params, state.mask, importance, times, drop, self.max_density, self.min_layer)
         if self.regrow_value == "zero":
             params = Params(torch.where(mask.flat & ~state.mask.flat, 0.0, params.flat), ctx.layout)
-        return replace(state, params=params, mask=mask)
+        return replace(state, params=params, mask=mask, memory=replace(state.memory, done=state.round))
 
     def forgets(self, state: ServerState) -> bool:
         """Importance of an interval is of no use after it, whoever did not upload it."""
-        return state.round in state.memory.events
+        return bool(state.memory.done == state.round)
 
     def layer_times(self, ctx: ServerContext) -> LayerTimes:
         """Return what the options say a round takes."""

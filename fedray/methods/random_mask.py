@@ -28,9 +28,15 @@ class RandomMask(Method):
     """
 
     citation: ClassVar[str] = "Liu et al., ICLR 2022; Evci et al., ICML 2020"
+    prunes: ClassVar[bool] = True
 
     density: Density = 0.1
     distribution: Literal["erk", "uniform"] = "erk"
+
+    @property
+    def target(self) -> float | None:
+        """The density, as the options say."""
+        return self.density
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Draw the mask."""
@@ -38,4 +44,4 @@ class RandomMask(Method):
             densities = erk(ctx.layout, self.density)
         else:
             densities = dict.fromkeys(ctx.layout.prunable_names, self.density)
-        return replace(state, mask=random(ctx.layout, densities, ctx.rng))
+        return replace(state, mask=random(ctx.layout, densities, ctx.rng, min_layer=self.min_layer))

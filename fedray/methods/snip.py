@@ -32,9 +32,15 @@ class SNIP(Method):
     """
 
     citation: ClassVar[str] = "Lee et al., ICLR 2019"
+    prunes: ClassVar[bool] = True
 
     density: Density = 0.1
     scorers: PositiveInt = 10
+
+    @property
+    def target(self) -> float | None:
+        """The density, as the options say."""
+        return self.density
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Ask for gradients, keep the weights that matter most."""
@@ -45,7 +51,12 @@ class SNIP(Method):
                 f"the gradients of all {len(scored.records)} scorers are not finite: check the data and model"
             )
         gradient = scored.sum("gradient") / scored.num_examples
-        return replace(state, mask=top_k(sensitivity(state.params, gradient), self.density, ctx.layout))
+        return replace(
+            state,
+            mask=top_k(
+                sensitivity(state.params, gradient), self.density, ctx.layout, min_layer=self.min_layer
+            ),
+        )
 
     def score(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: the gradient at the initial weights, summed over the client's examples."""

@@ -26,8 +26,9 @@ from fedray.federation.method import Method, ServerContext, Setting
 from fedray.federation.situation import MOVED, distance, travelled
 from fedray.pruning.masks import at_least, top_k
 from fedray.pruning.observation import Journey
-from fedray.pruning.schedules import SCHEDULES, spread
+from fedray.pruning.schedules import SCHEDULES, due, spread
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
+from fedray.pruning.stages import FACTORS
 from fedray.types import (
     ClientInfo,
     ClientUpdate,
@@ -46,10 +47,21 @@ from fedray.types import (
 
 @dataclass(frozen=True)
 class StagedMemory:
-    """The rounds after which weights are removed, and what a policy remembers of the run."""
+    """What the server remembers.
+
+    Args:
+        stages: the rounds after which weights are removed.
+        journey: what a policy remembers of the run.
+        done: the round in which weights were removed last; 0 before the first.
+    """
 
     stages: tuple[int, ...]
     journey: Journey = field(default_factory=Journey)
+    done: int = 0
+
+    def due(self, round: int) -> bool:
+        """Tell whether a stage has to be carried out in a round: its own, or one before without an answer."""
+        return due(self.stages, self.done, round)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,7 @@ class Staged(Method):
     """
 
     citation: ClassVar[str] = "Zhu and Gupta, 2017; Han et al., NeurIPS 2015"
+    prunes: ClassVar[bool] = True
 
     density: Density = 0.1
     threshold: NonNegativeFloat | None = None
@@ -116,6 +129,7 @@ class Staged(Method):
             self.rollback,
             self.steepest,
             self.regrow_from,
+            self.min_layer,
         )
 
     @property
@@ -140,6 +154,11 @@ class Staged(Method):
             return ()
         return (f"train/{MOVED}", *(f"method/{name}" for name in DECIDED))
 
+    @property
+    def target(self) -> float | None:
+        """The density after the last stage; a threshold, an agent and a bandit have none."""
+        return None if self.decider or self.threshold is not None else self.density
+
     def check(self, setting: Setting) -> str | None:
         """Refuse stages that run backwards, a target above the start, an agent that cannot be used."""
         _, start, until = self.span
@@ -154,11 +173,27 @@ class Staged(Method):
             return f"method.agent is given, but method.policy={self.policy}: set method.policy=agent"
         if self.budget is not None and not self.decider:
             return "method.budget is given, but a schedule keeps to none: set method.policy=agent"
-        if self.decider:
-            problem = self.decider.problem()
-            return f"method.agent: {problem}" if problem else None
-        if self.threshold is None and self.density > self.initial_density:
+        if fault := self.cannot_move():
+            return fault
+        problem = self.decider.problem() if self.decider else None
+        return f"method.agent: {problem}" if problem else None
+
+    def cannot_move(self) -> str | None:
+        """Return which bounds leave nothing to prune, or None."""
+        if self.target is not None:
+            if self.density <= self.initial_density:
+                return None
             return f"method.density={self.density} is above method.initial_density={self.initial_density}"
+        if self.min_density >= self.initial_density:
+            return (
+                f"method.min_density={self.min_density} is not below method.initial_density="
+                f"{self.initial_density}, so that nothing can be pruned; lower it"
+            )
+        if self.decider and self.steepest > FACTORS[1]:
+            return (
+                f"method.steepest={self.steepest} lets a policy prune nothing: its mildest action keeps "
+                f"{FACTORS[1]} of what is held; lower it to that, or further"
+            )
         return None
 
     @property
@@ -169,13 +204,13 @@ class Staged(Method):
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Fix the stages; prune the initial weights if asked to."""
         rounds = spread(ctx.rounds, *self.span)
-        mask = top_k(magnitude(state.params), self.initial_density, ctx.layout)
+        mask = top_k(magnitude(state.params), self.initial_density, ctx.layout, min_layer=self.min_layer)
         return replace(state, mask=mask, memory=StagedMemory(rounds))
 
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
         """At a stage, ask for gradients to prune by, or how far a client moved."""
         extras: dict[str, Extra] = {}
-        if state.round in state.memory.stages:
+        if state.memory.due(state.round):
             extras |= {"score": True} if self.importance == "gradient" else {}
             extras |= {"moved": True} if self.decider else {}
         return Task(state.params, state.mask, extras=extras)
@@ -191,19 +226,20 @@ class Staged(Method):
 
     def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
         """Take the mask-aware mean; before a stage's decision, keep what the clients were sent."""
-        if self.decider and state.round in state.memory.stages and cohort.folded:
+        if self.decider and state.memory.due(state.round) and cohort.folded:
             journey = replace(state.memory.journey, sent=state.params)
             state = replace(state, memory=replace(state.memory, journey=journey))
         return super().aggregate(state, cohort)
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
-        """At a stage, remove what matters least, or what was decided."""
+        """At a stage, remove what matters least, or what was decided; without an answer, a round later."""
         rounds, decider = state.memory.stages, self.decider
         if decider:
             journey = travelled(state.memory.journey, state, cohort, ctx)
             state = replace(state, memory=replace(state.memory, journey=journey))
-        if state.round not in rounds or not cohort.folded:
+        if not state.memory.due(state.round) or not cohort.folded:
             return state
+        state = replace(state, memory=replace(state.memory, done=state.round))
         if decider:
             left = 1 - made(rounds, state.round)
             state, journey = decider.decide(state, cohort, ctx, state.memory.journey, left)
@@ -214,7 +250,15 @@ class Staged(Method):
                 scores = in_units_of_layer(scores, state.mask)
             return replace(state, mask=self.cut_at_threshold(scores, state.mask))
         target = SCHEDULES[self.schedule](made(rounds, state.round), self.initial_density, self.density)
-        return replace(state, mask=top_k(scores, target, ctx.layout, within=state.mask))
+        mask = top_k(scores, target, ctx.layout, within=state.mask, min_layer=self.min_layer)
+        return replace(state, mask=mask)
+
+    def density_asked(self, state: ServerState) -> float | None:
+        """Return where the schedule is after the round."""
+        if self.target is None:
+            return None
+        progress = made(state.memory.stages, state.round)
+        return SCHEDULES[self.schedule](progress, self.initial_density, self.density)
 
     def measures(self, state: ServerState) -> Mapping[str, float]:
         """Say what was decided in the round, if anything was."""
@@ -231,7 +275,14 @@ class Staged(Method):
     def cut_at_threshold(self, scores: Tensor, mask: Mask) -> Mask:
         """Keep what scores at least the threshold."""
         assert self.threshold is not None
-        return at_least(scores, self.threshold, mask.layout, within=mask, min_density=self.min_density)
+        return at_least(
+            scores,
+            self.threshold,
+            mask.layout,
+            within=mask,
+            min_density=self.min_density,
+            min_layer=self.min_layer,
+        )
 
 
 def made(stages: tuple[int, ...], round: int) -> float:

@@ -44,6 +44,7 @@ def rebuild(
     times: Times,
     drop: float,
     max_density: float | None = None,
+    min_layer: int = 0,
 ) -> Mask:
     """Return PruneFL's next mask: without the smallest weights, and with whatever pays for its time.
 
@@ -55,28 +56,32 @@ def rebuild(
         drop: share of each layer's held weights that is dropped before the search, in [0, 1].
         max_density: the mask never holds more, whatever pays. Where more than that would be left after the
             drop, each layer drops a larger share, the same in all of them, so that what is left just fits.
+        min_layer: weights that each layer keeps at least, of those that it holds.
     """
     cap = 1.0 if max_density is None else max_density
-    kept = drop_smallest(params, drop, within=mask)
+    kept = drop_smallest(params, drop, within=mask, min_layer=min_layer)
     if round(kept.density * mask.layout.prunable_count) > round(cap * mask.layout.prunable_count):
-        kept = drop_smallest(params, max(drop, 1 - cap / mask.density), within=mask)
+        larger = max(drop, 1 - cap / mask.density)
+        kept = drop_smallest(params, larger, within=mask, min_layer=min_layer)
         # shares are rounded down, so a few weights may be left over
-        kept = top_k(magnitude(params), cap, mask.layout, within=kept)
+        kept = top_k(magnitude(params), cap, mask.layout, within=kept, min_layer=min_layer)
     return maximise_ratio(importance, kept, times, max_density=cap)
 
 
-def drop_smallest(params: Params, share: float, *, within: Mask) -> Mask:
+def drop_smallest(params: Params, share: float, *, within: Mask, min_layer: int = 0) -> Mask:
     """Return the mask without the weights of smallest magnitude, the same share of each layer's held ones.
 
     Args:
         params: the weights; only those under the mask are looked at.
         share: in [0, 1]; of n held weights of a layer, ⌊share · n⌋ go.
         within: what is held before.
+        min_layer: a layer keeps so many, or as many as it holds.
     """
     kept = {}
     for name in within.layout.prunable_names:
         held = int(within[name].count_nonzero())
-        kept[name] = (held - floor_of(share, held)) / within[name].numel()
+        left = max(held - floor_of(share, held), min(min_layer, held))
+        kept[name] = left / within[name].numel()
     return top_k_per_layer(magnitude(params), kept, within.layout, within=within)
 
 

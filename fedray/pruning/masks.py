@@ -3,6 +3,10 @@
 Every function returns a `Mask` that is True on all that is not prunable. Scores are flat float32 vectors
 (size,) in the layout of the model; only their prunable entries are looked at. Ties go to the lower index, so
 that every way of computing a mask keeps the same set and masks of falling density are nested.
+
+`min_layer` is how many entries each prunable tensor keeps at least, its best ones (all candidates, where it
+has fewer). A count that is asked for stays as it is: the other tensors lose their lowest entries for it. Only
+where the minima add up to more is more kept, which `lowest_density` tells before.
 """
 
 from collections.abc import Mapping
@@ -16,7 +20,9 @@ from fedray.errors import MethodError
 from fedray.types import Layout, Mask, Params
 
 
-def top_k(scores: Tensor, density: float, layout: Layout, *, within: Mask | None = None) -> Mask:
+def top_k(
+    scores: Tensor, density: float, layout: Layout, *, within: Mask | None = None, min_layer: int = 0
+) -> Mask:
     """Keep the highest-scored prunable entries of the whole model.
 
     Args:
@@ -24,31 +30,47 @@ def top_k(scores: Tensor, density: float, layout: Layout, *, within: Mask | None
         density: share of the prunable entries to keep, in [0, 1]; met to one entry.
         layout: the model's layout.
         within: entries that may be kept; if it holds fewer than asked for, all of them are.
+        min_layer: entries that each tensor keeps at least.
 
     Raises:
         MethodError: if a score is NaN among candidates that have to be ranked.
     """
     candidates = layout.prunable_flat if within is None else layout.prunable_flat & within.flat
-    return _with_kept(_highest(scores, candidates, round(density * layout.prunable_count)), layout)
+    kept = _highest(scores, candidates, round(density * layout.prunable_count))
+    return _with_kept(_exchanged(kept, scores, candidates, layout, min_layer), layout)
 
 
 def top_k_per_layer(
-    scores: Tensor, densities: Mapping[str, float], layout: Layout, *, within: Mask | None = None
+    scores: Tensor,
+    densities: Mapping[str, float],
+    layout: Layout,
+    *,
+    within: Mask | None = None,
+    min_layer: int = 0,
 ) -> Mask:
     """Keep the highest-scored entries of each prunable tensor, at its own density in [0, 1]."""
+    everything = layout.prunable_flat if within is None else layout.prunable_flat & within.flat
     kept = torch.zeros(layout.size, dtype=torch.bool)
     for name in layout.prunable_names:
         span = layout.spans[name]
         length = span.stop - span.start
         candidates = torch.ones(length, dtype=torch.bool) if within is None else within.flat[span]
         kept[span] = _highest(scores[span], candidates, round(densities[name] * length))
-    return _with_kept(kept, layout)
+    return _with_kept(_exchanged(kept, scores, everything, layout, min_layer), layout)
 
 
 def at_least(
-    scores: Tensor, threshold: float, layout: Layout, *, within: Mask, min_density: float = 0.0
+    scores: Tensor,
+    threshold: float,
+    layout: Layout,
+    *,
+    within: Mask,
+    min_density: float = 0.0,
+    min_layer: int = 0,
 ) -> Mask:
     """Keep the entries of `within` that score `threshold` or more, and at least the `min_density` best.
+
+    No count is asked for, so that the entries for `min_layer` are kept beside the others.
 
     Raises:
         MethodError: if a score among the prunable entries of `within` is NaN.
@@ -56,8 +78,39 @@ def at_least(
     candidates = within.flat & layout.prunable_flat
     _refuse_nan(scores[candidates])
     kept = (scores >= threshold) & candidates
-    mask = _with_kept(kept, layout)
-    return mask if mask.density >= min_density else top_k(scores, min_density, layout, within=within)
+    mask = filled(_with_kept(kept, layout), scores, min_layer, among=candidates)
+    if mask.density >= min_density:
+        return mask
+    return top_k(scores, min_density, layout, within=within, min_layer=min_layer)
+
+
+def filled(mask: Mask, scores: Tensor, min_layer: int, *, among: Tensor | None = None) -> Mask:
+    """Return the mask with the best other entries in each prunable tensor that holds fewer than `min_layer`.
+
+    Args:
+        mask: what is held.
+        scores: (size,), higher is taken first.
+        min_layer: entries of each tensor.
+        among: (size,) bool, what may be taken; None: every prunable entry.
+    """
+    layout, flat = mask.layout, mask.flat.clone()
+    candidates = layout.prunable_flat if among is None else layout.prunable_flat & among
+    for name in _short(flat, candidates, layout, min_layer):
+        span = layout.spans[name]
+        missing = min_layer - int(flat[span].count_nonzero())
+        flat[span] |= _highest(scores[span], candidates[span] & ~flat[span], missing)
+    return Mask(flat, layout)
+
+
+def lowest_density(layout: Layout, min_layer: int) -> float:
+    """Return the density of a mask that holds `min_layer` entries of each prunable tensor; 1 without any."""
+    sizes = [prod(layout.shape_of[name]) for name in layout.prunable_names]
+    return sum(min(min_layer, size) for size in sizes) / sum(sizes) if sizes else 1.0
+
+
+def empty_layers(mask: Mask) -> list[str]:
+    """Return the names of the prunable tensors of which the mask holds nothing."""
+    return [name for name in mask.layout.prunable_names if not bool(mask[name].any())]
 
 
 def grow(scores: Tensor, count: int, layout: Layout, *, within: Mask) -> Mask:
@@ -88,12 +141,14 @@ def grow_per_layer(scores: Tensor, counts: Mapping[str, int], layout: Layout, *,
     return _with_kept(kept, layout)
 
 
-def random(layout: Layout, densities: float | Mapping[str, float], rng: np.random.Generator) -> Mask:
+def random(
+    layout: Layout, densities: float | Mapping[str, float], rng: np.random.Generator, *, min_layer: int = 0
+) -> Mask:
     """Keep entries drawn uniformly: over the whole model at one density, or per tensor at its own."""
     scores = torch.from_numpy(rng.random(layout.size, dtype=np.float32))
     if isinstance(densities, Mapping):
-        return top_k_per_layer(scores, densities, layout)
-    return top_k(scores, densities, layout)
+        return top_k_per_layer(scores, densities, layout, min_layer=min_layer)
+    return top_k(scores, densities, layout, min_layer=min_layer)
 
 
 def erk(layout: Layout, density: float) -> dict[str, float]:
@@ -133,6 +188,28 @@ def support(params: Params) -> Mask:
 def _with_kept(kept: Tensor, layout: Layout) -> Mask:
     """Return the mask of the kept prunable entries and all that is not prunable."""
     return Mask(kept | ~layout.prunable_flat, layout)
+
+
+def _exchanged(kept: Tensor, scores: Tensor, candidates: Tensor, layout: Layout, min_layer: int) -> Tensor:
+    """Return a bool vector of as many entries, with `min_layer` of each tensor; the lowest others go."""
+    if not _short(kept, candidates, layout, min_layer):
+        return kept
+    best = torch.zeros_like(kept)
+    for name in layout.prunable_names:
+        span = layout.spans[name]
+        best[span] = _highest(scores[span], candidates[span], min_layer)
+    others = int(kept.count_nonzero()) - int(best.count_nonzero())
+    return best | _highest(scores, kept & ~best, others)
+
+
+def _short(kept: Tensor, candidates: Tensor, layout: Layout, min_layer: int) -> list[str]:
+    """Return the prunable tensors of which fewer than `min_layer` entries are kept, though there are more."""
+    spans = {name: layout.spans[name] for name in layout.prunable_names} if min_layer else {}
+    return [
+        name
+        for name, span in spans.items()
+        if int(kept[span].count_nonzero()) < min(min_layer, int(candidates[span].count_nonzero()))
+    ]
 
 
 def _highest(scores: Tensor, candidates: Tensor, count: int) -> Tensor:

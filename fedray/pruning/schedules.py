@@ -4,7 +4,7 @@ A schedule goes from `initial` at progress 0 to `final` at progress 1. Progress 
 phase that has passed, clipped to [0, 1]. All schedules are monotone and end exactly at `final`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import cos, pi
 
 from fedray.shares import ceil_of, floor_of
@@ -31,6 +31,24 @@ def events(
     every = interval or part_of(rounds, parts, most)
     stop = ceil_of(until, rounds) if before else floor_of(until, rounds) + 1
     return range(every, stop, every)
+
+
+def no_event(found: Collection[int], first: int, until: float, rounds: int, act: str) -> str | None:
+    """Return why no event happens, beginning with the key to change; None if one does.
+
+    Args:
+        found: the rounds of the events.
+        first: the round that would have the first one.
+        until: end of the events, as a share of the run's rounds.
+        rounds: planned rounds.
+        act: what happens at an event, e.g. "prunes".
+    """
+    if found:
+        return None
+    return (
+        f"method.until={until:g} of {rounds} round(s) ends before round {first}, the first after which the "
+        f"server {act}, so that it never does; raise rounds or method.until, or lower method.interval"
+    )
 
 
 def spread(rounds: int, count: int, start: float, until: float) -> tuple[int, ...]:

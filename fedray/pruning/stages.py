@@ -74,7 +74,7 @@ def dual(preference: float, now: Situation, budget: float, step: float = 1.0) ->
     return min(high, max(low, preference * exp(step * min(2.0, projected / budget - 1))))
 
 
-def wanted(action: int, params: Params, mask: Mask, min_density: float) -> Mask:
+def wanted(action: int, params: Params, mask: Mask, min_density: float, min_layer: int = 0) -> Mask:
     """Return the mask that an action asks for, by global magnitude.
 
     Args:
@@ -82,13 +82,16 @@ def wanted(action: int, params: Params, mask: Mask, min_density: float) -> Mask:
         params: the weights; what is regrown is the largest of what stands behind the mask.
         mask: what is held.
         min_density: not less is kept, nor is anything removed below it.
+        min_layer: entries that each layer keeps at least.
     """
     scores, layout = magnitude(params), mask.layout
     if action == REGROW:
         held = round(mask.density * layout.prunable_count)
         return grow(scores, max(1, round((GROWTH - 1) * held)), layout, within=mask)
     target = max(mask.density * FACTORS[action], min(min_density, mask.density))
-    return mask if target >= mask.density else top_k(scores, target, layout, within=mask)
+    if target >= mask.density:
+        return mask
+    return top_k(scores, target, layout, within=mask, min_layer=min_layer)
 
 
 def safe(
@@ -100,6 +103,7 @@ def safe(
     min_density: float,
     rollback: float,
     steepest: float = 0.0,
+    min_layer: int = 0,
 ) -> tuple[int, Mask]:
     """Return the action that is carried out, and its mask: the one asked for, or the next milder safe one.
 
@@ -115,6 +119,7 @@ def safe(
         min_density: as in `wanted`.
         rollback: ≥ 1.
         steepest: smallest factor of the density at once, in [0, 1].
+        min_layer: as in `wanted`.
     """
     if action in (0, REGROW):
         moved = wanted(action, params, mask, min_density)
@@ -123,7 +128,7 @@ def safe(
         action -= 1
     bound = rollback * loss(mask)
     for milder in range(action, 0, -1):
-        moved = wanted(milder, params, mask, min_density)
+        moved = wanted(milder, params, mask, min_density, min_layer)
         if moved.count == mask.count:
             break
         if no_worse(loss(moved), bound):

@@ -1,7 +1,7 @@
 """AutoFLIP: what exploring finds and costs, the mask from it, whom the mask follows, and what is optional."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -218,11 +218,29 @@ def test_a_layer_that_loses_all_its_weights_keeps_its_channels() -> None:
     conv1, conv2 = torch.linspace(0, 1, 36).view(4, 1, 3, 3), torch.linspace(0, 1, 216)
     conv2[:50] = 100.0  # far outside the quartiles; nothing in conv1 is
     moved = movement(model, conv1=conv1, conv2=conv2.view(6, 4, 3, 3))
-    mask = AutoFLIP(scaling="robust", threshold=0.82).mask_from_scouts([moved], model)
+    method = AutoFLIP(scaling="robust", threshold=0.82, min_layer=0)
+    mask = method.mask_from_scouts([moved], model)
     first, second = model.channel_groups
     assert not mask["conv1.weight"].any()
     assert mask["bn1.weight"].all() and not removed_channels(mask, first).any()
     assert removed_channels(mask, second).tolist() == [False] * 2 + [True] * 4
+    # by default its best weight stays, and the channel of it
+    mask = replace(method, min_layer=1).mask_from_scouts([moved], model)
+    assert mask["conv1.weight"].flatten().tolist() == [False] * 35 + [True]
+    assert removed_channels(mask, first).tolist() == [True] * 3 + [False]
+
+
+def test_a_layer_whose_last_columns_go_with_channels_takes_another_weight() -> None:
+    model = CNN
+    conv1, conv2 = torch.ones(4, 1, 3, 3), torch.zeros(6, 4, 3, 3)
+    conv1[3], conv2[:, 3], conv2[2, 1, 0, 0] = 0.0, 1.0, 0.1
+    # filter 3 did not move at all, and all that moved far in conv2 looks at it
+    moved = movement(model, conv1=conv1, conv2=conv2)
+    method = AutoFLIP(threshold=170.5 / 251)
+    mask = method.mask_from_scouts([moved], model)
+    assert removed_channels(mask, model.channel_groups[0]).tolist() == [False] * 3 + [True]
+    assert mask["conv2.weight"].nonzero().tolist() == [[2, 1, 0, 0]]
+    assert not replace(method, min_layer=0).mask_from_scouts([moved], model)["conv2.weight"].any()
 
 
 def test_the_removed_channels_make_the_model_smaller() -> None:

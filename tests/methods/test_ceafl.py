@@ -68,7 +68,7 @@ def holding(*entries: int) -> Mask:
 
 def with_losses(density: float, losses: tuple[float, ...], round: int = 20) -> ServerState:
     mask = masks.random(SPEC.layout, density, np.random.default_rng(0))
-    return ServerState(round, weights(0), mask, CEAFLMemory(EVENTS, losses))
+    return ServerState(round, weights(0), mask, CEAFLMemory(EVENTS, losses, done=10))
 
 
 # ── stage 1

@@ -1,6 +1,7 @@
 """Staged pruning: when, how far, by what, and that what is gone stays gone."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -153,8 +154,13 @@ def test_an_absolute_threshold_is_taken_as_it_is() -> None:
     method = Staged(lr=STILL, threshold=20.0, threshold_unit="absolute")
     server = at_a_stage(method, [1.0, 0.1], [100.0, 10.0])
     server.step()
-    assert not bool(server.state.mask["a.weight"].any())
+    # the best weight of a layer stays, however little it scores; of equals the first one
+    assert server.state.mask["a.weight"].flatten().tolist() == [True] + [False] * 63
     assert server.state.mask["b.weight"].flatten().tolist() == [True] * 6 + [False] * 6
+    emptied = at_a_stage(replace(method, min_layer=0), [1.0, 0.1], [100.0, 10.0])
+    emptied.step()
+    assert not bool(emptied.state.mask["a.weight"].any())
+    assert torch.equal(emptied.state.mask["b.weight"], server.state.mask["b.weight"])
 
 
 def test_the_unit_is_the_mean_over_the_weights_held() -> None:

@@ -10,9 +10,12 @@ from torch import Tensor
 from fedray.errors import MethodError
 from fedray.pruning.masks import (
     at_least,
+    empty_layers,
     erk,
+    filled,
     grow,
     grow_per_layer,
+    lowest_density,
     random,
     support,
     top_k,
@@ -223,6 +226,96 @@ def test_a_threshold_refuses_nan_rather_than_prune_it():
     with pytest.raises(MethodError, match="1 of 8 scores are NaN"):
         at_least(scores, 2.0, SMALL, within=Mask.full(SMALL))
     assert kept(at_least(scores, 2.0, SMALL, within=Mask(~scores.isnan(), SMALL))) == {0, 2, 3, 6, 8}
+
+
+# ------------------------------------------------------------------------------------------------ min_layer
+
+
+def best_with_layers(
+    scores: Tensor, candidates: set[int], count: int, layout: Layout, least: int
+) -> set[int]:
+    """The reference: each tensor's best first, then the best of all others, as many as asked for."""
+    firm = set[int]()
+    for name in layout.prunable_names:
+        firm |= best(scores, candidates & span(layout, name), least)
+    return firm | best(scores, candidates - firm, max(0, count - len(firm)))
+
+
+def test_a_layer_keeps_its_best_and_the_others_lose_their_lowest_for_it():
+    # w is 0 to 3 and v 6 to 9: globally v would have all four
+    scores = torch.tensor([3.0, 1.0, 4.0, 2.0, 0.0, 0.0, 9.0, 7.0, 8.0, 6.0])
+    assert kept(top_k(scores, 0.5, SMALL)) == {6, 7, 8, 9}
+    assert kept(top_k(scores, 0.5, SMALL, min_layer=1)) == {6, 7, 8, 2}
+    assert kept(top_k(scores, 0.5, SMALL, min_layer=2)) == {6, 8, 2, 0}
+    assert kept(top_k(scores, 0.25, SMALL, min_layer=1)) == {6, 2}
+    # minima that add up to more than is asked for
+    assert kept(top_k(scores, 0.0, SMALL, min_layer=1)) == {6, 2}
+    assert kept(top_k(scores, 0.5, SMALL, min_layer=3)) == {6, 8, 7, 2, 0, 3}
+    assert top_k(scores, 0.5, SMALL, min_layer=99).is_full
+    assert [lowest_density(SMALL, least) for least in (0, 1, 3, 99)] == [0, 2 / 8, 6 / 8, 1]
+    # per layer, a share that rounds to nothing
+    shares = {"w": 0.1, "v": 0.5}
+    assert kept(top_k_per_layer(scores, shares, SMALL)) == {6, 8}
+    assert kept(top_k_per_layer(scores, shares, SMALL, min_layer=1)) == {6, 2}
+    # a threshold asks for no count: nothing else goes
+    full = Mask.full(SMALL)
+    assert kept(at_least(scores, 7.0, SMALL, within=full, min_layer=1)) == {6, 7, 8, 2}
+    assert kept(at_least(scores, 99.0, SMALL, within=full, min_density=0.5, min_layer=1)) == {6, 7, 8, 2}
+    # what is not held cannot be kept
+    assert kept(top_k(scores, 0.25, SMALL, within=Mask(scores > 4, SMALL), min_layer=1)) == {6, 8}
+
+
+@PROPERTY
+@given(scored(), densities, st.integers(0, 3), st.data())
+def test_every_layer_keeps_its_minimum_and_the_count_is_the_one_asked_for(problem, density, least, data):
+    layout, scores, within = problem
+    count, layers = round(density * layout.prunable_count), layout.prunable_names
+    mask = top_k(scores, density, layout, within=within, min_layer=least)
+    assert kept(mask) == best_with_layers(scores, kept(within), count, layout, least)
+    for name in layers:
+        here = span(layout, name)
+        assert len(kept(mask) & here) >= min(least, len(kept(within) & here))
+    minima = sum(min(least, len(kept(within) & span(layout, name))) for name in layers)
+    assert len(kept(mask)) == min(max(count, minima), len(kept(within)))
+    assert holds_all_else(mask)
+    plain = top_k(scores, density, layout, within=within)
+    if all(
+        len(kept(plain) & span(layout, n)) >= min(least, len(kept(within) & span(layout, n))) for n in layers
+    ):
+        assert mask == plain
+    # falling densities are nested
+    lower = top_k(scores, density * data.draw(densities), layout, within=within, min_layer=least)
+    assert kept(lower) <= kept(mask)
+    assert top_k(scores, lower.density, layout, within=mask, min_layer=least) == lower
+
+
+@PROPERTY
+@given(scored(), st.data(), st.integers(0, 3))
+def test_so_do_shares_of_each_layer_thresholds_and_random_masks(problem, data, least):
+    layout, scores, within = problem
+    wanted = {name: data.draw(densities) for name in layout.prunable_names}
+    full, plain = Mask.full(layout), top_k_per_layer(scores, wanted, layout)
+    minima = round(lowest_density(layout, least) * layout.prunable_count)
+    mask = top_k_per_layer(scores, wanted, layout, min_layer=least)
+    assert len(kept(mask)) == max(len(kept(plain)), minima)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    drawn = random(layout, wanted, rng, min_layer=least)
+    assert len(kept(drawn)) == max(len(kept(plain)), minima)
+    passed = at_least(scores, 1.0, layout, within=full, min_layer=least)
+    assert kept(at_least(scores, 1.0, layout, within=full)) <= kept(passed)
+    more = filled(within, scores, least)
+    assert within.flat.logical_and(more.flat).equal(within.flat)
+    for name in layout.prunable_names:
+        here = span(layout, name)
+        for found in (mask, drawn, passed, more):
+            assert len(kept(found) & here) >= min(least, len(here))
+        assert len(kept(more) & here) == max(len(kept(within) & here), min(least, len(here)))
+
+
+def test_the_layers_that_hold_nothing():
+    assert empty_layers(Mask.full(SMALL)) == []
+    assert empty_layers(top_k(torch.arange(10.0), 0.5, SMALL)) == ["w"]
+    assert empty_layers(Mask.none(SMALL)) == ["w", "v"]
 
 
 # ------------------------------------------------------------------------------------------------ growing

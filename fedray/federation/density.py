@@ -1,0 +1,81 @@
+"""The density of a run: whether a model can be pruned as asked, whether it was, and layers that lost all."""
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import nn
+
+from fedray.federation.method import Method, Setting
+from fedray.pruning.masks import lowest_density
+from fedray.pruning.shrink import removed_entries
+from fedray.shares import ceil_of
+from fedray.types import ChannelGroup, Layout, Mask
+
+MICRO = 10**6
+
+
+def cannot_prune(method: Method, setting: Setting) -> str | None:
+    """Return why a model cannot be pruned as a method's options ask, beginning with the key; or None."""
+    layout, target = setting.model.layout, method.target
+    if not (method.prunes or target is not None) or target == 1:
+        return None
+    if not layout.prunable_count:
+        return _nothing_prunable(setting)
+    lowest = lowest_density(layout, method.min_layer)
+    least = round(lowest * layout.prunable_count)
+    if target is None or round(target * layout.prunable_count) >= least:
+        return None
+    return (
+        f"method.density={target} cannot be reached: method.min_layer={method.min_layer} keeps {least:,} of "
+        f"the {layout.prunable_count:,} prunable weights of {setting.model.name}, in "
+        f"{len(layout.prunable_names)} layers. The lowest possible density is "
+        f"{ceil_of(lowest, MICRO) / MICRO:g}; method.min_layer=0 lets layers lose all their weights"
+    )
+
+
+def _nothing_prunable(setting: Setting) -> str:
+    model = setting.model
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.module.modules())
+    if not layers:
+        return (
+            f"model={model.name} has no weight that may be pruned: only those of convolutions (nn.Conv2d) "
+            "and linear layers (nn.Linear) are. Take another model, or method.name=fedavg"
+        )
+    return (
+        f"prune_first and prune_last leave no weight of model={model.name} that may be pruned: they say "
+        f"whether the first and the last of its layers may be, and it has {layers}. Set one of them to true, "
+        "or take a model with more layers"
+    )
+
+
+def above_asked(asked: float | None, mask: Mask, groups: Sequence[ChannelGroup]) -> str | None:
+    """Return a note if a run ends above the density asked for; or None.
+
+    One weight more in a layer is rounding; where channels were removed as a whole, so is one of each group.
+    """
+    if asked is None:
+        return None
+    layout = mask.layout
+    more = round(mask.density * layout.prunable_count) - round(asked * layout.prunable_count)
+    channels = bool(removed_entries(mask, groups).any())
+    rounding = sum(_channel(group, layout) for group in groups) if channels else len(layout.prunable_names)
+    if more <= rounding:
+        return None
+    return (
+        f"the run ends at density {mask.density:.4g}, above the {asked:.4g} that its options ask for: "
+        "what was due was not carried out in any round"
+    )
+
+
+def _channel(group: ChannelGroup, layout: Layout) -> int:
+    """Return how many prunable weights go with a channel of a group."""
+    prunable = set(layout.prunable_names)
+    weights = sum(prod(layout.shape_of[name]) for name in {*group.rows, group.columns} & prunable)
+    return -(-weights // group.size)
+
+
+def emptied(layers: Sequence[str]) -> list[str]:
+    """Return a note for each layer that lost all its weights, given by the names of their tensors."""
+    return [
+        f"{name} holds no weight any more: its layer gives the same output for every input" for name in layers
+    ]
