@@ -96,7 +96,9 @@ def test_one_entry_of_a_table_can_be_changed():
 
 
 def test_a_key_below_a_value():
-    with pytest.raises(ConfigError, match=r"^method\.name\.x: name is 'fedavg', not a section with keys"):
+    with pytest.raises(ConfigError, match=r"^method\.name\.x: name is 'snip', not a section with keys"):
+        RunConfig(method={"name": "snip"}).override({"method.name.x": 1})
+    with pytest.raises(ConfigError, match=r"^method\.name \(override\): unknown method"):
         RunConfig().override({"method.name.x": 1})
 
 
