@@ -76,6 +76,12 @@ def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: I
     from fedray.experiment.run import run as make
 
     config = RunConfig.load(file, [*(overrides or []), *_imports_override(file, imports)])
+    if _has_space(file):
+        name = _short(file)
+        text = (
+            f"{name} is a sweep: this makes the run of its base only; `fedray sweep {name}` tries its points"
+        )
+        err.print(text, highlight=False, soft_wrap=True)
     with _RunProgress(config.rounds) as progress:
         history = make(config, out=out_dir, on_round=progress.show)
     _say_run(history.path)
@@ -87,7 +93,9 @@ def sweep(file: File, overrides: Overrides = None, out_dir: Out = None, imports:
     from fedray.experiment.space import Sweep
     from fedray.experiment.sweep import sweep as make
 
-    plan = Sweep.load(file, [*(overrides or []), *_imports_override(file, imports)])
+    with _Checking() as checking:
+        changes = [*(overrides or []), *_imports_override(file, imports)]
+        plan = Sweep.load(file, changes, on_point=checking.show)
     out.print(f"{len(plan.points)} trials of up to {plan.rounds} rounds; starting Ray …")
     rounds = {point.name: point.config.rounds for point in plan.points}
     with _SweepProgress(rounds) as progress:
@@ -127,15 +135,18 @@ def resume(
 
 
 def _resume_sweep(directory: Path, changes: list[str]) -> None:
-    from fedray.experiment.sweep import resume_sweep
+    from fedray.experiment.sweep import load_sweep, resume_sweep
 
     if changes:
         raise ConfigError(
             f"{directory} is a sweep, whose points do not change: got {' '.join(changes)}; resume one of its "
             "runs, in trials/, or start another sweep"
         )
-    with _SweepProgress({}) as progress:
-        result = resume_sweep(directory, on_round=progress.show)
+    with _Checking() as checking:
+        plan = load_sweep(directory, on_point=checking.show)
+    rounds = {point.name: point.config.rounds for point in plan.points}
+    with _SweepProgress(rounds) as progress:
+        result = resume_sweep(directory, plan, on_round=progress.show)
     _say_sweep(result)
 
 
@@ -225,7 +236,7 @@ def models(imports: Import = None) -> None:
     """List the models, with their sizes on each data set."""
     _import(imports)
     from fedray.data import DATASETS
-    from fedray.models import MODELS, build_model, refusal
+    from fedray.models import MODELS, outline, refusal
 
     table = _table("model", "layers", "source", *(f"weights on {name}" for name in DATASETS))
     for name, architecture in MODELS.items():
@@ -235,7 +246,7 @@ def models(imports: Import = None) -> None:
                 sizes.append("—")
                 continue
             try:
-                sizes.append(f"{build_model(name, spec.input_shape, spec.num_classes).layout.size:,}")
+                sizes.append(f"{outline(name, spec.input_shape, spec.num_classes).layout.size:,}")
             except ConfigError as error:
                 sizes.append("broken")
                 faults.append(str(error))
@@ -360,6 +371,25 @@ class _RunProgress:
         self.done = report.round
 
 
+class _Checking:
+    """A bar over the points of a sweep while they are validated."""
+
+    def __init__(self) -> None:
+        self.bar = _bar()
+        self.task = self.bar.add_task("checking points", total=None, now="")
+
+    def __enter__(self) -> "_Checking":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, done: int, total: int) -> None:
+        """Show how many points are validated."""
+        self.bar.update(self.task, completed=done, total=total)
+
+
 class _SweepProgress:
     """A bar over the rounds of all trials, and the newest figures; lines where there is no terminal."""
 
@@ -417,12 +447,16 @@ def _say_sweep(result: Any) -> None:
         _say_warnings(trial.path)
     out.print(f"Pictures and table: {_short(written.path)}")
     out.print(f"Runs: {_short(result.path)}/trials{_tracked(result.path, 'Compare them in MLflow')}")
+    if result.best is not None:
+        best, value = result.best
+        out.print(f"Best {result.metric}: {value:.4g}, of {best.point.name}", highlight=False, soft_wrap=True)
     for trial in result.failed:
-        err.print(
-            f"[bold red]{trial.point.name} {trial.status}:[/bold red] {_escape(trial.error or 'no reason')}"
-        )
+        told = _escape(trial.error or "interrupted")
+        name = f"[bold red]{trial.point.name} {trial.status}:[/bold red]"
+        err.print(f"{name} {told}", highlight=False, soft_wrap=True)
     if result.failed:
-        err.print(f"`fedray resume {_short(result.path)}` tries them again from their checkpoints")
+        path = _short(result.path)
+        err.print(f"`fedray resume {path}` resumes them from their checkpoints", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -505,6 +539,13 @@ def _imports_override(file: Path, imports: list[Path] | None) -> list[str]:
         return []  # it is refused where the file is validated
     every = [str(path) for path in [*named, *imports]]
     return [f"imports={json.dumps(list(dict.fromkeys(every)))}"]
+
+
+def _has_space(file: Path) -> bool:
+    """Tell whether a file describes several points."""
+    from fedray.experiment import yaml
+
+    return bool(yaml.load(file).get("space"))
 
 
 def _short(path: Path) -> str:

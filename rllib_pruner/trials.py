@@ -1,18 +1,17 @@
 """Several trainings at once, as trials of Ray Tune; the best policy among them is kept."""
 
-import logging
-import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fedray.comparing import highest
 from fedray.durable import local_path
 from fedray.errors import RunError
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.directory import Lock, check_free, take
-from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
+from fedray.experiment.tracking import Store, finish_parent, parent_run, prepare_store
+from fedray.experiment.tune import fit
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
 from rllib_pruner.learning_curve import draw_curves
@@ -49,21 +48,21 @@ def train_all(plan: Plan, out: Path, on_evaluation: OnTrial, *, taken: bool = Fa
 
 
 def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
+    from ray import tune
+
     tracking = next(iter(plan.trials.values())).tracking
     store = prepare_store(tracking.uri, tracking.experiment)
     parent = parent_run(store, out.name, {"plan": plan.name}, {"trials": list(plan.trials)})
 
-    def trial(sample: dict[str, str]) -> None:
-        from ray import tune
-
-        name = sample["name"]
-        place = out / "trials" / name
-        if (place / "config.yaml").is_file():
-            resume(place, on_evaluation=tune.report, store=store)
-        else:
-            train(plan.trials[name], place, on_evaluation=tune.report, store=store, parent=parent)
-
-    broken = _fit(trial, plan, out, on_evaluation)
+    broken = fit(
+        partial(_trial, plan, out, store, parent),
+        {name: out / "trials" / name for name in plan.trials},
+        dict.fromkeys(plan.trials, tune.PlacementGroupFactory([{"CPU": 1}])),
+        out / ".tune",
+        concurrent=plan.concurrent,
+        max_failures=plan.max_failures,
+        on_result=on_evaluation,
+    )
     finish_parent(store, parent, "FAILED" if broken else "FINISHED")
     if broken:
         raise RunError("\n".join(f"trial {name} broke: {error}" for name, error in broken.items()))
@@ -78,43 +77,13 @@ def _score(path: Path) -> float:
     return highest(row["score"] for row in TrainFiles.open(path).progress())
 
 
-def _fit(trial: Callable[[Any], None], plan: Plan, out: Path, on_evaluation: OnTrial) -> dict[str, str]:
-    """Run the trials, one CPU each; return the errors by name."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+def _trial(plan: Plan, out: Path, store: Store, parent: str | None, name: str) -> None:
+    """Train one agent, or resume its training, and tell Tune about its evaluations."""
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
-
-    tuner = tune.Tuner(
-        tune.with_resources(trial, tune.PlacementGroupFactory([{"CPU": 1}])),
-        param_space={"name": tune.grid_search(list(plan.trials))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=plan.concurrent),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(out / ".tune"),
-            failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[_callback(on_evaluation)],
-            verbose=0,
-        ),
-    )
-    results = tuner.fit()
-    shutil.rmtree(out / ".tune", ignore_errors=True)  # all that matters is in the trials' own directories
-    return {result.config["name"]: str(result.error) for result in results if result.error is not None}
-
-
-def _callback(on_evaluation: OnTrial) -> Any:
-    from ray import tune
-
-    class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
-        """Hands each evaluation to whoever shows it; Tune pickles it, but not the listener."""
-
-        listener = staticmethod(on_evaluation)
-
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            self.listener(trial.config["name"], result)
-
-        def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
-            return tune.Callback, ()
-
-    return Progress()
+    place = out / "trials" / name
+    if (place / "config.yaml").is_file():
+        resume(place, on_evaluation=tune.report, store=store)
+    else:
+        shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
+        train(plan.trials[name], place, on_evaluation=tune.report, store=store, parent=parent)

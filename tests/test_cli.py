@@ -149,6 +149,57 @@ def test_run_into_a_directory_of_its_own(fedray, in_tmp):
     assert tiny.listing(in_tmp) == before
 
 
+def test_run_of_a_sweep_s_file_says_that_it_makes_the_base_only(fedray, in_tmp):
+    (in_tmp / "sweep.yaml").write_text(
+        yaml.dump({"base": tiny.TREE | {"rounds": 1}, "space": {"seed": {"grid": [1, 2]}}}), encoding="utf-8"
+    )
+    done = fedray("run", "sweep.yaml", "--out", "mine")
+    assert done.status == 0
+    assert done.err.startswith(
+        "sweep.yaml is a sweep: this makes the run of its base only; `fedray sweep sweep.yaml` tries its "
+        "points\n"
+    )
+    assert "is a sweep" not in fedray("run", "x.yaml", "rounds=1", "--out", "other").err
+
+
+def test_a_sweep_names_its_best_trial_and_ends_with_how_to_resume(fedray, in_tmp, monkeypatch):
+    """Also where trials were cut short from outside, so that there is no error to tell."""
+    from fedray.experiment.space import Sweep
+    from fedray.experiment.sweep import SweepResult, Trial
+
+    (in_tmp / "s.yaml").write_text(
+        yaml.dump({"base": tiny.TREE, "space": {"method.lr": {"grid": [0.1, 1e-6, 0.2]}}}), encoding="utf-8"
+    )
+    found: list[tuple[int, int]] = []
+    points = Sweep.load("s.yaml", on_point=lambda done, total: found.append((done, total))).points
+    assert found == [(1, 3), (2, 3), (3, 3)]
+    places = [in_tmp / "sweep" / "trials" / point.name for point in points]
+    for point, place in zip(points[:2], places[:2], strict=True):
+        run(point.config, out=place)
+    trials = (
+        Trial(points[0], places[0], "finished"),
+        Trial(points[1], places[1], "finished"),
+        Trial(points[2], places[2], "missing"),
+    )
+
+    def made(metric: str, direction: str) -> Done:
+        result = SweepResult(in_tmp / "sweep", trials, metric, direction)  # type: ignore[arg-type]
+        monkeypatch.setattr("fedray.experiment.sweep.sweep", lambda plan, **options: result)
+        shown: Done = fedray("sweep", "s.yaml")
+        return shown
+
+    done = made("val/accuracy", "max")
+    assert done.status == 1
+    accuracy = json.loads((places[0] / "result.json").read_text())["val/accuracy"]
+    assert f"Best val/accuracy: {accuracy:.4g}, of 00-lr=0.1\n" in done.out
+    assert done.err.splitlines()[-2:] == [
+        "02-lr=0.2 missing: interrupted",
+        "`fedray resume sweep` resumes them from their checkpoints",
+    ]
+    assert "of 01-lr=1e-06" in made("val/accuracy", "min").out
+    assert "Best" not in made("val/auc", "max").out
+
+
 def test_without_a_terminal_progress_is_a_few_lines(fedray):
     done = fedray("run", "x.yaml", "rounds=50", "eval_every=50", "method.batch_size=500", "--out", "mine")
     rounds = [int(number) for number in re.findall(r"^round (\d+) of 50: ", done.err, flags=re.M)]

@@ -31,6 +31,8 @@ RUN_FILES = {
     "config.yaml",
     "sweep.yaml",
     "rounds.jsonl",
+    "stopped.json",
+    "error.txt",
     "progress.jsonl",
     "clients.parquet",
     "client_accuracy.parquet",

@@ -30,6 +30,8 @@ RAY = {
     "fedray.federation.pool",
     "fedray.experiment.cluster",
     "fedray.experiment.sweep",
+    "fedray.experiment.tune",
+    "fedray.experiment.asha",
     "fedray.experiment.space",  # the verbs of a sweep's space are Tune's own
     "fedray.pruning.trained",  # RLlib's module of a trained agent
 }

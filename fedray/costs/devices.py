@@ -306,7 +306,7 @@ def _join(name: str, hardware: Hardware, link: Link) -> DeviceProfile:
 
 
 DEVICES: dict[str, DeviceProfile] = {name: _join(name, h, LINKS[h.link]) for name, h in HARDWARE.items()}
-"""Name → each piece of hardware on its usual link."""
+"""Name → each piece of hardware on its usual link. A file of `imports` may add to it."""
 
 
 def profile(name: str) -> DeviceProfile:
@@ -316,10 +316,12 @@ def profile(name: str) -> DeviceProfile:
         ConfigError: if the hardware or the link is not in its table.
     """
     hardware, at, link = name.partition("@")
+    if not at and name in DEVICES:
+        return DEVICES[name]
     if hardware not in HARDWARE:
-        raise ConfigError(f"clients.devices: {unknown('device', hardware, HARDWARE)}")
-    if not at:
-        return DEVICES[hardware]
+        known = HARDWARE if at else HARDWARE.keys() | DEVICES.keys()
+        raise ConfigError(f"clients.devices: {unknown('device', hardware, known)}")
+    link = link if at else HARDWARE[hardware].link
     if link not in LINKS:
         raise ConfigError(f"clients.devices: {name!r}: {unknown('link', link, LINKS)}")
     return _join(name, HARDWARE[hardware], LINKS[link])

@@ -12,7 +12,7 @@ from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
 from fedray.federation.density import cannot_prune
 from fedray.federation.method import Setting
-from fedray.models import MODELS, ModelSpec, broken, build_model, refusal
+from fedray.models import MODELS, ModelSpec, broken, outline, refusal
 
 if TYPE_CHECKING:
     from fedray.experiment.config import ResourcesConfig, RunConfig
@@ -130,7 +130,7 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
 def _built(config: "RunConfig", spec: DatasetSpec) -> tuple[ModelSpec | None, str]:
     """Return the model of a config if it can be trained; else None, and what is wrong with it."""
     try:
-        model = config.build_model(spec.input_shape, spec.num_classes)
+        model = _outline(config, spec)
         fault = broken(model)
     except ConfigError as error:
         return None, str(error).removeprefix("model: ")
@@ -144,7 +144,7 @@ def _norm(config: "RunConfig") -> Iterator[Problem]:
 
     def has_batch_norm(model: str) -> bool:
         with suppress(ConfigError):  # a broken entry says so where it is asked for
-            return bool(build_model(model, spec.input_shape, spec.num_classes).norms.names)
+            return bool(outline(model, spec.input_shape, spec.num_classes).norms.names)
         return False
 
     able = [name for name, other in MODELS.items() if refusal(other, spec.input_shape) is None]
@@ -183,6 +183,18 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     problem = cannot_prune(method, setting) or method.check(setting)
     if problem:
         yield "method", problem
+
+
+def _outline(config: "RunConfig", spec: DatasetSpec) -> ModelSpec:
+    """Return the structure of the config's model, known to take the data set; built once for all points."""
+    return outline(
+        config.model,
+        spec.input_shape,
+        spec.num_classes,
+        norm=config.norm,
+        prune_first=config.prune_first,
+        prune_last=config.prune_last,
+    )
 
 
 def _complaints(check: Callable[[], object], key: str, given: object) -> Iterator[Problem]:

@@ -24,7 +24,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedray.errors import RunError
-from fedray.experiment import plugins
 
 ASK_S = 5.0
 """How long a cluster may take to say that it is there, in seconds."""
@@ -48,8 +47,6 @@ def start_ray() -> None:
         RunError: if it cannot be reached or started; within 30 s for a cluster that does not answer.
     """
     ray = import_ray()
-    for module in plugins.imported_modules():  # workers cannot import a user's file by name
-        ray.cloudpickle.register_pickle_by_value(module)
     if ray.is_initialized():
         return
     address = _address()
@@ -85,6 +82,13 @@ def cluster_cpus(*, at_least_one: bool = True) -> float:
             "(`ray start --address=… --num-cpus=…`), or wait until `ray status` shows them"
         )
     return cpus
+
+
+def cluster_nodes() -> list[dict[str, float]]:
+    """Return the resources of each living node of the cluster that this process is connected to."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _address() -> str:

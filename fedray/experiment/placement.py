@@ -5,7 +5,12 @@
 Ray is imported only where it is needed: a run in process never loads it.
 """
 
-from fedray.experiment.cluster import cluster_cpus, start_ray
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from fedray.errors import ConfigError
+from fedray.experiment import plugins
+from fedray.experiment.cluster import cluster_cpus, cluster_nodes, start_ray
 from fedray.experiment.config import ResourcesConfig, RunConfig
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
@@ -25,7 +30,8 @@ def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
     def make(place: Workplace) -> ClientPool:
         start_ray()
         groups = groups_for(config, cpus if cpus is not None else _cpus(config))
-        return RayPool(place, groups, per_client=config.clients.actors == "per_client")
+        prepare = partial(plugins.take_over, plugins.sources())
+        return RayPool(place, groups, per_client=config.clients.actors == "per_client", prepare=prepare)
 
     return make
 
@@ -35,9 +41,11 @@ def reach(config: RunConfig) -> None:
 
     Raises:
         RunError: as `start_ray`.
+        ConfigError: if the cluster has no room for the client actors.
     """
     if config.clients.actors != 0:
         start_ray()
+        check_room(groups_for(config, _cpus(config)), "the run")
 
 
 def _cpus(config: RunConfig) -> float:
@@ -45,6 +53,57 @@ def _cpus(config: RunConfig) -> float:
     clients = config.clients
     shares = clients.actors == "auto" or clients.resources.cpu is None
     return cluster_cpus(at_least_one=shares)
+
+
+def actors_for(config: RunConfig, cpus: float) -> list[ActorOptions]:
+    """Return what each client actor of a trial asks of Ray; in process, what the trial itself does."""
+    if config.clients.actors == 0:
+        return [ActorOptions(cpu=min(1.0, cpus))]
+    return [group.options for group in groups_for(config, cpus) for _ in range(group.actors)]
+
+
+def check_room(groups: Sequence[Group], who: str) -> None:
+    """Refuse client actors for which the cluster, to which this process is connected, has no room at all.
+
+    Args:
+        groups: of actors.
+        who: asks for them, for the message.
+
+    Raises:
+        ConfigError: with what is asked for, and what the cluster has.
+    """
+    nodes = cluster_nodes()
+    have = {name: sum(node.get(name, 0.0) for node in nodes) for node in nodes for name in node}
+    need: dict[str, float] = {}
+    for group in groups:
+        for name, amount in group.options.bundle.items():
+            need[name] = need.get(name, 0.0) + group.actors * amount
+    lacking = [
+        f"{amount:g} × {name}" for name, amount in need.items() if amount > have.get(name, 0.0) + SLACK
+    ]
+    if lacking:
+        raise ConfigError(
+            f"clients.resources: {who} needs {', '.join(lacking)} for its client actors, but the cluster "
+            f"has {_shown(have)}; lower clients.actors or clients.resources"
+        )
+    for group in groups:
+        bundle = group.options.bundle
+        if not any(all(node.get(n, 0.0) + SLACK >= amount for n, amount in bundle.items()) for node in nodes):
+            raise ConfigError(
+                f"clients.resources: {who} needs client actors with {_shown(bundle)} each, but no node of "
+                f"the cluster has that much: {'; '.join(map(_shown, nodes))}; lower clients.resources"
+            )
+
+
+SLACK = 1e-6
+"""Shares of a resource add up to it but for rounding."""
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    """Return resources in words, without those that Ray adds by itself."""
+    kept = {"CPU": 0.0, "GPU": 0.0} | dict(resources)
+    inner = ("node:", "memory", "object_store_memory", "accelerator_type:")
+    return ", ".join(f"{kept[name]:g} × {name}" for name in sorted(kept) if not name.startswith(inner))
 
 
 def groups_for(config: RunConfig, cpus: float) -> list[Group]:

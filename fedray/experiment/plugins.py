@@ -1,19 +1,23 @@
 """Methods, models and data sets from outside the package: a Python file that adds to the tables.
 
-The file is imported by its path, and what lies beside it by its name. Whoever starts workers pickles what
-these files define by value (`imported_modules`), since they could not import it by name. A module that Python
-code imported itself is found by what it added to the tables (`files_of`), and its file is recorded like one
-that was given.
+    import_modules(paths)     in the process that reads a config
+    take_over(sources())      in a worker process: the same text under the same names
+
+The file is imported by its path, and what lies beside it by its name. A worker runs the text that was read
+then: it needs no file, and an edit during a sweep does not reach trials that start after it. Objects of these
+modules are pickled by name, like all others. A module that Python code imported itself is found by what it
+added to the tables (`files_of`), and its file is recorded like one that was given.
 """
 
 import ast
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from hashlib import sha256
 from importlib import import_module, invalidate_caches
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import decode_source, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +27,25 @@ from fedray.errors import ConfigError
 OURS = frozenset({"fedray", "rllib_pruner"})
 INSTALLED = frozenset({"site-packages", "dist-packages"})
 
+
+@dataclass(frozen=True)
+class Source:
+    """The text of a module when it was imported.
+
+    Args:
+        name: of the module.
+        path: of its file.
+        text: of its file.
+        given: whether it is a file of `imports`; else one beside such a file.
+    """
+
+    name: str
+    path: Path
+    text: bytes
+    given: bool
+
+
+_sources: dict[str, Source] = {}
 _imported: dict[Path, ModuleType] = {}
 _beside: dict[str, ModuleType] = {}
 _adopted: dict[Path, ModuleType] = {}
@@ -49,6 +72,47 @@ def import_modules(paths: Iterable[str | Path]) -> None:
 def imported_modules() -> tuple[ModuleType, ...]:
     """Return the modules of `imports:` files, and of files beside them, that were imported so far."""
     return (*_imported.values(), *_beside.values())
+
+
+def sources() -> tuple[Source, ...]:
+    """Return what `imported_modules` were imported from."""
+    return tuple(_sources.values())
+
+
+def take_over(sources: Sequence[Source]) -> None:
+    """Import what another process has imported, from the texts that it read.
+
+    Raises:
+        ConfigError: if a file raises.
+    """
+    new = [source for source in sources if source.name not in _sources]
+    _sources.update({source.name: source for source in new})
+    if _SENT not in sys.meta_path:
+        sys.meta_path.insert(0, _SENT)
+    for source in new:
+        if source.given:
+            _imported[source.path] = _imported_from(source)
+        if str(source.path.parent) not in sys.path:
+            sys.path.append(str(source.path.parent))  # for what its functions import later
+
+
+class _Sent(InspectLoader, MetaPathFinder):
+    """Finds the modules that were taken over by name: those beside a file of `imports`, and its package."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return how to import a module, if its text was sent."""
+        if name not in _sources:
+            return None
+        file = _sources[name].path
+        inner = [str(file.parent)] if file.name == "__init__.py" else None
+        return spec_from_file_location(name, file, loader=self, submodule_search_locations=inner)
+
+    def get_source(self, fullname: str) -> str:
+        """Return the text of a module."""
+        return decode_source(_sources[fullname].text)
+
+
+_SENT = _Sent()
 
 
 def modules_called(stem: str) -> list[ModuleType]:
@@ -133,7 +197,8 @@ def _adopt(path: Path) -> bool:
 
 def _import(path: Path, given: str | Path) -> ModuleType:
     try:
-        code = ast.parse(path.read_bytes(), filename=str(path))
+        text = path.read_bytes()
+        code = ast.parse(text, filename=str(path))
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"imports: {given} raised {type(error).__name__}: {error}") from error
     name, folder = f"fedray_import_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}", path.parent
@@ -145,29 +210,42 @@ def _import(path: Path, given: str | Path) -> ModuleType:
         sys.path.append(str(folder))  # last: what is installed comes first
     invalidate_caches()
     before = set(sys.modules)
-    try:
-        module = import_module(name) if "." in name else _executed(name, path, given)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"imports: {given} raised {type(error).__name__}: {error}") from error
+    source = Source(name, path, text, given=True)
+    module = _imported_from(source, given)
     for other in set(sys.modules) - before - {name}:
         file = _file(sys.modules[other])
         if file is not None and file.is_relative_to(folder) and not _is_installed(file) and _foreign(other):
             _beside[other] = sys.modules[other]
+            _sources[other] = Source(other, file, file.read_bytes(), given=False)
+    _sources[name] = source
     return module
 
 
-def _executed(name: str, path: Path, given: str | Path) -> ModuleType:
-    spec = spec_from_file_location(name, path)
+def _imported_from(source: Source, given: str | Path | None = None) -> ModuleType:
+    """Import a file of `imports`, by name if it is one of a package.
+
+    Raises:
+        ConfigError: if it raises.
+    """
+    given = source.path if given is None else given
+    try:
+        return import_module(source.name) if "." in source.name else _executed(source, given)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"imports: {given} raised {type(error).__name__}: {error}") from error
+
+
+def _executed(source: Source, given: str | Path) -> ModuleType:
+    spec = spec_from_file_location(source.name, source.path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"imports: {given} is not a Python file")
     module = module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up
+    sys.modules[source.name] = module  # dataclasses and pickle look a class's module up
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source.text, str(source.path), "exec", dont_inherit=True), module.__dict__)
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[source.name]
         raise
     return module
 

@@ -6,30 +6,31 @@ goes on with the very points that are missing.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from fedray.comparing import worth
 from fedray.durable import local_path, on_disk
-from fedray.errors import ConfigError, FedrayError, RunError
-from fedray.experiment import sealed
+from fedray.errors import ConfigError, RunError, nearest
+from fedray.experiment import plugins, sealed
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import Lock, check_free, take, take_next
 from fedray.experiment.files import RunFiles
 from fedray.experiment.messages import shortened
 from fedray.experiment.overrides import Tree, override_tree
-from fedray.experiment.placement import groups_for, pool_for
+from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
 from fedray.experiment.run import RUNS, Federation, resume, run
-from fedray.experiment.space import Point, Sweep
+from fedray.experiment.space import OnPoint, Point, Sweep
 from fedray.experiment.tracked import Tracking
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
-from fedray.experiment.tune_config import tune_config
-from fedray.federation.pool import ActorOptions
-from fedray.types import RoundReport
+from fedray.experiment.tune import fit, room
+from fedray.experiment.tune_config import OWN, first_rung, tune_config
+from fedray.types import Direction, RoundReport
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep left: its directory, and what became of each point."""
+    """What a sweep left: its directory, what became of each point, and what its trials are compared by."""
 
     path: Path
     trials: tuple[Trial, ...]
+    metric: str
+    direction: Direction
+
+    @property
+    def best(self) -> tuple[Trial, float] | None:
+        """The finished trial whose final model is best by the sweep's metric, and the value of the metric.
+
+        None where no finished trial has the metric. NaN is the worst value.
+        """
+        found = []
+        for trial in self.trials:
+            result = RunFiles(trial.path).read_json("result.json") if trial.status == "finished" else None
+            value = (result or {}).get(self.metric)
+            if value is not None:
+                found.append((trial, float(value)))
+        return max(found, key=lambda pair: worth(pair[1], self.direction), default=None)
 
     @property
     def failed(self) -> tuple[Trial, ...]:
@@ -85,6 +102,7 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
     for config in _different_data(plan.points):
         Federation.of(config)  # data that cannot be dealt as asked shows here, before anything is started
     start_ray()
+    _check_rooms(plan)
     if path is None:
         path = take_next(local_path(RUNS), plan.name, "trials", "sweep")
     else:
@@ -95,28 +113,42 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
         return _try_all(plan, path, on_round)
 
 
-def resume_sweep(path: str | Path, *, on_round: OnTrialRound | None = None) -> SweepResult:
-    """Go on with a sweep: finished and stopped trials stay, the others go on from their checkpoints."""
-    place = local_path(path)
-    written = place / "sweep.yaml"
+def load_sweep(path: str | Path, on_point: OnPoint | None = None) -> Sweep:
+    """Read the directory of a sweep, and validate its points anew; `on_point` is called as they are.
+
+    Raises:
+        ConfigError: if it is not one, or a point cannot run any more.
+    """
+    written = local_path(path) / "sweep.yaml"
     tree = sealed.load(written)
     if not {"name", "points", "base"} <= tree.keys():
         raise ConfigError(f"{written} was not written by a sweep: it has no name, points or base")
     changes, name = tree.pop("points"), tree.pop("name")
     tune = tune_config(dict(tree.get("tune") or {}), str(written))
-    plan = Sweep.of(name, tree, tune, changes, str(written))
+    return Sweep.of(name, tree, tune, changes, str(written), on_point)
+
+
+def resume_sweep(
+    path: str | Path, plan: Sweep | None = None, *, on_round: OnTrialRound | None = None
+) -> SweepResult:
+    """Resume a sweep: finished and stopped trials stay, the others continue from their checkpoints.
+
+    Args:
+        path: of the sweep.
+        plan: what `load_sweep` read there; None: read it now.
+        on_round: as of `sweep`.
+    """
+    place = local_path(path)
+    plan = plan or load_sweep(place)
     with Lock(place, "sweep"):
         return _try_all(plan, place, on_round)
 
 
 def _written(plan: Sweep) -> Tree:
     """Return what `sweep.yaml` holds: the points as they were drawn, and paths that hold from anywhere."""
-    config = plan.points[0].config
     imports = dict.fromkeys(str(path) for point in plan.points for path in point.config.imports)
-    paths: Tree = {"tracking.uri": config.tracking.uri} | ({"imports": list(imports)} if imports else {})
-    if config.data.root is not None:
-        paths["data.root"] = str(config.data.root)
-    base = override_tree(plan.tree["base"], paths)
+    paths: Tree = {"tracking.uri": plan.points[0].config.tracking.uri}
+    base = override_tree(plan.tree["base"], paths | ({"imports": list(imports)} if imports else {}))
     points = [dict(point.changes) for point in plan.points]
     return plan.tree | {"base": base, "name": plan.name, "points": points}
 
@@ -125,95 +157,122 @@ def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
     waiting = [point for point in plan.points if _status(_place(path, point)) not in ("finished", "stopped")]
     if waiting:
         start_ray()
+        _check_rooms(replace(plan, points=tuple(waiting)))
         tracking = plan.points[0].config.tracking
         store = prepare_store(tracking.uri, tracking.experiment)
         known = _parent_of(path)
         parent = known or parent_run(store, path.name, {"sweep": plan.name}, plan.tree)
         if parent:
             RunFiles(path).write_json("mlflow.json", {"run_id": parent})
-        errors, stopped = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
-        for point in waiting:
-            if point.name in stopped:
-                _settle(_place(path, point), Tracking(store=store, parent=parent))
+        try:
+            errors = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
+        except BaseException:
+            logger.warning("ended early; `fedray resume %s` continues with the trials that are missing", path)
+            raise
+        for point in plan.points:
+            _settle(_place(path, point), Tracking(store=store, parent=parent))
         finish_parent(store, parent, "FINISHED", [path / "sweep.yaml"])
     else:
         errors = {}
     trials = [Trial(p, _place(path, p), _status(_place(path, p)), errors.get(p.name)) for p in plan.points]
-    return SweepResult(path, tuple(trials))
+    return SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
 
 
 def _fit(
     plan: Sweep, points: Sequence[Point], path: Path, tracking: Tracking, on_round: OnTrialRound | None
-) -> tuple[dict[str, str], set[str]]:
-    """Run the points as Tune trials; return the errors by name, and whom the scheduler stopped."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    from ray import tune
-
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
-    by_name = {point.name: point for point in points}
+) -> dict[str, str]:
+    """Run the points as Tune trials; return the errors by name."""
     cpus, concurrent = _shares(plan, len(points))
-    stopped: set[str] = set()
-    actors = _actors([point.config for point in points], cpus)
-    # Ray leaves the trial's own bundle out, since it is empty; the selectors are of those that stay
-    labels = [dict(options.labels) for options in actors]
-    selectors = {"bundle_label_selector": labels} if any(labels) else {}
-    room = tune.PlacementGroupFactory([{}, *(options.bundle for options in actors)], **selectors)
-
-    def trial(sample: Tree) -> None:
-        _trial(by_name[sample["name"]], path, cpus, tracking)
-
-    tuner = tune.Tuner(
-        tune.with_resources(trial, room),
-        param_space={"name": tune.grid_search(list(by_name))},
-        tune_config=tune.TuneConfig(
-            metric=plan.tune.metric,
-            mode=plan.tune.direction,
-            scheduler=_scheduler(plan, stopped),
-            max_concurrent_trials=concurrent,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(path / ".tune"),
-            failure_config=tune.FailureConfig(max_failures=plan.tune.max_failures),
-            callbacks=[_callback(on_round)],
-            verbose=0,
-        ),
+    job = _Job(
+        trees={point.name: point.config.to_tree() for point in points},
+        sources=plugins.sources(),
+        path=path,
+        cpus=cpus,
+        tracking=tracking,
+        metric=plan.tune.metric,
+        needed_by=first_rung(plan.tune, _configs(plan)) if plan.tune.scheduler == "asha" else None,
     )
-    grid = tuner.fit()
-    shutil.rmtree(path / ".tune", ignore_errors=True)  # all that matters is in the trials' own directories
-    errors = {
-        result.config["name"]: _reason(result.error)
-        for result in grid
-        if result.error is not None and result.config is not None
-    }
-    return errors, stopped - errors.keys()
+    return fit(
+        partial(_trial, job),
+        {point.name: _place(path, point) for point in points},
+        {point.name: room(actors_for(point.config, cpus)) for point in points},
+        path / ".tune",
+        concurrent=concurrent,
+        max_failures=plan.tune.max_failures,
+        scheduler=_scheduler(plan, path) if plan.tune.scheduler == "asha" else None,
+        on_result=on_round,
+    )
 
 
-def _trial(point: Point, path: Path, cpus: float, tracking: Tracking) -> None:
-    """Be the server of one trial: start or go on, and tell Tune about each evaluated round.
+@dataclass(frozen=True)
+class _Job:
+    """What a trial's process is sent: plain values, from which it builds what it needs.
+
+    Args:
+        trees: name of each trial → its config.
+        sources: files that add to the tables, to be imported first.
+        path: the sweep's directory.
+        cpus: that a trial may use.
+        tracking: where trials are tracked.
+        metric: what is compared.
+        needed_by: the round by which the metric must have been reported; None: never.
+    """
+
+    trees: Mapping[str, Tree]
+    sources: tuple[plugins.Source, ...]
+    path: Path
+    cpus: float
+    tracking: Tracking
+    metric: str
+    needed_by: int | None
+
+    def check(self, seen: Mapping[str, Any], round: int) -> None:
+        """Refuse to go on without the metric when it must be compared.
+
+        Raises:
+            RunError: if none of the metrics `seen` is the one to compare, and it is needed by this round.
+        """
+        if self.needed_by is None or round < self.needed_by or self.metric in seen:
+            return
+        own = sorted(name for name in seen if name.startswith(OWN))
+        raise RunError(
+            f"tune.metric {self.metric!r}: no round up to {round}, where ASHA compares, reported it"
+            f"{nearest(self.metric, seen)} Beside costs they report {', '.join(own) or 'nothing'}; start a "
+            "sweep with another tune.metric, or with later tune.grace_rounds"
+        )
+
+
+def _trial(job: _Job, name: str) -> None:
+    """Be the server of one trial: start or resume it, and tell Tune about its rounds.
 
     The last round is reported when everything is written: a scheduler may end the trial with any report.
     """
     from ray import tune
 
+    plugins.take_over(job.sources)
+    config = RunConfig.from_tree(job.trees[name], name)
+    place = job.path / "trials" / name
+    seen: dict[str, Any] = {}
     last: dict[str, float] = {}
 
     def report(round: RoundReport) -> None:
         metrics = {"round": round.round, **round.metrics}
-        if round.round == point.config.rounds:
+        seen.update(metrics)
+        job.check(seen, round.round)
+        if round.round == config.rounds:
             last.update(metrics)
-        elif "val/accuracy" in metrics:
+        elif job.metric in metrics or round.round % config.eval_every == 0:
             tune.report(metrics)
 
-    place = _place(path, point)
-    tracking, pool = replace(tracking, name=point.name), pool_for(point.config, cpus)
+    tracking, pool = replace(job.tracking, name=name), pool_for(config, job.cpus)
     if (place / "config.yaml").exists():
+        for line in _rounds(place):
+            seen.update(line)
         # the process of an earlier try may take a moment to die
         resume(place, on_round=report, pool=pool, tracking=tracking, patience_s=PATIENCE_S)
     else:
         shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
-        run(point.config, out=place, on_round=report, pool=pool, tracking=tracking)
+        run(config, out=place, on_round=report, pool=pool, tracking=tracking)
     if last:
         tune.report(last)
 
@@ -225,78 +284,55 @@ def _shares(plan: Sweep, trials: int) -> tuple[float, int]:
     return cpus / concurrent, concurrent
 
 
-def _actors(configs: Sequence[RunConfig], cpus: float) -> list[ActorOptions]:
-    """Return what the actors of the most demanding point ask of Ray: a bundle for each in a trial's group."""
-    in_process = [ActorOptions(cpu=min(1.0, cpus))]
-    needs = [
-        [group.options for group in groups_for(config, cpus) for _ in range(group.actors)]
-        if config.clients.actors != 0
-        else in_process
-        for config in configs
-    ]
-    most = max(needs, key=lambda actors: (sum(options.cpu for options in actors), len(actors)))
-    _check_room([options.bundle for options in most])
-    return most
+def _check_rooms(plan: Sweep) -> None:
+    """Refuse a point for whose client actors the cluster has no room.
+
+    Raises:
+        ConfigError: with the first such point.
+    """
+    cpus, _ = _shares(plan, len(plan.points))
+    for point in plan.points:
+        if point.config.clients.actors != 0:
+            check_room(groups_for(point.config, cpus), f"trial {point.name}")
 
 
-def _check_room(bundles: Sequence[Mapping[str, float]]) -> None:
-    import ray
-
-    have = ray.cluster_resources()
-    for name in sorted({name for bundle in bundles for name in bundle}):
-        need = sum(bundle.get(name, 0.0) for bundle in bundles)
-        if need > have.get(name, 0.0) + 1e-6:
-            raise RunError(
-                f"a trial needs {need:g} × {name} for its client actors, but the cluster has "
-                f"{have.get(name, 0):g}; lower clients.actors or clients.resources"
-            )
-
-
-def _scheduler(plan: Sweep, stopped: set[str]) -> Any:
-    """Return Tune's scheduler; it writes down whom it stops.
+def _scheduler(plan: Sweep, path: Path) -> Any:
+    """Return ASHA, which knows what the trials reported before; it writes down which trials it stops.
 
     A trial that ended without finishing may also have been cut short with the whole sweep, for Tune catches
     signals; from outside the two look alike.
     """
-    if plan.tune.scheduler == "fifo":
-        return None
-    from ray.tune.schedulers import ASHAScheduler
+    from fedray.experiment.asha import Rungs
 
-    class Noting(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
-        def on_trial_result(self, controller: Any, trial: Any, result: Any) -> str:
-            decision: str = super().on_trial_result(controller, trial, result)
-            if decision == self.STOP:
-                stopped.add(trial.config["name"])
-            return decision
+    lasts = {point.name: point.config.rounds for point in plan.points}
 
-    return Noting(
-        time_attr="round",
-        max_t=plan.rounds,
-        grace_period=min(plan.rounds, plan.tune.grace_rounds or max(1, plan.rounds // 4)),
-        reduction_factor=plan.tune.reduction,
+    def stopped(name: str, round: int) -> None:
+        if round < lasts[name]:
+            RunFiles(path / "trials" / name).write_json(STOPPED, {"round": round})
+
+    rungs = Rungs(
+        plan.tune.metric,
+        plan.tune.direction,
+        first=first_rung(plan.tune, _configs(plan)),
+        last=plan.rounds,
+        reduction=plan.tune.reduction,
+        on_stop=stopped,
     )
+    for point in plan.points:
+        rungs.recall(point.name, _compared(_place(path, point)))
+    return rungs
 
 
-def _callback(on_round: OnTrialRound | None) -> Any:
-    from ray import tune
-
-    class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
-        """Hands each reported round to whoever shows it; Tune pickles it, but not the listener."""
-
-        listener = staticmethod(on_round) if on_round is not None else None
-
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            if self.listener is not None:
-                self.listener(trial.config["name"], result)
-
-        def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
-            return tune.Callback, ()
-
-    return Progress()
+def _configs(plan: Sweep) -> list[RunConfig]:
+    return [point.config for point in plan.points]
 
 
 # ── what is on disk
 # ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+STOPPED = "stopped.json"
+"""File in the directory of a trial that the scheduler stopped: after which round."""
 
 
 def _place(path: Path, point: Point) -> Path:
@@ -307,18 +343,31 @@ def _status(place: Path) -> Status:
     if not (place / "config.yaml").exists():
         return "missing"
     result = RunFiles(place).read_json("result.json")
-    status: Status = result["status"] if result else "failed"
-    return status
+    if result:
+        status: Status = result["status"]
+        return status
+    return "stopped" if (place / STOPPED).exists() else "failed"
+
+
+def _rounds(place: Path) -> list[dict[str, Any]]:
+    """Return `round` and metrics of each round that a trial has made."""
+    if not (place / "config.yaml").exists():
+        return []
+    return [{"round": line["round"], **line["metrics"]} for line in RunFiles(place).rounds()]
+
+
+def _compared(place: Path) -> list[dict[str, Any]]:
+    """Return the rounds of a trial that the scheduler compared: a stopped one makes some more."""
+    stopped = RunFiles(place).read_json(STOPPED)
+    rounds = _rounds(place)
+    return [line for line in rounds if stopped is None or line["round"] <= stopped["round"]]
 
 
 def _settle(place: Path, tracking: Tracking) -> None:
-    """Write down that the scheduler stopped a trial, unless it had finished.
-
-    It was ended from outside, and could not do so itself.
-    """
-    if _status(place) != "failed":
-        return
+    """Write down what a trial came to that the scheduler stopped; it could not do so itself."""
     files = RunFiles(place)
+    if _status(place) != "stopped" or files.read_json("result.json") is not None:
+        return
     rounds = files.rounds()
     if rounds:
         last = rounds[-1]
@@ -338,12 +387,3 @@ def _different_data(points: Sequence[Point]) -> list[RunConfig]:
     for point in points:
         found.setdefault(f"{point.config.data!r} {point.config.clients.population}", point.config)
     return list(found.values())
-
-
-def _reason(error: BaseException) -> str:
-    """Return the innermost message of a trial's error."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    if isinstance(cause, FedrayError):
-        return str(cause)
-    return lines[-1] if lines else type(cause).__name__

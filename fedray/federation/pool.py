@@ -158,13 +158,27 @@ class PackedJob:
         return replace(self.job, tasks=tuple(tasks))
 
 
-class ClientActor:
-    """A Ray actor that hosts virtual clients. It holds nothing that must survive it."""
+Prepare = Callable[[], None]
+"""Called in an actor before anything reaches it. Pickles."""
 
-    def __init__(self, place: Workplace, device: str) -> None:
+
+class ClientActor:
+    """A Ray actor that hosts virtual clients. It holds nothing that must survive it.
+
+    Args:
+        places: a reference to the workplace, in a list: Ray would read it before `prepare` is called.
+        device: where clients train, as torch names it.
+        prepare: called first, e.g. to import what the workplace needs.
+    """
+
+    def __init__(self, places: "Sequence[ObjectRef]", device: str, prepare: Prepare | None = None) -> None:
+        import ray
+
+        if prepare is not None:
+            prepare()
         _keep_freed_memory()
         torch.set_num_threads(1)
-        self.worker = Worker(place, device)
+        self.worker = Worker(ray.get(places[0]), device)
 
     def ready(self) -> int:
         """Answer with the process id, once the actor is placed and set up."""
@@ -201,6 +215,7 @@ class RayPool:
         per_client: one actor for each client of the population, in one group; updates are folded here.
         ready_timeout_s: how long placing and starting the actors may take.
         max_deaths: how many deaths of actors one exchange survives.
+        prepare: called in each actor before the workplace reaches it.
     """
 
     def __init__(
@@ -211,11 +226,13 @@ class RayPool:
         per_client: bool = False,
         ready_timeout_s: float = 300.0,
         max_deaths: int = 20,
+        prepare: Prepare | None = None,
     ) -> None:
         import ray
 
         _keep_freed_memory()
         self.place, self.groups, self.per_client = place, tuple(groups), per_client
+        self.prepare = prepare
         self.ready_timeout_s, self.max_deaths = ready_timeout_s, max_deaths
         self.deaths = 0
         self._ray = ray
@@ -321,7 +338,8 @@ class RayPool:
         # Nothing is retried behind our back: a restarted actor would be empty, and its clients' memory is in
         # the run.
         hosted = self._ray.remote(max_restarts=0, max_task_retries=0, **options)(ClientActor)
-        return hosted.remote(self._place_ref, "cuda" if options["num_gpus"] else "cpu")
+        device = "cuda" if options["num_gpus"] else "cpu"
+        return hosted.remote([self._place_ref], device, self.prepare)
 
     def _await_ready(self, actors: Iterable["ActorHandle"]) -> None:
         waiting = [actor.ready.remote() for actor in actors]

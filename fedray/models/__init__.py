@@ -9,6 +9,7 @@ Your own network is an `Architecture` too; pass `{**MODELS, "mine": Architecture
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Literal
 
 from fedray.errors import ConfigError, unknown
 from fedray.models.cnn import CNN, CONV2
@@ -30,6 +31,7 @@ __all__ = [
     "broken",
     "build_model",
     "layout_of",
+    "outline",
     "refusal",
 ]
 
@@ -113,3 +115,48 @@ def build_model(
         prune_first=prune_first,
         prune_last=prune_last,
     )
+
+
+def outline(
+    name: str,
+    input_shape: InputShape,
+    num_classes: int,
+    *,
+    norm: Norm = "average",
+    prune_first: bool = True,
+    prune_last: bool = False,
+) -> ModelSpec:
+    """Return a model's structure, for checks before a run: without values, and it cannot be run.
+
+    It is built once for the same arguments, on the meta device where the architecture can be built there.
+    Arguments and errors are those of `build_model`, for a model of the table that takes such inputs.
+    """
+    return _outline(MODELS[name], name, input_shape, num_classes, norm, prune_first, prune_last)
+
+
+@lru_cache(maxsize=64)
+def _outline(
+    architecture: Architecture,
+    name: str,
+    input_shape: InputShape,
+    num_classes: int,
+    norm: Norm,
+    prune_first: bool,
+    prune_last: bool,
+) -> ModelSpec:
+    def built(device: Literal["cpu", "meta"]) -> ModelSpec:
+        return ModelSpec.of(
+            name,
+            architecture,
+            input_shape,
+            num_classes,
+            norm=norm,
+            prune_first=prune_first,
+            prune_last=prune_last,
+            device=device,
+        )
+
+    try:
+        return built("meta")
+    except Exception:  # it looks at values while it is built; what is wrong with it shows here too
+        return built("cpu")

@@ -6,12 +6,14 @@ names of `state_dict`. Integer buffers (`num_batches_tracked`) stay with the mod
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from traceback import walk_tb
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,7 @@ class ModelSpec:
         norm: Norm = "average",
         prune_first: bool = True,
         prune_last: bool = False,
+        device: Literal["cpu", "meta"] = "cpu",
     ) -> "ModelSpec":
         """Build an architecture that is known to accept `input_shape`.
 
@@ -93,13 +96,14 @@ class ModelSpec:
             norm: the policy for its batch normalisation.
             prune_first: whether the weights of the first convolution or linear layer may be pruned.
             prune_last: whether those of the last one (the classifier) may be pruned.
+            device: where it is built; on `meta` nothing is initialised, and the module cannot be run.
 
         Raises:
             ConfigError: if it cannot be built, if the module holds what cannot lie in one float32 vector, or
                 if the policy does not fit it.
         """
         try:
-            module = _build(architecture, input_shape, num_classes, norm, seed=0)
+            module = _build(architecture, input_shape, num_classes, norm, seed=0, device=device)
         except FedrayError:
             raise
         except Exception as error:
@@ -237,9 +241,14 @@ def layout_of(module: nn.Module, *, prune_first: bool = True, prune_last: bool =
 
 
 def _build(
-    architecture: Architecture, input_shape: InputShape, num_classes: int, norm: Norm, seed: int
+    architecture: Architecture,
+    input_shape: InputShape,
+    num_classes: int,
+    norm: Norm,
+    seed: int,
+    device: str = "cpu",
 ) -> nn.Module:
-    with borrowed(seed):
+    with borrowed(seed), torch.device(device) if device != "cpu" else nullcontext():
         torch.default_generator.manual_seed(seed)  # as it was before numpy's and Python's were seeded too
         module = architecture.build(input_shape, num_classes)
         if isinstance(module, nn.Module):

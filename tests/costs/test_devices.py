@@ -157,6 +157,20 @@ TOY = DeviceProfile(
 )
 
 
+def test_a_device_that_was_added_to_a_table_is_looked_up(monkeypatch):
+    """To DEVICES whole, to HARDWARE for every link, to LINKS for every piece of hardware."""
+    mine = replace(DEVICES["phone"], name="mine", flops_per_s=1e7)
+    monkeypatch.setitem(DEVICES, "mine", mine)
+    assert profile("mine") is mine
+    assert draw(4, {"mine": 1.0}, 0, jitter=0.0).profile(0) == mine
+    monkeypatch.setitem(HARDWARE, "board", HARDWARE["phone"])
+    monkeypatch.setitem(LINKS, "pigeon", LINKS["lte"])
+    assert profile("board") == replace(DEVICES["phone"], name="board")
+    assert profile("board@pigeon") == replace(profile("phone@lte"), name="board@pigeon")
+    with pytest.raises(ConfigError, match="unknown device 'mien'; did you mean 'mine'"):
+        profile("mien")
+
+
 def test_seconds_by_hand():
     # 0.1 + 4 MB / 2 MB/s + 3 GFLOP / 1 GFLOP/s + 1 MB / 0.5 MB/s
     cost = Cost(bytes_down=4_000_000, bytes_up=1_000_000, executed_flops=3e9)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from fedray.experiment.placement import groups_for, pool_for
+from fedray.errors import ConfigError
+from fedray.experiment.placement import check_room, groups_for, pool_for
 from fedray.federation.pool import ActorOptions, Group, LocalPool
 from tests.experiment import tiny
 
@@ -59,3 +60,53 @@ def test_every_group_has_an_actor() -> None:
     resources = {"by_device": {"jetson_nano": {"cpu": 2.0}}}
     found = groups(1, actors=1, devices=devices, resources=resources)
     assert found == [Group(1, ActorOptions(cpu=0.5)), Group(1, ActorOptions(cpu=2.0))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ActorOptions(cpu=1.0), None),
+        (ActorOptions(cpu=2.0), None),
+        (
+            ActorOptions(cpu=0.5, gpu=1.0),
+            "a run needs 2 × GPU for its client actors, but the cluster has 4 × CPU, 0 × GPU, 1 × edge;",
+        ),
+        (ActorOptions(cpu=0.5, custom={"edge": 1.0}), "a run needs 2 × edge for its client actors, but the"),
+        (
+            ActorOptions(cpu=0.5, custom={"egde": 0.1}),
+            "a run needs 0.2 × egde for its client actors, but the",
+        ),
+        (
+            ActorOptions(cpu=1.0, custom={"edge": 0.5}),
+            None,
+        ),
+        (
+            ActorOptions(cpu=3.0),
+            "a run needs 6 × CPU for its client actors",
+        ),
+    ],
+)
+def test_what_no_cluster_node_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, options: ActorOptions, message: str | None
+) -> None:
+    def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": resources | {"memory": 1e9, "node:10.0.0.1": 1.0}}
+
+    nodes = [node(CPU=2.0), node(CPU=2.0, edge=1.0), node(alive=False, GPU=8.0, CPU=64.0)]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    if message is None:
+        check_room([Group(2, options)], "a run")
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_room([Group(2, options)], "a run")
+    assert str(caught.value).startswith(f"clients.resources: {message}")
+
+
+def test_an_actor_larger_than_any_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster as a whole has that much."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    with pytest.raises(
+        ConfigError, match="client actors with 3 × CPU, 0 × GPU each, but no node of the cluster"
+    ):
+        check_room([Group(1, ActorOptions(cpu=3.0))], "a run")

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from fedray.errors import ConfigError
 from fedray.experiment import yaml
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import resume_sweep, sweep
 
-BASE = {
+BASE: dict[str, Any] = {
     "rounds": 4,
     "checkpoint_every": 1,
     "model": "mlp",
@@ -140,6 +141,186 @@ def test_a_failed_trial_is_reported_and_a_sweep_goes_on_with_what_is_missing(ray
         json.loads((again.trials[1].path / "result.json").read_text())["weights_sha256"]
         == whole.weights_sha256
     )
+
+
+MINE = '''
+"""A model, a data set, a partition, a device and a method, none of which can be pickled by value."""
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from torch import nn
+
+from fedray.costs.devices import DEVICES
+from fedray.data import DATASETS, PARTITIONS
+from fedray.data.partition import Dealt
+from fedray.federation.method import Method
+from fedray.methods import METHODS
+from fedray.models import MODELS
+from fedray.models.spec import Architecture
+
+LOCK = Lock()  # what stands in a module of its own is there once in each process
+HERE = Path(__file__).parent
+
+class Net(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), 12), nn.ReLU())
+        self.head = nn.Linear(12, classes)
+
+    def forward(self, x):
+        with LOCK:
+            return self.head(self.layers(x))
+
+def build(shape, classes):
+    return Net(shape, classes)
+
+def load(root):
+    return replace(DATASETS["digits"].load(root), name="my_digits")
+
+@dataclass(frozen=True)
+class Halves:
+    def split(self, labels, writers, rows, population, seed):
+        with LOCK:
+            return Dealt(rows, np.arange(len(rows)) * population // len(rows), population)
+
+@dataclass(frozen=True)
+class Seen:
+    rounds: tuple[int, ...] = ()
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Method):
+    hose: str = ""
+
+    def setup(self, state, ctx):
+        return replace(state, memory=Seen())
+
+    def client_update(self, task, client):
+        with LOCK:
+            client.memory["times"] = client.memory.get("times", 0) + 1
+        return super().client_update(task, client)
+
+    def aggregate(self, state, cohort):
+        if state.round == 3 and self.hose and not (HERE / self.hose).exists():
+            raise OSError("the disk is on fire")
+        state = replace(state, memory=Seen((*state.memory.rounds, state.round)))
+        return super().aggregate(state, cohort)
+
+MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "12")
+DATASETS["my_digits"] = replace(DATASETS["digits"], load=load)
+PARTITIONS["halves"] = Halves
+DEVICES["esp32"] = replace(DEVICES["phone"], name="esp32", flops_per_s=1e8)
+METHODS["mine"] = Mine
+'''
+
+OWN: dict[str, Any] = {
+    "imports": ["mine.py"],
+    "model": "mine",
+    "data": {"name": "my_digits", "partition": {"kind": "halves"}},
+    "method": {"name": "mine", "lr": 0.1, "hose": "hose"},
+    "clients": BASE["clients"] | {"devices": {"esp32": 1.0}},
+}
+
+
+def test_what_a_file_adds_to_the_tables_works_in_a_sweep_and_after_resume(ray_local, in_tmp):
+    """Also on two actors; and an error of its code is kept, in a line and whole."""
+    import fedray
+
+    (in_tmp / "mine.py").write_text(MINE)
+    line = MINE[: MINE.index("raise OSError")].count("\n") + 1
+    space = {"clients.actors": {"grid": [2, 0]}}
+    made = sweep(plan(in_tmp, space, {"max_failures": 0, "concurrent": 1}, **OWN), out=in_tmp / "sweep")
+    assert [trial.status for trial in made.trials] == ["failed", "failed"]
+    for trial in made.trials:
+        message = trial.error or ""
+        assert message.startswith("OSError: the disk is on fire (") and "\n" not in message
+        assert f"({in_tmp}/mine.py, line {line}, in aggregate)" in message
+        assert "in aggregate" in (trial.path / "error.txt").read_text()
+    (in_tmp / "hose").touch()
+    again = resume_sweep(made.path)
+    assert [trial.status for trial in again.trials] == ["finished", "finished"]
+    config = again.trials[0].point.config.override({"clients.actors": 0})
+    alone = fedray.run(config, out=in_tmp / "alone")
+    sums = {result["weights_sha256"] for result in results(made.path).values()}
+    assert sums == {alone.weights_sha256}
+    assert not list(made.path.glob("trials/*/error.txt"))
+
+
+@pytest.mark.slow
+def test_a_resumed_sweep_compares_with_what_was_there_before(ray_local, in_tmp):
+    """A trial that starts only after `resume` is stopped at the rung that the others passed before."""
+    import shutil
+
+    space = {"method.lr": {"grid": [0.1, 0.09, 1e-7]}}
+    tune = {"scheduler": "asha", "grace_rounds": 2, "reduction": 4, "concurrent": 1, "metric": "val/loss"}
+    planned = plan(in_tmp, space, tune, rounds=8)
+    made = sweep(planned, out=in_tmp / "sweep")
+    assert [trial.status for trial in made.trials][::2] == ["finished", "stopped"]
+    best, _ = made.best or (None, None)
+    assert best is made.trials[0]
+    shutil.rmtree(made.trials[2].path)
+    again = resume_sweep(made.path)
+    assert [trial.status for trial in again.trials] == [trial.status for trial in made.trials]
+    assert json.loads((again.trials[2].path / "stopped.json").read_text()) == {"round": 2}
+
+
+def test_a_metric_that_no_round_reports_is_one_clear_message(ray_local, in_tmp):
+    (in_tmp / "mine.py").write_text(MINE)
+    tune = {"scheduler": "asha", "metric": "train/distanz", "mode": "min", "max_failures": 0}
+    made = sweep(plan(in_tmp, {"seed": {"grid": [0]}}, tune, **OWN), out=in_tmp / "sweep")
+    (trial,) = made.trials
+    assert trial.status == "failed"
+    assert (trial.error or "").startswith(
+        "tune.metric 'train/distanz': no round up to 1, where ASHA compares, reported it"
+    )
+    assert "they report train/loss; start a sweep with another tune.metric" in (trial.error or "")
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "train/loss",
+        pytest.param("density/client_mean", marks=pytest.mark.slow),
+        pytest.param("method/asked", marks=pytest.mark.slow),
+    ],
+)
+def test_a_metric_that_some_rounds_lack_is_compared_where_it_is(ray_local, in_tmp, metric):
+    """None of these is known of the set-up; with no validation data, no round has an accuracy."""
+    base: dict[str, Any] = {
+        "data": {"name": "digits", "validation_fraction": 0.1 if metric == "method/asked" else 0}
+    }
+    if metric == "method/asked":
+        base["method"] = {"name": "staged", "policy": "bandit", "stages": 2}
+    tune = {"scheduler": "asha", "metric": metric, "grace_rounds": 4, "max_failures": 0}
+    tune = tune | ({"mode": "max"} if metric == "method/asked" else {})
+    made = sweep(plan(in_tmp, {"seed": {"grid": [0]}}, tune, **base), out=in_tmp / "sweep")
+    assert [(trial.status, trial.error) for trial in made.trials] == [("finished", None)]
+
+
+@pytest.mark.parametrize(
+    "resources, lacking",
+    [
+        ({"gpu": 1.0}, "needs 2 × GPU for its client actors, but the cluster has "),
+        ({"custom": {"edge": 1.0}}, "needs 2 × edge for its client actors, but the cluster has "),
+        ({"cpu": 999.0}, "needs 1998 × CPU for its client actors, but the cluster has "),
+    ],
+)
+def test_what_the_cluster_has_no_room_for_is_refused_at_once(ray_local, in_tmp, resources, lacking):
+    import time
+
+    import fedray
+
+    clients = {"clients": BASE["clients"] | {"actors": 2, "resources": resources}}
+    planned = plan(in_tmp, {"seed": {"grid": [0, 1]}}, **clients)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=f"clients.resources: trial 00-seed=0 {lacking}") as caught:
+        sweep(planned, out=in_tmp / "sweep")
+    assert "× CPU" in str(caught.value) and "× GPU" in str(caught.value)
+    with pytest.raises(ConfigError, match=f"clients.resources: the run {lacking}"):
+        fedray.run(planned.points[0].config, out=in_tmp / "run")
+    assert time.monotonic() - began < 60
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["some_sweep.yaml"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedray.errors import ConfigError
-from fedray.models import MODELS, Architecture, InputShape, ModelSpec, build_model, layout_of
+from fedray.models import MODELS, Architecture, InputShape, ModelSpec, build_model, layout_of, outline
 
 DIGITS, MNIST, CIFAR10 = (1, 8, 8), (1, 28, 28), (3, 32, 32)
 
@@ -301,3 +301,60 @@ def test_the_specifications_module_has_no_values_and_is_not_changed_by_binding()
     spec.bind(spec.init(0).flat)
     assert all(p.is_meta for p in spec.module.parameters())
     assert layout_of(copy.deepcopy(spec.module)) == spec.layout
+
+
+# ── outlines
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("norm", ["average", "group"])
+def test_an_outline_is_the_structure_of_the_model(name, norm):
+    shape = next(shape for shape in (MNIST, CIFAR10) if MODELS[name].accepts(shape) is None)
+    whole = build_model(name, shape, 10, norm=norm, prune_first=False, prune_last=True)
+    sketched = outline(name, shape, 10, norm=norm, prune_first=False, prune_last=True)
+    assert sketched.layout == whole.layout
+    assert sketched.norms == whole.norms
+    assert sketched.channel_groups == whole.channel_groups
+    assert sketched.head == whole.head
+    assert {p.device.type for p in sketched.module.parameters()} == {"meta"}
+
+
+def test_an_outline_is_built_once_and_initialises_nothing(monkeypatch):
+    built: list[str] = []
+
+    class Counted(nn.Sequential):
+        def __init__(self) -> None:
+            layer = nn.Linear(16, 2)
+            built.append(layer.weight.device.type)
+            super().__init__(nn.Flatten(), layer)
+
+    def counted(input_shape: InputShape, num_classes: int) -> nn.Module:
+        return Counted()
+
+    monkeypatch.setitem(MODELS, "counted", Architecture(counted, accept_all, "", ""))
+    first, again = (outline("counted", (1, 4, 4), 2) for _ in range(2))
+    assert built == ["meta"] and first is again
+    outline("counted", (1, 4, 4), 2, prune_first=False)
+    assert len(built) == 2
+    monkeypatch.setitem(MODELS, "counted", Architecture(counted, accept_all, "another", ""))
+    outline("counted", (1, 4, 4), 2)  # a name that was given to another architecture
+    assert len(built) == 3
+
+
+def test_an_architecture_that_looks_at_values_has_an_outline_too(monkeypatch):
+    def curious(input_shape: InputShape, num_classes: int) -> nn.Module:
+        rates = [float(x) for x in torch.linspace(0, 0.5, 3)]
+        return nn.Sequential(nn.Flatten(), nn.Dropout(rates[1]), nn.Linear(16, 2))
+
+    monkeypatch.setitem(MODELS, "curious", Architecture(curious, accept_all, "", ""))
+    assert outline("curious", (1, 4, 4), 2).layout.size == 34
+
+
+def test_what_is_wrong_with_an_architecture_is_raised_as_it_is(monkeypatch):
+    def broken(input_shape: InputShape, num_classes: int) -> nn.Module:
+        raise KeyError("layers")
+
+    monkeypatch.setitem(MODELS, "broken", Architecture(broken, accept_all, "", ""))
+    with pytest.raises(ConfigError, match=r"broken cannot be built for images of 1×4×4 .*KeyError: 'layers'"):
+        outline("broken", (1, 4, 4), 2)

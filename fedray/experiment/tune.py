@@ -1,0 +1,150 @@
+"""Trials of Ray Tune: one way to run them, for sweeps and for trainings.
+
+All that matters is in the trials' own directories. Tune's is removed at the end.
+"""
+
+import logging
+import os
+import shutil
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedray.errors import FedrayError, RunError
+from fedray.federation.pool import ActorOptions
+
+TRACEBACK = "error.txt"
+"""File in the directory of a trial: the traceback of the error that ended it."""
+
+Body = Callable[[str], None]
+"""What a trial does, in a process of its own, given its name. Pickles."""
+OnResult = Callable[[str, Any], None]
+"""Called in the driver with the name of a trial and what it reported."""
+
+
+def fit(
+    body: Body,
+    places: Mapping[str, Path],
+    rooms: Mapping[str, Any],
+    folder: Path,
+    *,
+    concurrent: int | None,
+    max_failures: int,
+    scheduler: Any = None,
+    on_result: OnResult | None = None,
+) -> dict[str, str]:
+    """Run trials.
+
+    Args:
+        body: what each does; it calls `tune.report`.
+        places: name of each trial → its directory.
+        rooms: name of each trial → its placement group, a `tune.PlacementGroupFactory`.
+        folder: where Tune may keep its own files.
+        concurrent: trials at once; None: as many as the cluster has room for.
+        max_failures: how often a trial that broke is tried again.
+        scheduler: Tune's; None runs every trial to the end.
+        on_result: called as trials report.
+
+    Returns:
+        Name → why the trial broke, of those that did.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
+
+    def trial(sample: Mapping[str, str]) -> None:
+        attempt(body, sample["name"], places[sample["name"]])
+
+    tuner = tune.Tuner(
+        tune.with_resources(trial, lambda sample: rooms[sample["name"]]),
+        param_space={"name": tune.grid_search(list(places))},
+        tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            callbacks=[_callback(on_result)],
+            verbose=0,
+        ),
+    )
+    results = tuner.fit()
+    shutil.rmtree(folder, ignore_errors=True)
+    return {
+        result.config["name"]: _reason(result.error)
+        for result in results
+        if result.error is not None and result.config is not None
+    }
+
+
+def room(actors: Sequence[ActorOptions]) -> Any:
+    """Return the placement group of a trial: a bundle for each of its client actors, none for itself."""
+    from ray import tune
+
+    # Ray leaves the trial's own bundle out, since it is empty; the selectors are of those that stay
+    labels = [dict(options.labels) for options in actors]
+    selectors = {"bundle_label_selector": labels} if any(labels) else {}
+    return tune.PlacementGroupFactory([{}, *(options.bundle for options in actors)], **selectors)
+
+
+def attempt(body: Body, name: str, place: Path) -> None:
+    """Run a trial; of an error, keep the traceback in its directory.
+
+    Raises:
+        RunError: for any error; a line that names file and line of the user's own code.
+    """
+    kept = place / TRACEBACK
+    kept.unlink(missing_ok=True)  # of an earlier attempt
+    try:
+        body(name)
+    except Exception as error:
+        place.mkdir(parents=True, exist_ok=True)
+        kept.write_text(traceback.format_exc(), encoding="utf-8")
+        raise RunError(f"{described(error)}; traceback in {kept}") from None
+
+
+def described(error: Exception) -> str:
+    """Return what an error says; with its type, file and line unless fedray raised it on purpose."""
+    if isinstance(error, FedrayError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    ours = [frame for frame in frames if frame.filename.startswith(_OURS)]
+    frame = (outside or ours or frames)[-1]
+    said = next(iter(str(error).strip().splitlines()), "no message")
+    return f"{type(error).__name__}: {said} ({frame.filename}, line {frame.lineno}, in {frame.name})"
+
+
+_OURS = f"{Path(__file__).parents[1]}{os.sep}"
+_LIBRARIES = (_OURS, *(sysconfig.get_paths()[name] for name in ("stdlib", "platlib", "purelib")), "<")
+"""Files below these are not the user's own."""
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost message of the error that ended a trial."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, FedrayError):
+        return str(cause)
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__
+
+
+def _callback(on_result: OnResult | None) -> Any:
+    from ray import tune
+
+    class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
+        """Hands each result to a listener; Tune pickles it, but not the listener."""
+
+        listener = staticmethod(on_result) if on_result is not None else None
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            if self.listener is not None:
+                self.listener(trial.config["name"], result)
+
+        def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+            return tune.Callback, ()
+
+    return Progress()
