@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from fedray.experiment.config import RunConfig
 from fedray.experiment.files import RunFiles
 from fedray.experiment.interrupt import signals
 from fedray.experiment.run import Federation
+from fedray.experiment.tracking import prepare_store
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.methods import METHODS
@@ -299,8 +301,6 @@ def rounds_of(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_the_command_ends_with_128_plus_the_signal(number: signal.Signals, tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     process = started(tmp_path, "checkpoint_every=1000", f"tracking.uri={uri}")
     wait_for(lambda: rounds_of(tmp_path) > 20, process)
@@ -310,8 +310,31 @@ def test_the_command_ends_with_128_plus_the_signal(number: signal.Signals, tmp_p
     assert f"{number.name}: ending" in said and "fedray resume" in said.splitlines()[-1]
     assert "Traceback" not in said
     assert done(tmp_path / "r") >= 20
+    assert prepare_store(uri, "fedray").problem is None  # imports MLflow without its warnings
+    from mlflow import MlflowClient
+
     (run,) = MlflowClient(uri).search_runs(["1"])
     assert run.info.status == "KILLED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True])  # a scheduler may send it to Ray's processes too
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_with_clients_on_ray_too(number: signal.Signals, to_all: bool, tmp_path: Path) -> None:
+    process = started(tmp_path, "checkpoint_every=1000", "clients.actors=1")
+    try:
+        wait_for(lambda: rounds_of(tmp_path) > 20, process)
+        if to_all:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + number
+    assert "fedray resume" in said.splitlines()[-1] and "Traceback" not in said
+    assert done(tmp_path / "r") >= 20
 
 
 @pytest.mark.slow
