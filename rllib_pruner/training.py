@@ -6,6 +6,7 @@ An interrupted training goes on from its last checkpoint with its counters. The 
 RLlib's checkpoints: DQN fills it anew before it learns on, so the result is not that of an uninterrupted one.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from fedray.comparing import as_gain, highest
+from fedray.durable import shown
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.directory import Lock, check_free
+from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.provenance import git_revision
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.pruning.trained import TrainedPolicy, quiet, save
@@ -22,6 +25,8 @@ from fedray.types import RoundReport
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row
 from rllib_pruner.learning_curve import draw_curves
+
+logger = logging.getLogger(__name__)
 
 OnEvaluation = Callable[[Row], None]
 
@@ -80,8 +85,8 @@ def resume(
     """
     files = TrainFiles.open(path)
     config = files.config()
-    start_ray()  # before anything is changed on disk
     with Lock(files.path, "training", patience_s):
+        start_ray()  # before anything is changed on disk
         rows, checkpoint = files.rewind()
         if is_over(config, rows):
             return rows
@@ -134,16 +139,24 @@ def _track(
         if on_evaluation is not None:
             on_evaluation(row)
 
+    for row in rows:  # what an earlier try could not deliver
+        tracker.log_round(RoundReport(int(row["env_steps"]), row))
     status: RunStatus = "FAILED"
-    try:
-        rows = _learn(config, files, rows, report, checkpoint)
-        draw_curves({config.algorithm.name: rows}, files.path / "curve.png", config.process.name)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status, [files.policy, files.path / "progress.jsonl", files.path / "curve.png"])
+    with signals() as stop:
+        try:
+            rows = _learn(config, files, rows, report, checkpoint, stop)
+            draw_curves({config.algorithm.name: rows}, files.path / "curve.png", config.process.name)
+            status = "FINISHED"
+        except BaseException as error:
+            if isinstance(error, INTERRUPTS) or stop.signal is not None:
+                status = "KILLED"
+            raise
+        finally:
+            tracker.finish(status, [files.policy, files.path / "progress.jsonl", files.path / "curve.png"])
+            if status != "FINISHED":
+                done, path = "interrupted" if status == "KILLED" else "failed", shown(files.path)
+                command = f"python -m rllib_pruner.train --resume {path}"
+                logger.warning("%s; `%s` continues from the last evaluation", done, command)
     return rows
 
 
@@ -153,19 +166,23 @@ def _learn(
     rows: list[Row],
     report: OnEvaluation,
     checkpoint: Path | None,
+    stop: Stop,
 ) -> list[Row]:
-    algorithm = _build(config)
+    """Train and judge in turn; a signal drops the training since the last evaluation."""
+    with stop.cuts():
+        algorithm = _build(config)
     try:
         if checkpoint is not None:
             with quiet():
                 algorithm.restore_from_path(str(checkpoint))
         best = highest(row["score"] for row in rows)
         while not is_over(config, rows):
-            with quiet():
-                result = algorithm.train()
-                module = algorithm.get_module()
-            about = _about(config, int(result["num_env_steps_sampled_lifetime"]))
-            measures = config.process.options.judge(TrainedPolicy(module, about).acts)
+            with stop.cuts():
+                with quiet():
+                    result = algorithm.train()
+                    module = algorithm.get_module()
+                about = _about(config, int(result["num_env_steps_sampled_lifetime"]))
+                measures = config.process.options.judge(TrainedPolicy(module, about).acts)
             iteration = int(result["training_iteration"])
             row = as_row(iteration, about["env_steps"], result["env_runners"], measures)
             if as_gain(row["score"]) >= best:  # of equals the one that has learnt longer
@@ -177,6 +194,7 @@ def _learn(
             files.append(row)
             rows.append(row)
             report(row)
+            stop.check()
     finally:
         with quiet():
             algorithm.stop()

@@ -236,12 +236,12 @@ def resume(
         mend(files, config, tracking or Tracking())
         return History(files.path, _history(files), result)
     federation = Federation.of(config)
-    if pool is None:
-        reach(config)
     with Lock(files.path, patience_s=patience_s):
         result = finished_result(files, config)  # another process may have ended it meanwhile
         if result is not None:
             return History(files.path, _history(files), result)
+        if pool is None:
+            reach(config)
         found = files.load()
         if found is not None:
             check_origin(files, found, config, federation.place.model.layout)

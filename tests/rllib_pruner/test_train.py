@@ -1,7 +1,9 @@
 """Training: what it leaves, that it goes on where it was, and that the same seed gives the same policy."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from threading import RLock
@@ -15,6 +17,7 @@ from fedray.errors import ConfigError, RunError
 from fedray.experiment.directory import Lock
 from fedray.pruning.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS
 from fedray.pruning.trained import TrainedPolicy, policy_problem
+from rllib_pruner import training
 from rllib_pruner.config import Plan, TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row
 from rllib_pruner.processes import RateSearchProcess
@@ -165,6 +168,54 @@ def test_an_evaluation_that_a_crash_kept_from_being_written_is_made_again(tmp_pa
     files.save(Writes(), 3)
     rows, usable = files.rewind()
     assert ([row["iteration"] for row in rows], usable and usable.name) == ([1, 2], "iteration-000002")
+
+
+class Walker:
+    """A policy that always does the first action."""
+
+    def acts(self, observations: Any) -> Any:
+        return np.zeros(len(observations), np.int64)
+
+
+class Interrupted:
+    """An algorithm whose second training gets a signal."""
+
+    local_replay_buffer = None
+
+    def __init__(self) -> None:
+        self.iterations = 0
+
+    def train(self) -> dict[str, Any]:
+        self.iterations += 1
+        if self.iterations == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {
+            "training_iteration": self.iterations,
+            "num_env_steps_sampled_lifetime": 200 * self.iterations,
+            "env_runners": {},
+        }
+
+    def get_module(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def test_a_signal_keeps_the_evaluations_and_ends_the_tracking(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training, "start_ray", lambda: None)
+    monkeypatch.setattr(training, "_build", lambda config: Interrupted())
+    monkeypatch.setattr(training, "save", lambda *_: None)
+    monkeypatch.setattr(training, "TrainedPolicy", lambda *_: Walker())
+    monkeypatch.setattr(TrainFiles, "save", lambda *_: None)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(SystemExit) as ended:
+        train(small(tracking={"uri": uri}), tmp_path / "t")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [row["iteration"] for row in TrainFiles.open(tmp_path / "t").progress()] == [1]
+    (run,) = MlflowClient(uri).search_runs(["1"])
+    assert run.info.status == "KILLED"
+    assert "interrupted; `python -m rllib_pruner.train --resume" in caplog.messages[-1]
 
 
 def test_a_training_that_is_running_is_not_resumed(tmp_path):
