@@ -126,6 +126,11 @@ class FedMef(Method):
             )
         return None
 
+    @property
+    def depends_on_rounds(self) -> str | None:
+        """The end of the adjustments."""
+        return "method.until is a share of the run's rounds"
+
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Draw the first mask; fix the adjustment rounds."""
         mask = random(ctx.layout, erk(ctx.layout, self.density), ctx.rng, min_layer=self.min_layer)
