@@ -1,5 +1,6 @@
 """What all tests share: one torch thread, no usage statistics, and where the real data sets are."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         shared = "ray_local" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray" if shared else item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Collect garbage after each file: what complains when it is deleted fails the file that left it behind.
+
+    Warnings are errors here. Collected later, a process or socket that was not closed would fail whichever
+    test happens to run then.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
