@@ -17,13 +17,13 @@ import numpy as np
 
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
-from fedray.data import DATASETS, Dataset, Examples, Splits, split
-from fedray.data.partition import Partition
+from fedray.data import Dataset, Examples, Splits
 from fedray.durable import local_path, shown
-from fedray.errors import ConfigError, DataError, FedrayError, RunError
+from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import checkpoint as stored
 from fedray.experiment.checkpoint import Stored
 from fedray.experiment.config import RunConfig
+from fedray.experiment.dealing import check_pairs, dealt, loaded
 from fedray.experiment.directory import Lock, check_free, take_next
 from fedray.experiment.files import RunFiles
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
@@ -35,13 +35,11 @@ from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, r
 from fedray.experiment.sync import mend
 from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
 from fedray.experiment.tracking import RunStatus
-from fedray.federation.client import TWO
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
-from fedray.models import ModelSpec
-from fedray.randomness import borrowed, generator, seed_sequence
+from fedray.randomness import generator, seed_sequence
 from fedray.types import RoundReport
 
 if TYPE_CHECKING:
@@ -100,23 +98,14 @@ class Federation:
         Raises:
             DataError: if the data is missing, or cannot be dealt as asked.
         """
-        seed, data, clients = config.seed, config.data, config.clients
-        with borrowed(0):  # a data set is the same whatever the run's seed
-            dataset = DATASETS[data.name].load(data.root)
-        splits = split(dataset, data.validation_fraction, data.server_fraction, generator(seed, "split"))
-        with borrowed(seed):
-            partition = data.partition.options.split(
-                dataset.train.y,
-                dataset.writers,
-                splits.train,
-                clients.population,
-                seed_sequence(seed, "partition"),
-            )
+        seed, clients = config.seed, config.clients
+        dataset = loaded(config)
+        splits, partition = dealt(config, dataset)
         fleet = devices.draw(
             clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
         )
         model = config.build_model(dataset.input_shape, dataset.num_classes)
-        _check_pairs(config, model, partition)
+        check_pairs(config, model, partition)
         place = Workplace(
             model=model,
             flops=FlopModel.trace(model.bind(model.init(seed).flat), dataset.input_shape, model.layout),
@@ -405,25 +394,6 @@ def _own_accuracy(
 
 # ── small things
 # ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_pairs(config: RunConfig, model: ModelSpec, partition: Partition) -> None:
-    """Refuse clients that a model which needs two examples cannot be trained on.
-
-    Raises:
-        ConfigError: if batches are of one example.
-        DataError: if clients have a single one.
-    """
-    if "train" not in model.pairs:
-        return
-    if config.method.options.batch_size == 1:
-        raise ConfigError(f"method.batch_size: 1, but {model.name} cannot be trained on one example; {TWO}")
-    alone = np.flatnonzero(np.asarray(partition.sizes) == 1)
-    if len(alone):
-        raise DataError(
-            f"data.partition: {len(alone):,} client(s) have one example (clients {alone[:10].tolist()}); "
-            f"{model.name} cannot be trained on one: {TWO}"
-        )
 
 
 def _rows(examples: Examples, rows: np.ndarray) -> Examples:

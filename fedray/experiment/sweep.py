@@ -19,12 +19,13 @@ from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment import plugins, sealed
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.config import RunConfig
+from fedray.experiment.dealing import check_data
 from fedray.experiment.directory import Lock, check_free, take, take_next
 from fedray.experiment.files import RunFiles
 from fedray.experiment.messages import shortened
 from fedray.experiment.overrides import Tree, override_tree
 from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
-from fedray.experiment.run import RUNS, Federation, resume, run
+from fedray.experiment.run import RUNS, resume, run
 from fedray.experiment.space import OnPoint, Point, Sweep
 from fedray.experiment.tracked import Tracking
 from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
@@ -99,8 +100,7 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
     path = None if out is None else local_path(out)
     if path is not None:
         check_free(path)
-    for config in _different_data(plan.points):
-        Federation.of(config)  # data that cannot be dealt as asked shows here, before anything is started
+    check_data(_configs(plan))
     start_ray()
     _check_rooms(plan)
     if path is None:
@@ -380,10 +380,3 @@ def _settle(place: Path, tracking: Tracking) -> None:
 def _parent_of(path: Path) -> str | None:
     known = RunFiles(path).read_json("mlflow.json")
     return known["run_id"] if known else None
-
-
-def _different_data(points: Sequence[Point]) -> list[RunConfig]:
-    found: dict[str, RunConfig] = {}
-    for point in points:
-        found.setdefault(f"{point.config.data!r} {point.config.clients.population}", point.config)
-    return list(found.values())

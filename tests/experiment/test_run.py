@@ -484,3 +484,34 @@ def test_a_file_that_cannot_be_imported(in_tmp, name, text, message):
     with pytest.raises(ConfigError, match=f"^imports: {message}"):
         tiny.config(imports=[name])
     assert not {module for module in set(sys.modules) - before if "mine" in module}
+
+
+def test_the_data_of_several_configs_is_loaded_once_and_dealt_for_each(monkeypatch):
+    """What cannot be dealt for a later seed, model or population is found like what cannot for the first."""
+    from dataclasses import replace
+
+    from fedray.data import DATASETS
+    from fedray.data.partition import Iid
+    from fedray.errors import DataError
+    from fedray.experiment.dealing import check_data
+
+    spec, loaded, dealt = DATASETS["digits"], [], []
+
+    def load(root):
+        loaded.append(root)
+        return spec.load(root)
+
+    def deal(self, labels, writers, rows, population, seed):
+        dealt.append(population)
+        if population == 9:
+            raise DataError("nine is too many")
+        return whole(self, labels, writers, rows, population, seed)
+
+    whole = Iid.split
+    monkeypatch.setitem(DATASETS, "digits", replace(spec, load=load))
+    monkeypatch.setattr(Iid, "split", deal)
+    several = [tiny.config({"seed": seed, "method.lr": lr}) for seed in (0, 1) for lr in (0.1, 0.2)]
+    check_data(several)
+    assert (len(loaded), dealt) == (1, [6, 6])
+    with pytest.raises(DataError, match="nine is too many"):
+        check_data([*several, tiny.config({"clients.population": 9})])

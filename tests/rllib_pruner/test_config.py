@@ -98,6 +98,31 @@ def test_a_space_makes_trials():
     assert not Plan.load(FILE).has_space
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "tune.metric=return",
+            r"tune\.metric \(override\): a training runs every trial to the end and keeps",
+        ),
+        ("tune.scheduler=asha", r"tune\.scheduler \(override\): a training runs every trial to the end"),
+        ("tune.grace_rounds=3", r"tune\.grace_rounds \(override\): a training runs every trial to the end"),
+        ("tune.mode=min", r"tune\.mode \(override\): a training runs every trial to the end"),
+        ("tune.num_samples=3", r"tune\.num_samples \(override\): 3, but space draws nothing at random"),
+        ("tune.seed=3", r"tune\.seed \(override\): 3, but space draws nothing at random"),
+        ("space.tracking.experiment={grid: [a, b]}", r"space\.tracking\.experiment .* tracked in one store"),
+    ],
+)
+def test_what_a_training_would_not_read_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan.load(FILE, ["space.seed={grid: [0, 1]}", override])
+
+
+def test_how_often_a_trial_is_tried_again_is_read(tmp_path):
+    plan = Plan.load(FILE, ["space.seed={grid: [0, 1]}", "tune.max_failures=4"])
+    assert plan.max_failures == 4
+
+
 def test_a_file_with_a_space(tmp_path):
     path = tmp_path / "rl.yaml"
     path.write_text(

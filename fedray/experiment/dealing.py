@@ -1,0 +1,86 @@
+"""How data reaches the clients: loaded, split and dealt; tried for all configs of a sweep beforehand."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from fedray.data import DATASETS, Dataset, Partition, Splits, split
+from fedray.errors import ConfigError, DataError
+from fedray.experiment.config import RunConfig
+from fedray.federation.client import TWO
+from fedray.models import ModelSpec
+from fedray.randomness import borrowed, generator, seed_sequence
+
+
+def check_data(configs: Iterable[RunConfig]) -> None:
+    """Deal out the data of several configs, each as its run will; of those that are dealt alike, once.
+
+    Raises:
+        DataError: if data is missing, or cannot be dealt as a config asks.
+        ConfigError: if a config's batches are too small for its model.
+    """
+    datasets: dict[object, Dataset] = {}
+    models: dict[object, ModelSpec] = {}
+    seen = set()
+    for config in configs:
+        small = config.method.options.batch_size == 1
+        key = (repr(config.data), config.clients.population, config.seed, config.model, config.norm, small)
+        if key in seen:
+            continue
+        seen.add(key)
+        source = config.data.name, config.data.root
+        if source not in datasets:
+            datasets[source] = loaded(config)
+        dataset = datasets[source]
+        built = config.model, config.norm, dataset.input_shape, dataset.num_classes
+        if built not in models:
+            models[built] = config.build_model(dataset.input_shape, dataset.num_classes)
+        check_pairs(config, models[built], dealt(config, dataset)[1])
+
+
+def loaded(config: RunConfig) -> Dataset:
+    """Load the data set of a config.
+
+    Raises:
+        DataError: if it is missing or unreadable.
+    """
+    with borrowed(0):  # a data set is the same whatever the run's seed
+        return DATASETS[config.data.name].load(config.data.root)
+
+
+def dealt(config: RunConfig, dataset: Dataset) -> tuple[Splits, Partition]:
+    """Set validation and server data aside, and give the rest to the clients.
+
+    Raises:
+        DataError: if the data cannot be dealt as asked.
+    """
+    seed, data = config.seed, config.data
+    splits = split(dataset, data.validation_fraction, data.server_fraction, generator(seed, "split"))
+    with borrowed(seed):
+        partition = data.partition.options.split(
+            dataset.train.y,
+            dataset.writers,
+            splits.train,
+            config.clients.population,
+            seed_sequence(seed, "partition"),
+        )
+    return splits, partition
+
+
+def check_pairs(config: RunConfig, model: ModelSpec, partition: Partition) -> None:
+    """Refuse clients that a model which needs two examples cannot be trained on.
+
+    Raises:
+        ConfigError: if batches are of one example.
+        DataError: if clients have a single one.
+    """
+    if "train" not in model.pairs:
+        return
+    if config.method.options.batch_size == 1:
+        raise ConfigError(f"method.batch_size: 1, but {model.name} cannot be trained on one example; {TWO}")
+    alone = np.flatnonzero(np.asarray(partition.sizes) == 1)
+    if len(alone):
+        raise DataError(
+            f"data.partition: {len(alone):,} client(s) have one example (clients {alone[:10].tolist()}); "
+            f"{model.name} cannot be trained on one: {TWO}"
+        )
