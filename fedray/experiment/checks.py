@@ -10,7 +10,7 @@ from fedray.data import DATASETS, DatasetSpec
 from fedray.data.datasets import set_aside
 from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
-from fedray.federation.density import cannot_prune
+from fedray.federation.density import cannot_start
 from fedray.federation.method import Setting
 from fedray.models import MODELS, ModelSpec, broken, outline, refusal
 
@@ -180,7 +180,7 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     if model is None:
         return  # already reported
     setting = Setting(model, clients.population, clients.cohort, config.rounds)
-    problem = cannot_prune(method, setting) or method.check(setting)
+    problem = cannot_start(method, setting)
     if problem:
         yield "method", problem
 

@@ -14,13 +14,17 @@ from fedray.types import ChannelGroup, Layout, Mask
 MICRO = 10**6
 
 
-def cannot_prune(method: Method, setting: Setting) -> str | None:
-    """Return why a model cannot be pruned as a method's options ask, beginning with the key; or None."""
+def cannot_start(method: Method, setting: Setting) -> str | None:
+    """Return why a method cannot do with a model what its options ask, beginning with the key; or None.
+
+    What the method's own `check` refuses comes after a model without anything to prune, and before a density
+    below the minima of the layers: a method that prunes channels knows a larger minimum.
+    """
+    return _nothing_prunable(method, setting) or method.check(setting) or _too_sparse(method, setting)
+
+
+def _too_sparse(method: Method, setting: Setting) -> str | None:
     layout, target = setting.model.layout, method.target
-    if not (method.prunes or target is not None) or target == 1:
-        return None
-    if not layout.prunable_count:
-        return _nothing_prunable(setting)
     lowest = lowest_density(layout, method.min_layer)
     least = round(lowest * layout.prunable_count)
     if target is None or round(target * layout.prunable_count) >= least:
@@ -33,8 +37,10 @@ def cannot_prune(method: Method, setting: Setting) -> str | None:
     )
 
 
-def _nothing_prunable(setting: Setting) -> str:
+def _nothing_prunable(method: Method, setting: Setting) -> str | None:
     model = setting.model
+    if model.layout.prunable_count or method.target == 1 or not (method.prunes or method.target):
+        return None
     layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.module.modules())
     if not layers:
         return (

@@ -17,7 +17,14 @@ from typing import ClassVar
 import torch
 
 from fedray.federation.method import Method, ServerContext, Setting
-from fedray.pruning.shrink import as_initialised, cannot_narrow, channel_mask, channels_at, share_for
+from fedray.pruning.shrink import (
+    as_initialised,
+    cannot_narrow,
+    channel_mask,
+    channels_at,
+    share_for,
+    too_narrow,
+)
 from fedray.types import Density, ServerState
 
 
@@ -45,7 +52,10 @@ class FedAvgSmall(Method):
         """Refuse models that cannot be made so narrow."""
         model = setting.model
         groups, why = model.channel_groups, model.without_channels
-        return cannot_narrow(model.name, model.layout, groups, self.density, why)
+        if fault := cannot_narrow(model.name, model.layout, groups, self.density, why):
+            return fault
+        share = share_for(self.density, model.layout, groups)
+        return too_narrow(share, model.layout, groups, self.min_layer)
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Keep the first channels of each layer, in the scale that a model of that width starts from."""

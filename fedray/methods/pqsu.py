@@ -18,7 +18,7 @@ the other reading):
   the classes, are never pruned or sorted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -29,8 +29,25 @@ from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting, Values
 from fedray.pruning.scores import magnitude
-from fedray.pruning.shrink import best_channels, cannot_narrow, channel_mask, channel_scores, share_for
-from fedray.types import ClientUpdate, Density, Mask, NonNegativeInt, Params, ServerState, Task
+from fedray.pruning.shrink import (
+    best_channels,
+    cannot_narrow,
+    channel_mask,
+    channel_scores,
+    share_for,
+    too_narrow,
+)
+from fedray.types import (
+    ChannelGroup,
+    ClientUpdate,
+    Density,
+    Layout,
+    Mask,
+    NonNegativeInt,
+    Params,
+    ServerState,
+    Task,
+)
 
 FIRST_LOSS = 100.0
 """What a client's first loss is compared with."""
@@ -104,15 +121,19 @@ class PQSU(Method):
         """Refuse models without channels, or without as few as asked for."""
         model = setting.model
         groups, why = model.channel_groups, model.without_channels
-        return cannot_narrow(model.name, model.layout, groups, self.density or 1.0, why)
+        fault = cannot_narrow(model.name, model.layout, groups, self.density or 1.0, why)
+        return fault or too_narrow(self.share(model.layout, groups), model.layout, groups, self.min_layer)
+
+    def share(self, layout: Layout, groups: Sequence[ChannelGroup]) -> float:
+        """Return the share of its channels that each layer keeps."""
+        return self.channels if self.density is None else share_for(self.density, layout, groups)
 
     def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
         """Pre-train on the server's data, rank channels by their L1 norm, keep the best of each layer."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
         groups, layout = ctx.model.channel_groups, ctx.layout
-        share = self.channels if self.density is None else share_for(self.density, layout, groups)
         norms = {g.name: channel_scores(magnitude(trained), g, layout) for g in groups}
-        kept = {name: best_channels(norm, share) for name, norm in norms.items()}
+        kept = {name: best_channels(norm, self.share(layout, groups)) for name, norm in norms.items()}
         return replace(state, params=trained, mask=channel_mask(layout, groups, kept), memory=PQSUMemory())
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:

@@ -71,6 +71,26 @@ def density_at(share: float, layout: Layout, groups: Sequence[ChannelGroup]) -> 
     return sum(prod(shapes[name]) for name in layout.prunable_names) / prunable if prunable else 1.0
 
 
+def too_narrow(share: float, layout: Layout, groups: Sequence[ChannelGroup], min_layer: int) -> str | None:
+    """Return which prunable layer would keep fewer than `min_layer` weights (or than it has); or None.
+
+    Args:
+        share: of its channels that each group keeps, in [0, 1]; at least one is left.
+        layout: the model's layout.
+        groups: the model's.
+        min_layer: weights that each prunable layer keeps at least.
+    """
+    shapes = _shapes(layout, groups, {group.name: channels_at(share, group.size) for group in groups})
+    for name in layout.prunable_names:
+        left, whole = prod(shapes[name]), prod(layout.shape_of[name])
+        if left < min(min_layer, whole):
+            return (
+                f"method.min_layer={min_layer} is more than the {left:,} of {whole:,} weights that {name} "
+                "has left with so few channels; lower it, or keep more channels"
+            )
+    return None
+
+
 def share_for(density: float, layout: Layout, groups: Sequence[ChannelGroup]) -> float:
     """Return the share of channels, the same in each group, whose `density_at` is nearest to a density.
 

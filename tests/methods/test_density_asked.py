@@ -118,6 +118,22 @@ def test_a_density_below_the_minima_of_the_layers(changes: dict[str, Any], lowes
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"method.name": "pqsu", "method.channels": 0.1},
+        {"method.name": "pqsu", "method.density": 0.03},
+        {"method.name": "fedavg_small", "method.density": 0.03},
+    ],
+)
+def test_channels_that_leave_less_than_the_minimum_of_a_layer(options: dict[str, Any]) -> None:
+    changes = options | {"model": "lenet5", "data.server_fraction": 0.1}
+    message = refused(changes | {"method.min_layer": 50})
+    # conv1 has 6 channels of 25 weights, and keeps one of them
+    assert "method.min_layer=50 is more than the 25 of 150 weights that conv1.weight has left" in message
+    assert tiny.config(changes | {"method.min_layer": 25})
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"method.name": "frlp", "rounds": 1}, "method.until=0.6 of 1 round(s) ends before round 1"),
