@@ -1,21 +1,25 @@
 """Several trainings at once, as trials of Ray Tune; the best policy among them is kept."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from fedray.comparing import highest
-from fedray.durable import local_path
+from fedray.durable import local_path, shown
 from fedray.errors import RunError
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.directory import Lock, check_free, take
-from fedray.experiment.tracking import Store, finish_parent, parent_run, prepare_store
-from fedray.experiment.tune import fit
+from fedray.experiment.interrupt import Stop, signals
+from fedray.experiment.tracking import RunStatus, Store, finish_parent, parent_run, prepare_store
+from fedray.experiment.tune import end_if_asked, fit
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
 from rllib_pruner.learning_curve import draw_curves
 from rllib_pruner.training import resume, train
+
+logger = logging.getLogger(__name__)
 
 OnTrial = Callable[[str, Row], None]
 """Called in the driver with a trial's name and an evaluation."""
@@ -43,27 +47,28 @@ def train_all(plan: Plan, out: Path, on_evaluation: OnTrial, *, taken: bool = Fa
     start_ray()  # before anything is left on disk
     if not taken:
         take(out, "trials", "training")
-    with Lock(out, "training"):
-        return _train_all(plan, out, on_evaluation)
+    with Lock(out, "training"), signals() as stop:
+        return _train_all(plan, out, on_evaluation, stop)
 
 
-def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
-    from ray import tune
-
+def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial, stop: Stop) -> str:
     tracking = next(iter(plan.trials.values())).tracking
     store = prepare_store(tracking.uri, tracking.experiment)
     parent = parent_run(store, out.name, {"plan": plan.name}, {"trials": list(plan.trials)})
 
-    broken = fit(
-        partial(_trial, plan, out, store, parent),
-        {name: out / "trials" / name for name in plan.trials},
-        dict.fromkeys(plan.trials, tune.PlacementGroupFactory([{"CPU": 1}])),
-        out / ".tune",
-        concurrent=plan.concurrent,
-        max_failures=plan.max_failures,
-        on_result=on_evaluation,
-    )
-    finish_parent(store, parent, "FAILED" if broken else "FINISHED")
+    status: RunStatus = "FAILED"
+    try:
+        broken = _fit(plan, out, on_evaluation, stop, store, parent)
+        status = "FAILED" if broken else "FINISHED"
+    finally:
+        if stop.signal is not None:
+            status = "KILLED"
+            hint = f"python -m rllib_pruner.train --resume {shown(out)}/trials/NAME"
+            logger.warning("interrupted; `%s` continues a trial", hint)
+        for name in plan.trials:
+            _settle(out / "trials" / name, store, status)
+        finish_parent(store, parent, status)
+    stop.check()
     if broken:
         raise RunError("\n".join(f"trial {name} broke: {error}" for name, error in broken.items()))
     trained = {name: TrainFiles.open(out / "trials" / name).progress() for name in plan.trials}
@@ -71,6 +76,34 @@ def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial) -> str:
     best = max(plan.trials, key=lambda name: _score(out / "trials" / name))
     shutil.copytree(out / "trials" / best / "policy", out / "policy")
     return best
+
+
+def _fit(
+    plan: Plan, out: Path, on_evaluation: OnTrial, stop: Stop, store: Store, parent: str | None
+) -> dict[str, str]:
+    """Train every trial under Tune; return errors by name."""
+    from ray import tune
+
+    stop.check()
+    return fit(
+        partial(_trial, plan, out, store, parent),
+        {name: out / "trials" / name for name in plan.trials},
+        dict.fromkeys(plan.trials, tune.PlacementGroupFactory([{"CPU": 1}])),
+        out / ".tune",
+        concurrent=plan.concurrent,
+        max_failures=plan.max_failures,
+        stop=stop,
+        on_result=on_evaluation,
+    )
+
+
+def _settle(place: Path, store: Store, cut: RunStatus) -> None:
+    """Tell MLflow how a trial ended that was cut, and could not do so itself; one that is over stays."""
+    if not (place / "config.yaml").is_file() or (place / "curve.png").is_file():
+        return
+    run_id = TrainFiles.open(place).run_id()
+    if run_id is not None:
+        finish_parent(store, run_id, cut)
 
 
 def _score(path: Path) -> float:
@@ -81,9 +114,13 @@ def _trial(plan: Plan, out: Path, store: Store, parent: str | None, name: str) -
     """Train one agent, or resume its training, and tell Tune about its evaluations."""
     from ray import tune
 
+    def report(row: Row) -> None:
+        end_if_asked(out)
+        tune.report(row)
+
     place = out / "trials" / name
     if (place / "config.yaml").is_file():
-        resume(place, on_evaluation=tune.report, store=store)
+        resume(place, on_evaluation=report, store=store)
     else:
         shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
-        train(plan.trials[name], place, on_evaluation=tune.report, store=store, parent=parent)
+        train(plan.trials[name], place, on_evaluation=report, store=store, parent=parent)

@@ -7,14 +7,15 @@ goes on with the very points that are missing.
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fedray.comparing import worth
-from fedray.durable import local_path, on_disk
+from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment import plugins, sealed
 from fedray.experiment.cluster import cluster_cpus, start_ray
@@ -22,14 +23,16 @@ from fedray.experiment.config import RunConfig
 from fedray.experiment.dealing import check_data
 from fedray.experiment.directory import Lock, check_free, take, take_next
 from fedray.experiment.files import RunFiles
+from fedray.experiment.interrupt import Stop, signals
 from fedray.experiment.messages import shortened
 from fedray.experiment.overrides import Tree, override_tree
 from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
 from fedray.experiment.run import RUNS, resume, run
 from fedray.experiment.space import OnPoint, Point, Sweep
+from fedray.experiment.sync import mend
 from fedray.experiment.tracked import Tracking
-from fedray.experiment.tracking import finish_parent, parent_run, prepare_store
-from fedray.experiment.tune import fit, room
+from fedray.experiment.tracking import RunStatus, finish_parent, parent_run, prepare_store
+from fedray.experiment.tune import end_if_asked, fit, room
 from fedray.experiment.tune_config import OWN, first_rung, tune_config
 from fedray.types import Direction, RoundReport
 
@@ -155,31 +158,46 @@ def _written(plan: Sweep) -> Tree:
 
 def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
     waiting = [point for point in plan.points if _status(_place(path, point)) not in ("finished", "stopped")]
-    if waiting:
-        start_ray()
-        _check_rooms(replace(plan, points=tuple(waiting)))
-        tracking = plan.points[0].config.tracking
-        store = prepare_store(tracking.uri, tracking.experiment)
-        known = _parent_of(path)
-        parent = known or parent_run(store, path.name, {"sweep": plan.name}, plan.tree)
-        if parent:
-            RunFiles(path).write_json("mlflow.json", {"run_id": parent})
-        try:
-            errors = _fit(plan, waiting, path, Tracking(store=store, parent=parent), on_round)
-        except BaseException:
-            logger.warning("ended early; `fedray resume %s` continues with the trials that are missing", path)
-            raise
-        for point in plan.points:
-            _settle(_place(path, point), Tracking(store=store, parent=parent))
-        finish_parent(store, parent, "FINISHED", [path / "sweep.yaml"])
-    else:
-        errors = {}
+    with signals() as stop:
+        errors = _try(plan, waiting, path, on_round, stop) if waiting or _untold(plan, path) else {}
     trials = [Trial(p, _place(path, p), _status(_place(path, p)), errors.get(p.name)) for p in plan.points]
     return SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
 
 
+def _try(
+    plan: Sweep, waiting: Sequence[Point], path: Path, on_round: OnTrialRound | None, stop: Stop
+) -> dict[str, str]:
+    """Run the points that wait, and tell MLflow how it ended, however it does; return errors by name."""
+    if waiting:
+        with stop.cuts():
+            start_ray()
+            _check_rooms(replace(plan, points=tuple(waiting)))
+    tracking = plan.points[0].config.tracking
+    store = prepare_store(tracking.uri, tracking.experiment)
+    parent = parent_run(store, path.name, {"sweep": plan.name}, plan.tree, resume=_parent_of(path))
+    if parent:
+        RunFiles(path).write_json("mlflow.json", {"run_id": parent})
+    told = Tracking(store=store, parent=parent)
+    errors: dict[str, str] = {}
+    early: RunStatus | None = "FAILED"
+    try:
+        stop.check()
+        if waiting:
+            errors = _fit(plan, waiting, path, told, on_round, stop)
+        early = None
+    finally:
+        _conclude(plan, path, told, "KILLED" if stop.signal is not None else early)
+    stop.check()
+    return errors
+
+
 def _fit(
-    plan: Sweep, points: Sequence[Point], path: Path, tracking: Tracking, on_round: OnTrialRound | None
+    plan: Sweep,
+    points: Sequence[Point],
+    path: Path,
+    tracking: Tracking,
+    on_round: OnTrialRound | None,
+    stop: Stop,
 ) -> dict[str, str]:
     """Run the points as Tune trials; return the errors by name."""
     cpus, concurrent = _shares(plan, len(points))
@@ -199,6 +217,7 @@ def _fit(
         path / ".tune",
         concurrent=concurrent,
         max_failures=plan.tune.max_failures,
+        stop=stop,
         scheduler=_scheduler(plan, path) if plan.tune.scheduler == "asha" else None,
         on_result=on_round,
     )
@@ -256,6 +275,7 @@ def _trial(job: _Job, name: str) -> None:
     last: dict[str, float] = {}
 
     def report(round: RoundReport) -> None:
+        end_if_asked(job.path)
         metrics = {"round": round.round, **round.metrics}
         seen.update(metrics)
         job.check(seen, round.round)
@@ -363,18 +383,49 @@ def _compared(place: Path) -> list[dict[str, Any]]:
     return [line for line in rounds if stopped is None or line["round"] <= stopped["round"]]
 
 
-def _settle(place: Path, tracking: Tracking) -> None:
-    """Write down what a trial came to that the scheduler stopped; it could not do so itself."""
-    files = RunFiles(place)
-    if _status(place) != "stopped" or files.read_json("result.json") is not None:
+def _conclude(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | None) -> None:
+    """Write down, and tell MLflow, what became of every trial and of the sweep.
+
+    Args:
+        plan: the sweep.
+        path: its directory.
+        tracking: its MLflow run.
+        early: how the sweep ended if not by itself.
+    """
+    for point in plan.points:
+        _settle(point, _place(path, point), tracking, early or "FAILED")
+    became = Counter(_status(_place(path, point)) for point in plan.points)
+    is_done = became["finished"] + became["stopped"] == len(plan.points)
+    status: RunStatus = "FINISHED" if is_done else early or "FAILED"
+    tags = {f"trials_{word}": str(became[word]) for word in get_args(Status)}
+    assert tracking.store is not None
+    if finish_parent(tracking.store, tracking.parent, status, [path / "sweep.yaml"], tags):
+        RunFiles(path).write_json("mlflow.json", {"run_id": tracking.parent, "is_complete": True})
+    if early is not None:
+        how = "interrupted" if early == "KILLED" else "failed"
+        logger.warning("%s; `fedray resume %s` continues with the trials that are missing", how, shown(path))
+
+
+def _settle(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> None:
+    """Write down what a trial came to that could not do so itself; `cut` is how one ended that was cut."""
+    files, status = RunFiles(place), _status(place)
+    if status == "finished":
+        mend(files, point.config, tracking)
         return
-    rounds = files.rounds()
-    if rounds:
+    if status == "stopped" and files.read_json("result.json") is None and (rounds := files.rounds()):
         last = rounds[-1]
         files.write_json("result.json", {**last["metrics"], "rounds": last["round"], "status": "stopped"})
-    known = files.read_json("mlflow.json")
-    if known and tracking.store is not None:
-        finish_parent(tracking.store, known["run_id"], "KILLED")
+    known = files.read_json("mlflow.json") if status != "missing" else None
+    if known and not known.get("is_complete") and tracking.store is not None:
+        finish_parent(tracking.store, known["run_id"], "KILLED" if status == "stopped" else cut)
+
+
+def _untold(plan: Sweep, path: Path) -> bool:
+    """Tell whether MLflow may not know how a sweep ended that has nothing left to try."""
+    if plan.points[0].config.tracking.uri == "none":
+        return False
+    places = [path, *(_place(path, point) for point in plan.points)]
+    return not all((RunFiles(place).read_json("mlflow.json") or {}).get("is_complete") for place in places)
 
 
 def _parent_of(path: Path) -> str | None:

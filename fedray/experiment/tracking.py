@@ -405,12 +405,18 @@ def finish_parent(
     status: RunStatus,
     artifacts: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
-) -> None:
-    """End a sweep's run, with its tables and figures as artifacts, and tags that say what became of it."""
-    if run_id is not None:
-        tracker = MLflowTracker(store, run_name="", params=None, tags={}, resume=run_id)
-        tracker.tag(tags or {})
-        tracker.finish(status, artifacts)
+) -> bool:
+    """End a run that is in MLflow, with artifacts and with tags that say what became of it.
+
+    Returns:
+        Whether MLflow took all of it.
+    """
+    if run_id is None:
+        return False
+    tracker = MLflowTracker(store, run_name="", params=None, tags={}, resume=run_id)
+    tracker.tag(tags or {})
+    tracker.finish(status, artifacts)
+    return tracker.is_complete
 
 
 def ui_command(uri: str, port: int) -> list[str]:

@@ -7,16 +7,21 @@ import logging
 import os
 import shutil
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedray.errors import FedrayError, RunError
+from fedray.experiment.interrupt import Stop
 from fedray.federation.pool import ActorOptions
 
 TRACEBACK = "error.txt"
 """File in the directory of a trial: the traceback of the error that ended it."""
+
+GRACE_S = 5.0
+"""How long after a signal trials may take to end by themselves, in seconds."""
 
 Body = Callable[[str], None]
 """What a trial does, in a process of its own, given its name. Pickles."""
@@ -32,10 +37,11 @@ def fit(
     *,
     concurrent: int | None,
     max_failures: int,
+    stop: Stop,
     scheduler: Any = None,
     on_result: OnResult | None = None,
 ) -> dict[str, str]:
-    """Run trials.
+    """Run trials. A signal ends them after the rounds that they are making, or `GRACE_S` later.
 
     Args:
         body: what each does; it calls `tune.report`.
@@ -44,6 +50,7 @@ def fit(
         folder: where Tune may keep its own files.
         concurrent: trials at once; None: as many as the cluster has room for.
         max_failures: how often a trial that broke is tried again.
+        stop: whether a signal has come.
         scheduler: Tune's; None runs every trial to the end.
         on_result: called as trials report.
 
@@ -52,12 +59,15 @@ def fit(
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune would end the trials without asking them
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
 
     def trial(sample: Mapping[str, str]) -> None:
-        attempt(body, sample["name"], places[sample["name"]])
+        if not _ending(folder.parent).exists():
+            attempt(body, sample["name"], places[sample["name"]])
 
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda sample: rooms[sample["name"]]),
@@ -68,10 +78,15 @@ def fit(
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=max_failures),
             callbacks=[_callback(on_result)],
+            stop=_stopper(stop, folder.parent),
             verbose=0,
         ),
     )
-    results = tuner.fit()
+    _ending(folder.parent).unlink(missing_ok=True)
+    try:
+        results = tuner.fit()
+    finally:
+        _ending(folder.parent).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     return {
         result.config["name"]: _reason(result.error)
@@ -100,10 +115,56 @@ def attempt(body: Body, name: str, place: Path) -> None:
     kept.unlink(missing_ok=True)  # of an earlier attempt
     try:
         body(name)
+    except SystemExit:
+        return  # it was asked to end, and did so in good order
     except Exception as error:
         place.mkdir(parents=True, exist_ok=True)
         kept.write_text(traceback.format_exc(), encoding="utf-8")
         raise RunError(f"{described(error)}; traceback in {kept}") from None
+
+
+def end_if_asked(folder: Path) -> None:
+    """Called by a trial after each round: end it if a signal has come to the driver.
+
+    Args:
+        folder: of all trials, the parent of Tune's.
+
+    Raises:
+        SystemExit: if one has.
+    """
+    if _ending(folder).exists():
+        raise SystemExit(0)
+
+
+def _ending(folder: Path) -> Path:
+    return folder / ".ending"
+
+
+def _stopper(stop: Stop, folder: Path) -> Any:
+    """Return what ends all trials after a signal: they are asked first, by a file, and then made to."""
+    from ray import tune
+    from ray.tune.stopper import NoopStopper
+
+    class Ending(tune.Stopper):  # type: ignore[misc]  # Ray has no types
+        """Tune asks it in every step; it is pickled as one that stops nothing."""
+
+        asked_at: float | None = None
+
+        def __call__(self, trial_id: str, result: Any) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            if stop.signal is None:
+                return False
+            if self.asked_at is None:
+                self.asked_at = time.monotonic()
+                _ending(folder).touch()
+            return time.monotonic() - self.asked_at > GRACE_S
+
+        def __reduce__(self) -> tuple[type[NoopStopper], tuple[()]]:
+            return NoopStopper, ()
+
+    return Ending()
 
 
 def described(error: Exception) -> str:

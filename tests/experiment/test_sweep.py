@@ -16,8 +16,10 @@ import pytest
 
 from fedray.errors import ConfigError
 from fedray.experiment import yaml
+from fedray.experiment.files import RunFiles
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import resume_sweep, sweep
+from fedray.experiment.tracking import prepare_store
 
 BASE: dict[str, Any] = {
     "rounds": 4,
@@ -331,21 +333,32 @@ def test_what_the_cluster_has_no_room_for_is_refused_at_once(ray_local, in_tmp, 
 def test_a_killed_sweep_can_be_gone_on_from(in_tmp, how, scheduler):
     grace = {} if scheduler == "fifo" else {"grace_rounds": 400}  # it stops nobody
     tune = {"concurrent": 2, "scheduler": scheduler, "metric": "val/accuracy", **grace}
-    planned = plan(in_tmp, {"seed": {"grid": [0, 1]}}, tune, rounds=400)
+    uri = f"sqlite:///{in_tmp}/mlflow.db"
+    planned = plan(in_tmp, {"seed": {"grid": [0, 1]}}, tune, uri, rounds=400, checkpoint_every=1000)
     assert len(planned.points) == 2
     command = [sys.executable, "-m", "fedray.cli", "sweep", "some_sweep.yaml", "--out", "sweep"]
-    process = subprocess.Popen(command, cwd=in_tmp, start_new_session=True, stderr=subprocess.DEVNULL)
+    said = open(in_tmp / "said", "w+")  # noqa: SIM115
+    process = subprocess.Popen(command, cwd=in_tmp, start_new_session=True, stderr=said)
     try:
         logs = [in_tmp / "sweep" / "trials" / point.name / "rounds.jsonl" for point in planned.points]
         wait_until(lambda: all(log.exists() and log.read_text().count("\n") > 5 for log in logs), process)
-        if how != signal.SIGKILL:  # Tune catches these, and ends the trials in its own way
+        if how != signal.SIGKILL:
             process.send_signal(how)
-            process.wait(timeout=180)  # two cores may have other work
+            assert process.wait(timeout=180) == 128 + how  # two cores may have other work
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        said.close()
     assert not list(in_tmp.glob("sweep/trials/*/result.json"))
+    if how != signal.SIGKILL:
+        last = (in_tmp / "said").read_text().splitlines()[-1]
+        assert last.endswith("interrupted; `fedray resume sweep` continues with the trials that are missing")
+        for point in planned.points:  # no complete round is lost
+            files = RunFiles.open(in_tmp / "sweep" / "trials" / point.name)
+            found = files.load()
+            assert found is not None and found.done == files.rounds()[-1]["round"] > 5
+    assert statuses_of(uri) == {"RUNNING" if how == signal.SIGKILL else "KILLED"}
     done = subprocess.run(
         [sys.executable, "-m", "fedray.cli", "resume", "sweep"],
         cwd=in_tmp,
@@ -355,6 +368,17 @@ def test_a_killed_sweep_can_be_gone_on_from(in_tmp, how, scheduler):
     )
     assert done.returncode == 0, done.stderr
     assert {result["status"] for result in results(in_tmp / "sweep").values()} == {"finished"}
+    assert statuses_of(uri) == {"FINISHED"}
+
+
+def statuses_of(uri: str) -> set[str]:
+    """Return the statuses of a sweep's run and those of its trials."""
+    store = prepare_store(uri, "tests")
+    from mlflow import MlflowClient
+
+    runs = MlflowClient(uri).search_runs([store.experiment_id])
+    assert len(runs) == 3
+    return {run.info.status for run in runs}
 
 
 def wait_until(condition, process, seconds=120):
