@@ -7,11 +7,12 @@ client gets at least one row. bootstrap lets each client draw rows of its own, f
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 from numpy.random import Generator, SeedSequence, default_rng
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedray.data.datasets import DATASETS
 from fedray.errors import DataError
@@ -268,10 +269,10 @@ class Bootstrap:
     """Each client draws its rows from all, with replacement: clients overlap, and there may be any number.
 
     Args:
-        examples: of each client.
+        examples: of each client; up to 10 million, since a client that trains holds them.
     """
 
-    examples: PositiveInt = 60
+    examples: Annotated[PositiveInt, Field(le=10_000_000)] = 60
 
     def split(
         self, labels: Indices, writers: Indices | None, rows: Indices, population: int, seed: Seed

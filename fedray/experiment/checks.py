@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 MOST_ACTORS_PER_CLIENT = 256
 """`actors: per_client` starts a process of some 200 MB for each client of the population."""
 
+MOST_ACTORS = 10_000
+MOST_CLIENTS = 100_000_000
+"""A run keeps some 20 bytes for each client of the population."""
+
 Problem = tuple[str, str]
 """The key to change, and what is wrong with it."""
 
@@ -40,12 +44,19 @@ def _clients(config: "RunConfig") -> Iterator[Problem]:
             f"{clients.cohort} clients a round of a population of {clients.population}; lower clients.cohort "
             "or raise clients.population",
         )
+    if clients.population > MOST_CLIENTS:
+        yield (
+            "clients.population",
+            f"{clients.population:,}; a run keeps some bytes for each client, of at most {MOST_CLIENTS:,}",
+        )
     if clients.actors == "per_client" and clients.population > MOST_ACTORS_PER_CLIENT:
         yield (
             "clients.actors",
             f"per_client would start {clients.population:,} processes of some 200 MB each (allowed: "
             f"{MOST_ACTORS_PER_CLIENT}); use auto, which hosts any number of clients in a few actors",
         )
+    if isinstance(clients.actors, int) and clients.actors > MOST_ACTORS:
+        yield "clients.actors", f"{clients.actors:,} processes of some 200 MB each; at most {MOST_ACTORS:,}"
     if clients.actors == 0 and clients.resources.gpu:
         yield "clients.resources.gpu", "clients in process (clients.actors=0) are not placed by Ray"
     yield from _resources(clients.resources, config)

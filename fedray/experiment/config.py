@@ -277,7 +277,7 @@ class ClientsConfig(Section):
         population: registered clients.
         cohort: clients whose training is asked for in a round.
         devices: device (or hardware@link) → weight in the mix.
-        jitter: spread of speed and bandwidth within a device, as the sigma of a log-normal.
+        jitter: spread of speed and bandwidth within a device, as the sigma of a log-normal; up to 10.
         actors: Ray actors that host the clients; `auto` takes one per CPU, `per_client` one per client, 0
             none: in process.
         resources: what each actor asks of Ray.
@@ -292,12 +292,12 @@ class ClientsConfig(Section):
     devices: dict[str, PositiveFloat] = Field(
         default_factory=lambda: {"phone": 0.6, "raspberry_pi_4": 0.2, "laptop": 0.2}, min_length=1
     )
-    jitter: NonNegativeFloat = 0.2
+    jitter: Annotated[NonNegativeFloat, Field(le=10)] = 0.2
     actors: Annotated[int | Literal["auto", "per_client"], PlainValidator(_actors)] = "auto"
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     chunk: PositiveInt | None = None
     deadline_s: PositiveFloat | None = None
-    over_selection: NonNegativeFloat = 0.0
+    over_selection: Annotated[NonNegativeFloat, Field(le=1000)] = 0.0
     dropout: UnitInterval = 0.0
 
 

@@ -39,6 +39,9 @@ from fedray.types import (
 
 Values = Literal["fp32", "fp16", "int8"]
 
+MOST_RATE = 1e18
+"""The product of two such numbers is still a float32."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -171,12 +174,12 @@ class Method:
 
     local_epochs: PositiveInt = 1
     steps: PositiveInt | None = None
-    lr: PositiveFloat = 0.05
+    lr: Annotated[PositiveFloat, Field(le=MOST_RATE)] = 0.05
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     optimizer: Literal["sgd", "adam"] = "sgd"
     batch_size: PositiveInt = 20
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[NonNegativeFloat, Field(le=MOST_RATE)] = 0.0
     min_layer: NonNegativeInt = 1
     uplink_values: Values = "fp32"
     downlink_values: Values = "fp32"

@@ -98,7 +98,7 @@ class FedMef(Method):
     adjust: Fraction = 0.2
     extrusion: NonNegativeFloat = 1e-3
     boost: NonNegativeFloat = 1.0
-    max_lr: PositiveFloat | None = None
+    max_lr: Annotated[PositiveFloat, Field(le=MOST_RATE)] | None = None
     nsconv: bool = True
     activation_pruning: Annotated[float, Field(ge=0, lt=1)] = 0.5
 

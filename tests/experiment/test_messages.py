@@ -202,6 +202,27 @@ imports.0 (x.yaml): got 3; must be text
 
 # ranges
 
+$ method.lr=1e39
+method.lr (x.yaml): got 1e+39; must be less than or equal to 1000000000000000000
+
+$ method.weight_decay=1e308
+method.weight_decay (x.yaml): got 1e+308; must be less than or equal to 1000000000000000000
+
+$ clients.population=1000000000  data.partition.kind=bootstrap
+clients.population (x.yaml): 1,000,000,000; a run keeps some bytes for each client, of at most 100,000,000
+
+$ data.partition.kind=bootstrap  data.partition.examples=1000000000
+data.partition.examples (x.yaml): got 1000000000; must be less than or equal to 10000000
+
+$ clients.actors=1000000000
+clients.actors (x.yaml): 1,000,000,000 processes of some 200 MB each; at most 10,000
+
+$ clients.jitter=1e308
+clients.jitter (x.yaml): got 1e+308; must be less than or equal to 10
+
+$ clients.over_selection=1e308
+clients.over_selection (x.yaml): got 1e+308; must be less than or equal to 1000
+
 $ seed=18446744073709551616
 seed (x.yaml): got 18446744073709551616; must be less than or equal to 18446744073709551615
 
