@@ -185,7 +185,8 @@ def _adopt(path: Path) -> bool:
         return True
     for name, module in list(sys.modules.items()):
         same = getattr(module, "__file__", None) and Path(str(module.__file__)).name == path.name
-        if same and name not in ("__main__", "__mp_main__") and _file(module) == path:
+        by_name = name not in ("__main__", "__mp_main__") and not name.startswith("fedray_import_")
+        if same and by_name and _file(module) == path:
             _adopted[path] = module
             return True
     return False

@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
-from fedray.federation.method import Method, ServerContext, Setting
+from fedray.federation.method import MOST_RATE, Method, ServerContext, Setting
 from fedray.models.sparse_layers import PrunedActivations, standardised
 from fedray.pruning.masks import erk, grow_per_layer, random, top_k_per_layer
 from fedray.pruning.schedules import adjust_rate, events

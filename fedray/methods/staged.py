@@ -111,7 +111,7 @@ class Staged(Method):
     rollback: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
     steepest: Fraction = 0.0
     regrow_from: Literal["zero", "shadow"] = "zero"
-    stages: PositiveInt | None = None
+    stages: Annotated[PositiveInt, Field(le=100_000)] | None = None
     start: Fraction | None = None
     until: Fraction | None = None
 
