@@ -55,8 +55,7 @@ custom, gpu, labels
 
 $ method.name=snip  method.densty=0.2
 method.densty (x.yaml): snip has no such option; did you mean 'density'? Keys here: batch_size, density,
-downlink_values, local_epochs, lr, lr_decay, momentum, name, optimizer, scorers, steps, uplink_values,
-weight_decay
+downlink_values, local_epochs, lr, …
 
 $ method.scorers=3
 method.scorers (x.yaml): fedavg has no such option; snip, ceafl can have it. Keys here: batch_size, …

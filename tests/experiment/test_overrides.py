@@ -130,6 +130,7 @@ SHARED_OPTIONS: dict[str, Any] = {
     "weight_decay": 0.01,
     "uplink_values": "fp16",
     "downlink_values": "int8",
+    "min_layer": 2,
 }
 
 
