@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedray.comparing import worth
+from fedray.costs.devices import DEVICES
 from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment import plugins, sealed
 from fedray.experiment.cluster import cluster_cpus, start_ray
-from fedray.experiment.config import RunConfig
+from fedray.experiment.config import TABLES, RunConfig
 from fedray.experiment.dealing import check_data
 from fedray.experiment.directory import Lock, check_free, take, take_next
 from fedray.experiment.files import RunFiles
@@ -204,6 +205,7 @@ def _fit(
     job = _Job(
         trees={point.name: point.config.to_tree() for point in points},
         sources=plugins.sources(),
+        entries=_entries([point.config for point in points]),
         path=path,
         cpus=cpus,
         tracking=tracking,
@@ -230,6 +232,7 @@ class _Job:
     Args:
         trees: name of each trial → its config.
         sources: files that add to the tables, to be imported first.
+        entries: (key, name) → what a script or a module without a file added to the table of that key.
         path: the sweep's directory.
         cpus: that a trial may use.
         tracking: where trials are tracked.
@@ -239,6 +242,7 @@ class _Job:
 
     trees: Mapping[str, Tree]
     sources: tuple[plugins.Source, ...]
+    entries: Mapping[tuple[str, str], Any]
     path: Path
     cpus: float
     tracking: Tracking
@@ -269,6 +273,8 @@ def _trial(job: _Job, name: str) -> None:
     from ray import tune
 
     plugins.take_over(job.sources)
+    for (key, named), entry in job.entries.items():
+        _tables()[key].setdefault(named, entry)
     config = RunConfig.from_tree(job.trees[name], name)
     place = job.path / "trials" / name
     seen: dict[str, Any] = {}
@@ -295,6 +301,28 @@ def _trial(job: _Job, name: str) -> None:
         run(config, out=place, on_round=report, pool=pool, tracking=tracking)
     if last:
         tune.report(last)
+
+
+def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:
+    """Return what configs choose that no file can bring to another process; it is pickled by value."""
+    import ray
+
+    found: dict[tuple[str, str], Any] = {}
+    for config in configs:
+        for key, (name, _) in config.unrecorded().items():
+            found[key, name] = TABLES[key][name]
+        found |= {
+            ("clients.devices", name): DEVICES[name] for name in config.clients.devices if name in DEVICES
+        }
+    for entry in found.values():
+        module = plugins.home(entry)
+        if module is not None and module.__name__ != "__main__":  # whose classes Ray takes along by itself
+            ray.cloudpickle.register_pickle_by_value(module)
+    return found
+
+
+def _tables() -> dict[str, Any]:
+    return {**TABLES, "clients.devices": DEVICES}
 
 
 def _shares(plan: Sweep, trials: int) -> tuple[float, int]:

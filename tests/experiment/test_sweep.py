@@ -249,6 +249,46 @@ def test_what_a_file_adds_to_the_tables_works_in_a_sweep_and_after_resume(ray_lo
     assert not list(made.path.glob("trials/*/error.txt"))
 
 
+SCRIPT = '''
+"""Everything of a user's own in the script itself, which no other process can import."""
+from dataclasses import dataclass, replace
+from torch import nn
+from fedray.costs.devices import DEVICES
+from fedray.experiment.space import Sweep
+from fedray.experiment.sweep import sweep
+from fedray.federation.method import Method
+from fedray.methods import METHODS
+from fedray.models import MODELS
+from fedray.models.spec import Architecture
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Method):
+    def client_update(self, task, client):
+        return super().client_update(task, client)
+
+def build(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+
+METHODS["mine"] = Mine
+MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "")
+DEVICES["mine"] = replace(DEVICES["laptop"], name="mine")
+
+if __name__ == "__main__":
+    made = sweep(Sweep.load("some_sweep.yaml"), out="sweep")
+    print([(trial.status, trial.error) for trial in made.trials])
+'''
+
+
+@pytest.mark.slow
+def test_what_a_script_adds_to_the_tables_works_in_its_sweep(in_tmp):
+    base = BASE | {"model": "mine", "method": {"name": "mine"}, "tracking": {"uri": "none"}}
+    base["clients"] = BASE["clients"] | {"devices": {"mine": 1.0}, "actors": 2}
+    (in_tmp / "some_sweep.yaml").write_text(yaml.dump({"base": base, "space": {"seed": {"grid": [0]}}}))
+    (in_tmp / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=280)
+    assert done.stdout == "[('finished', None)]\n", done.stderr
+
+
 @pytest.mark.slow
 def test_a_resumed_sweep_compares_with_what_was_there_before(ray_local, in_tmp):
     """A trial that starts only after `resume` is stopped at the rung that the others passed before."""
