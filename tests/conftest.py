@@ -13,14 +13,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(1)  # small tensors: a second thread only waits
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one process of pytest-xdist, and all tests of the shared Ray to the same one."""
-    for item in items:
-        shared = "ray_local" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if shared else item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Collect garbage after each file: what complains when it is deleted fails the file that left it behind.
