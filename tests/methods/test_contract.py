@@ -181,7 +181,7 @@ def test_values_out_of_range_are_refused_by_name(name: str, option: str) -> None
 
 @every_method
 def test_an_unknown_option_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"method\.local_epoch .*did you mean 'local_epochs'"):
+    with pytest.raises(ConfigError, match=r"method\.local_epoch .*did you mean 'method\.local_epochs'"):
         RunConfig.from_tree(tree_of(name, local_epoch=1))
 
 
