@@ -94,6 +94,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove the half-written files that a dead process left in a folder and its subfolders.
+
+    Only the process that holds the folder's lock may call this: a living process is still writing such files.
+    """
+    for partial in folder.rglob(".*.writing"):
+        with suppress(OSError):
+            partial.unlink()
+
+
 def replace(path: Path, data: bytes) -> None:
     """Write a file as a whole.
 

@@ -42,6 +42,17 @@ def test_a_file_that_cannot_be_replaced_is_as_before(tmp_path):
     assert (path.read_bytes(), tiny.listing(tmp_path)) == (b"before", ["a"])
 
 
+@pytest.mark.parametrize("name", [".result.json", "checkpoints/.round-000009.checkpoint", "checkpoints/.x"])
+def test_a_resumed_run_removes_what_a_dead_process_half_wrote(tmp_path, name):
+    path = tmp_path / "run"
+    run(tiny.config(rounds=2), out=path)
+    before = tiny.listing(path)
+    (path / "result.json").unlink()
+    (path / f"{name}.writing").write_bytes(b"half of")
+    resume(path)
+    assert tiny.listing(path) == before
+
+
 @pytest.mark.parametrize(
     ("number", "told"),
     [

@@ -18,7 +18,7 @@ import numpy as np
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Splits
-from fedray.durable import local_path, shown
+from fedray.durable import local_path, remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import checkpoint as stored
 from fedray.experiment.checkpoint import Stored
@@ -237,6 +237,7 @@ def resume(
             check_rounds(found, config)
         if before != config.to_tree():
             _change(files, before, config, found)
+        remove_partials(files.path)
         return _go(federation, files, found, on_round, pool, tracking or Tracking())
 
 

@@ -3,13 +3,14 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedray.costs.codec import HEADER_BYTES
 from fedray.federation.server import Schedule, Server
 from fedray.methods.fedavg import FedAvg
 from fedray.methods.random_mask import RandomMask
+from fedray.pruning.masks import erk
 from fedray.types import Mask
 from tests import small
 
@@ -38,11 +39,21 @@ def test_layers_keep_their_share(distribution: str, expected: list[int]) -> None
 
 @settings(deadline=None, max_examples=30)
 @given(st.floats(0.001, 1.0), st.sampled_from(["erk", "uniform"]))
+@example(0.00390625, "erk")  # less than a weight in each layer: one stays
 def test_the_density_is_met_to_half_a_weight_in_each_layer(density: float, distribution: str) -> None:
     server = begin(RandomMask(density=density, distribution=distribution))  # type: ignore[arg-type]
     server.setup()
-    assert abs(sum(kept(server.state.mask)) - density * 324) <= 1.5 + 1e-6
-    assert server.state.mask.flat[~server.state.mask.layout.prunable_flat].all()
+    mask = server.state.mask
+    shares = (
+        erk(mask.layout, density)
+        if distribution == "erk"
+        else dict.fromkeys(mask.layout.prunable_names, density)
+    )
+    for name, share in shares.items():
+        weights = share * mask[name].numel()
+        assert abs(int(mask[name].count_nonzero()) - max(1.0, weights)) <= 0.5 + 1e-6
+    assert sum(shares[name] * mask[name].numel() for name in shares) == pytest.approx(density * 324)
+    assert mask.flat[~mask.layout.prunable_flat].all()
 
 
 def test_it_is_drawn_once_and_stays() -> None:

@@ -33,7 +33,7 @@ def test_a_log_is_taken_up_again(tmp_path):
             r"process\.federations\.rounds: \[\d+, \d+\] in the log, \[20, 20\] now",
         ),
         (
-            Federations(cases=(("digits", "mlp"),)),
+            Federations(cases=(("digits", "cnn"),)),
             0,
             r"process\.federations\.cases: \[.*\] in the log, \[\[.digits",
         ),
