@@ -2,8 +2,10 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,29 @@ def nothing_left_behind() -> Iterator[None]:
     """
     yield
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def tables_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a test adds to the tables of methods, models, data sets and devices by importing a file."""
+    from fedray.costs.devices import DEVICES
+    from fedray.data import DATASETS, PARTITIONS
+    from fedray.experiment import plugins
+    from fedray.methods import METHODS
+    from fedray.models import MODELS
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tables: tuple[dict[Any, Any], ...] = (METHODS, MODELS, DATASETS, PARTITIONS, DEVICES)
+    records: tuple[dict[Any, Any], ...] = (plugins._imported, plugins._beside, plugins._adopted)
+    before = [(kept, dict(kept)) for kept in (*tables, *records)]
+    modules = set(sys.modules)
+    yield
+    for kept, contents in before:
+        kept.clear()
+        kept.update(contents)
+    for name in set(sys.modules) - modules:
+        if name.startswith(("my_", "mine", "fedray_import_")):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -209,7 +209,7 @@ def test_without_a_terminal_progress_is_a_few_lines(fedray):
 
 
 def test_run_shows_what_a_reader_should_know(fedray):
-    done = fedray("run", "x.yaml", "rounds=1", "method.lr=1e30", "--out", "mine")
+    done = fedray("run", "x.yaml", "rounds=1", "method.lr=1e18", "--out", "mine")
     assert done.status == 0
     assert re.search(r"^round 1 of 1: accuracy 0\.\d{3}  density 1\.00  0\.\d MB$", done.err, flags=re.M)
     assert re.search(

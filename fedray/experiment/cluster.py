@@ -296,9 +296,14 @@ class _Start:
         """End what was started, and do not let it hold up the end of this process."""
         import ray
 
-        for process in self._started(recursive=True):
+        for child in self._started():
+            below: list[Any] = []
             with suppress(self._psutil.NoSuchProcess):
-                process.kill()
+                below = child.children(recursive=True)
+                child.kill()
+            for process in below:
+                with suppress(self._psutil.NoSuchProcess):
+                    process.kill()
         if not self._is_over.is_set():
             atexit.unregister(ray.shutdown)  # it would wait for the thread
         else:
@@ -313,8 +318,9 @@ class _Start:
         if self.error is None:
             threading.Event().wait()  # the kernel ends Ray's processes with the thread that started them
 
-    def _started(self, recursive: bool = False) -> list[Any]:
-        return [child for child in self._me.children(recursive) if child.pid not in self._others]
+    def _started(self) -> list[Any]:
+        """Return the children that came since; what runs below an older child is not ours to end."""
+        return [child for child in self._me.children() if child.pid not in self._others]
 
     def _dead(self) -> str | None:
         """Return the name of a process that ended some time ago and that Ray has not noticed."""

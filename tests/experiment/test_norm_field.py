@@ -70,7 +70,7 @@ def test_what_is_declared():
 
 def test_what_is_declared_is_among_the_tags(tmp_path, monkeypatch):
     given: dict[str, object] = {}
-    monkeypatch.setattr("fedray.experiment.run.run_tags", lambda **tags: given.update(tags) or {})
+    monkeypatch.setattr("fedray.experiment.tracked.run_tags", lambda **tags: given.update(tags) or {})
     config = tiny.config({"norm": "group", "model": "small_cnn", "rounds": 1})
     run(config, out=tmp_path / "run")
     assert {"norm": "group", "zero_policy": "enforce", "server_data": 0.0}.items() <= given.items()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,19 +49,6 @@ if __name__ == "__main__":
     try: fedray.run(fedray.RunConfig({B}, method={{'name': 'mine'}}), out='r', on_round=stop)
     except Enough: pass
 """
-
-
-@pytest.fixture(autouse=True)
-def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave tables, modules and path as they were."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = [(kept, dict(kept)) for kept in (METHODS, *RECORDS)]
-    yield
-    for kept, contents in before:
-        kept.clear()
-        kept.update(contents)
-    for name in [name for name in sys.modules if name.startswith(("my_", "fedray_import_"))]:
-        del sys.modules[name]
 
 
 RECORDS: tuple[dict[Any, Any], ...] = (plugins._imported, plugins._beside, plugins._adopted)
@@ -139,9 +125,10 @@ def test_what_is_installed_is_neither_hidden_nor_hides(in_tmp):
 )
 def test_a_file_that_raises_is_named(in_tmp, text, message):
     (in_tmp / "mine.py").write_text(text)
+    before = set(sys.modules)
     with pytest.raises(ConfigError, match=rf"^imports: mine\.py raised .*|{message}"):
         plugins.import_modules(["mine.py"])
-    assert not [name for name in sys.modules if name.startswith("fedray_import_mine")]
+    assert not [name for name in set(sys.modules) - before if name.startswith("fedray_import_mine")]
 
 
 # ── what a run remembers

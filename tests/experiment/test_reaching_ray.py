@@ -250,6 +250,22 @@ def test_a_start_that_hangs_is_ended_with_its_processes(
     goes_on.set()
 
 
+def test_what_runs_below_an_older_child_is_left_alone() -> None:
+    """A Ray that this process started earlier has such grandchildren: the agents of its raylet."""
+    import psutil  # comes with Ray
+
+    forking = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen([sys.executable, "-c", forking], stdout=subprocess.PIPE, text=True) as older:
+        assert older.stdout is not None
+        grandchild = psutil.Process(int(older.stdout.readline()))
+        try:
+            with pytest.raises(RunError, match="not ready within 1 s"):
+                cluster._watched(lambda: time.sleep(5), 1, cluster._cannot_start)
+            assert older.poll() is None and grandchild.status() != psutil.STATUS_ZOMBIE
+        finally:
+            grandchild.kill()
+
+
 def test_a_start_that_works_keeps_its_thread(shutdowns: list[str]) -> None:
     done: list[int] = []
     cluster._watched(lambda: done.append(1), 10, cluster._cannot_start)

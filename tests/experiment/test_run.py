@@ -3,7 +3,6 @@
 import json
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -442,13 +441,10 @@ METHODS["mine"] = Mine
 
 
 @pytest.fixture
-def mine(in_tmp: Path) -> Iterator[str]:
-    """A file with a method of one's own; the table is as before afterwards."""
+def mine(in_tmp: Path) -> str:
+    """Write a file with a user's method."""
     (in_tmp / "mine.py").write_text(MINE)
-    before = dict(METHODS)
-    yield "mine.py"
-    METHODS.clear()
-    METHODS.update(before)
+    return "mine.py"
 
 
 def test_a_method_of_ones_own(mine, in_tmp, monkeypatch):
