@@ -17,8 +17,8 @@ import torch
 from benchmarks.workload import BATCH, PER_CLIENT, config
 from fedray.experiment.run import Federation
 from fedray.federation.worker import Worker
+from fedray.pruning.channels import best_channels, channel_mask, channel_scores
 from fedray.pruning.scores import magnitude
-from fedray.pruning.shrink import best_channels, channel_mask, channel_scores
 from fedray.types import Mask, Params
 
 

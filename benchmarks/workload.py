@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset, DatasetSpec, Examples
-from fedray.experiment.config import RunConfig
 from fedray.experiment.run import Federation
 from fedray.federation.pool import PoolFactory
 from fedray.federation.server import Server

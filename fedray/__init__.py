@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedray.config.run_config import RunConfig
     from fedray.costs.devices import DEVICES
     from fedray.data import DATASETS
     from fedray.errors import FedrayError
-    from fedray.experiment.config import RunConfig
     from fedray.experiment.run import History, resume, run
     from fedray.federation.method import Method
     from fedray.methods import METHODS
@@ -49,7 +49,7 @@ _HOMES = {
     "METHODS": "fedray.methods",
     "MODELS": "fedray.models",
     "Method": "fedray.federation.method",
-    "RunConfig": "fedray.experiment.config",
+    "RunConfig": "fedray.config.run_config",
     "resume": "fedray.experiment.run",
     "run": "fedray.experiment.run",
 }

@@ -72,7 +72,7 @@ def _common(
 @app.command()
 def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
     """Make one run of a file's `base:`."""
-    from fedray.experiment.config import RunConfig
+    from fedray.config.run_config import RunConfig
     from fedray.experiment.run import run as make
 
     config = RunConfig.load(file, [*(overrides or []), *_imports_override(file, imports)])
@@ -175,9 +175,9 @@ def report(
     ] = None,
 ) -> None:
     """Draw pictures and tables from the files of runs."""
-    from fedray.experiment.report import comparison, render_table, write_report
-    from fedray.experiment.rundata import find_runs, load_run
-    from fedray.experiment.settings import label_runs
+    from fedray.report.reading import find_runs, load_run
+    from fedray.report.series import label_runs
+    from fedray.report.table import comparison, render_table, write_report
 
     runs = label_runs([load_run(path) for path in find_runs(directories)])
     out.print(render_table(comparison(runs, target=target), out.width))
@@ -192,7 +192,7 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's UI on this machine's loopback."""
-    from fedray.experiment.config import TrackingConfig
+    from fedray.config.run_config import TrackingConfig
     from fedray.experiment.tracking import ui_command
 
     command = ui_command(uri or TrackingConfig().uri, port)
@@ -423,9 +423,9 @@ def _now(metrics: Mapping[str, Any]) -> str:
 
 
 def _say_run(path: Path) -> None:
-    from fedray.experiment.report import comparison, render_table
-    from fedray.experiment.rundata import load_run
-    from fedray.experiment.settings import label_runs
+    from fedray.report.reading import load_run
+    from fedray.report.series import label_runs
+    from fedray.report.table import comparison, render_table
 
     loaded = load_run(path)
     out.print(render_table(comparison(label_runs([loaded])), out.width))
@@ -434,9 +434,9 @@ def _say_run(path: Path) -> None:
 
 
 def _say_sweep(result: Any) -> None:
-    from fedray.experiment.report import comparison, render_table, write_report
-    from fedray.experiment.rundata import find_runs, load_run
-    from fedray.experiment.settings import label_runs
+    from fedray.report.reading import find_runs, load_run
+    from fedray.report.series import label_runs
+    from fedray.report.table import comparison, render_table, write_report
 
     started = time.perf_counter()
     runs = label_runs([load_run(path) for path in find_runs([result.path])])
@@ -462,9 +462,9 @@ def _say_sweep(result: Any) -> None:
 
 def _tracked(path: Path, what: str) -> str:
     """Say how to see a run or a sweep in MLflow; nothing where it is not tracked there."""
-    from fedray.experiment.config import TrackingConfig
-    from fedray.experiment.rundata import store_of
-    from fedray.experiment.tracking import without_password
+    from fedray.config.run_config import TrackingConfig
+    from fedray.config.uri import without_password
+    from fedray.report.reading import store_of
 
     uri = store_of(path)
     if uri is None:
@@ -522,7 +522,7 @@ def _needs(method: type["Method"]) -> str:
 
 
 def _import(paths: list[Path] | None) -> None:
-    from fedray.experiment.plugins import import_modules
+    from fedray.config.plugins import import_modules
 
     import_modules(paths or [])
 
@@ -531,10 +531,10 @@ def _imports_override(file: Path, imports: list[Path] | None) -> list[str]:
     """Return `--import` files, and those that the file itself names, as an override."""
     if not imports:
         return []
-    from fedray.experiment import yaml
-    from fedray.experiment.overrides import base_of
+    from fedray.config import yaml_text
+    from fedray.config.overrides import base_of
 
-    named = base_of(yaml.load(file), file).get("imports") or []
+    named = base_of(yaml_text.load(file), file).get("imports") or []
     if not isinstance(named, list):
         return []  # it is refused where the file is validated
     every = [str(path) for path in [*named, *imports]]
@@ -543,9 +543,9 @@ def _imports_override(file: Path, imports: list[Path] | None) -> list[str]:
 
 def _has_space(file: Path) -> bool:
     """Tell whether a file describes several points."""
-    from fedray.experiment import yaml
+    from fedray.config import yaml_text
 
-    return bool(yaml.load(file).get("space"))
+    return bool(yaml_text.load(file).get("space"))
 
 
 def _short(path: Path) -> str:

@@ -1,5 +1,5 @@
 """Training of agents that choose the pruning rate, with RLlib.
 
-The decision process itself lives in `fedray.pruning.policies`, so that training and deployment step the same
-object. This package imports fedray; fedray never imports this package.
+The decision processes live in `fedray.policies`, so that training and deployment step the same object. This
+package imports fedray; fedray never imports this package.
 """

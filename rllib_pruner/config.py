@@ -20,11 +20,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, ValidationError
 
-from fedray.errors import ConfigError
-from fedray.experiment import yaml
-from fedray.experiment.config import Config, Section, TrackingConfig, choose, chosen
-from fedray.experiment.messages import Where, explain, line
-from fedray.experiment.overrides import (
+from fedray.config import yaml_text
+from fedray.config.messages import Where, explain, line
+from fedray.config.overrides import (
     Tree,
     base_of,
     options_given,
@@ -33,8 +31,10 @@ from fedray.experiment.overrides import (
     parse_overrides,
     plain_copy,
 )
+from fedray.config.run_config import Config, Section, TrackingConfig, choose, chosen
+from fedray.config.tune_config import TuneConfig
+from fedray.errors import ConfigError
 from fedray.experiment.space import check_samples, expand, refuse_shared
-from fedray.experiment.tune_config import TuneConfig
 from fedray.types import PositiveInt, Seed
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.processes import PROCESSES, Process
@@ -174,7 +174,7 @@ class Plan:
         Raises:
             ConfigError: with every problem found.
         """
-        tree, changes = yaml.load(path), parse_overrides(overrides)
+        tree, changes = yaml_text.load(path), parse_overrides(overrides)
         where = origin(path, changes)
         whole = {
             "base": base_of(tree, path),

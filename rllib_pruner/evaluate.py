@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedray.errors import ConfigError, FedrayError, unknown
-from rllib_pruner.rate_search_tables import tables as rate_search_tables
-from rllib_pruner.stage_tables import tables as stage_tables
+from rllib_pruner.rate_search.tables import tables as rate_search_tables
+from rllib_pruner.stages.tables import tables as stage_tables
 from rllib_pruner.tables import Table
 
 Evaluation = Callable[[Path | None, int, bool, Path | None], list[Table]]

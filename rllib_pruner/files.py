@@ -17,9 +17,10 @@ from shutil import copyfile, rmtree
 from typing import Any
 
 from fedray import durable
+from fedray.config import yaml_text
 from fedray.durable import local_path, shown
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import sealed, yaml
+from fedray.experiment import sealed
 from fedray.experiment.directory import take
 from fedray.experiment.provenance import flatten
 from rllib_pruner.config import TrainConfig
@@ -81,10 +82,10 @@ class TrainFiles:
         place = self.path / "config.yaml"
         problem = sealed.fault(place)
         if problem is None:
-            return TrainConfig.from_tree(yaml.load(place), str(place))
+            return TrainConfig.from_tree(yaml_text.load(place), str(place))
         newest = self.checkpoints()[:1]
         copy = newest[0] / "config.yaml" if newest else place
-        was, now = flatten(yaml.load(copy)) if copy.is_file() else {}, flatten(yaml.load(place))
+        was, now = flatten(yaml_text.load(copy)) if copy.is_file() else {}, flatten(yaml_text.load(place))
         changed = [
             f"{key}: {was.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} in config.yaml"
             for key in dict.fromkeys((*was, *now))

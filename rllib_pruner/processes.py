@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from fedray.pruning import rate_search
-from fedray.pruning.policies import scan
-from fedray.pruning.rate_search import RateSearch
+from fedray.policies import rate_search
+from fedray.policies.line_search import scan
+from fedray.policies.rate_search import RateSearch
 from fedray.types import NonNegativeFloat, PositiveInt
-from rllib_pruner.curves import FAMILIES, SPAN, Family, held_out
-from rllib_pruner.env import RateSearchEnv
-from rllib_pruner.stage_process import StageProcess
+from rllib_pruner.rate_search.curves import FAMILIES, SPAN, Family, held_out
+from rllib_pruner.rate_search.env import RateSearchEnv
+from rllib_pruner.stages.process import StageProcess
 
 Acts = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """Observations (n, features) → greedy actions (n,)."""

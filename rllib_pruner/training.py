@@ -20,7 +20,7 @@ from fedray.experiment.directory import Lock, check_free
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.provenance import git_revision
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
-from fedray.pruning.trained import TrainedPolicy, quiet, save
+from fedray.policies.trained import TrainedPolicy, quiet, save
 from fedray.types import RoundReport
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row

@@ -120,7 +120,7 @@ def fingerprint() -> str:
 def main() -> None:
     """Print the fingerprint and all sums."""
     import fedray
-    from fedray.experiment.config import RunConfig
+    from fedray.config.run_config import RunConfig
 
     only = set(sys.argv[1:])
     sums = {}

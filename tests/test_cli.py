@@ -19,9 +19,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fedray import cli
+from fedray.config import yaml_text
 from fedray.costs.devices import DEVICES, LINKS
 from fedray.data import DATASETS
-from fedray.experiment import yaml
 from fedray.experiment.run import run
 from fedray.federation.method import Method
 from fedray.methods import METHODS
@@ -78,7 +78,7 @@ def fedray(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Command]:
     """A function that runs a command in this process, in a folder with `x.yaml` and `holding.py`."""
-    (in_tmp / "x.yaml").write_text(yaml.dump(tiny.TREE), encoding="utf-8")
+    (in_tmp / "x.yaml").write_text(yaml_text.dump(tiny.TREE), encoding="utf-8")
     (in_tmp / "holding.py").write_text(HOLDING, encoding="utf-8")
     for console in (cli.out, cli.err):
         monkeypatch.setattr(console, "_width", 300)
@@ -151,7 +151,8 @@ def test_run_into_a_directory_of_its_own(fedray, in_tmp):
 
 def test_run_of_a_sweep_s_file_says_that_it_makes_the_base_only(fedray, in_tmp):
     (in_tmp / "sweep.yaml").write_text(
-        yaml.dump({"base": tiny.TREE | {"rounds": 1}, "space": {"seed": {"grid": [1, 2]}}}), encoding="utf-8"
+        yaml_text.dump({"base": tiny.TREE | {"rounds": 1}, "space": {"seed": {"grid": [1, 2]}}}),
+        encoding="utf-8",
     )
     done = fedray("run", "sweep.yaml", "--out", "mine")
     assert done.status == 0
@@ -168,7 +169,8 @@ def test_a_sweep_names_its_best_trial_and_ends_with_how_to_resume(fedray, in_tmp
     from fedray.experiment.sweep import SweepResult, Trial
 
     (in_tmp / "s.yaml").write_text(
-        yaml.dump({"base": tiny.TREE, "space": {"method.lr": {"grid": [0.1, 1e-6, 0.2]}}}), encoding="utf-8"
+        yaml_text.dump({"base": tiny.TREE, "space": {"method.lr": {"grid": [0.1, 1e-6, 0.2]}}}),
+        encoding="utf-8",
     )
     found: list[tuple[int, int]] = []
     points = Sweep.load("s.yaml", on_point=lambda done, total: found.append((done, total))).points
@@ -299,19 +301,19 @@ def test_a_method_of_ones_own(fedray, in_tmp):
     arguments = ("run", "x.yaml", "method.name=holding", "rounds=1", "--out", "mine")
     assert "unknown method 'holding'" in fedray(*arguments).err
     assert fedray(*arguments, "--import", "holding.py").status == 0
-    kept = yaml.load(in_tmp / "mine" / "config.yaml")
+    kept = yaml_text.load(in_tmp / "mine" / "config.yaml")
     assert kept["imports"] == [str(in_tmp / "holding.py")]
     assert kept["method"]["patience"] == 3
 
 
 def test_files_named_in_the_config_stay(fedray, in_tmp):
-    (in_tmp / "y.yaml").write_text(yaml.dump(tiny.TREE | {"imports": ["holding.py"]}), encoding="utf-8")
+    (in_tmp / "y.yaml").write_text(yaml_text.dump(tiny.TREE | {"imports": ["holding.py"]}), encoding="utf-8")
     (in_tmp / "it's more.py").write_text("", encoding="utf-8")
     arguments = ("run", "y.yaml", "rounds=1", "method.name=holding")
     assert (
         fedray(*arguments, "--import", "it's more.py", "--import", "holding.py", "--out", "mine").status == 0
     )
-    kept = yaml.load(in_tmp / "mine" / "config.yaml")
+    kept = yaml_text.load(in_tmp / "mine" / "config.yaml")
     assert kept["imports"] == [str(in_tmp / "holding.py"), str(in_tmp / "it's more.py")]
     (in_tmp / "z.yaml").write_text("imports: holding.py", encoding="utf-8")
     refused = fedray("run", "z.yaml", "--import", "it's more.py")

@@ -113,8 +113,8 @@ def keys() -> frozenset[str]:
     """Return every dotted key that a config, a sweep or a training may have."""
     from pydantic import BaseModel
 
-    from fedray.experiment.config import RunConfig
-    from fedray.experiment.tune_config import TuneConfig
+    from fedray.config.run_config import RunConfig
+    from fedray.config.tune_config import TuneConfig
     from rllib_pruner.config import TrainConfig
 
     def walk(model: type[BaseModel], above: str) -> Iterator[str]:

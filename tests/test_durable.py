@@ -15,9 +15,9 @@ from fedray import durable
 from fedray.durable import local_path, on_disk
 from fedray.errors import ConfigError, RunError
 from fedray.experiment.files import RunFiles
-from fedray.experiment.report import write_report
 from fedray.experiment.run import resume, run
-from fedray.experiment.rundata import find_runs, load_run
+from fedray.report.reading import find_runs, load_run
+from fedray.report.table import write_report
 from tests.experiment import tiny
 
 

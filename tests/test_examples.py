@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from fedray import cli
+from fedray.config import plugins
+from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
-from fedray.experiment import plugins
-from fedray.experiment.config import RunConfig
 from fedray.experiment.run import History, run
 from fedray.experiment.space import Sweep
 from fedray.methods import METHODS

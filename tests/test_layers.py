@@ -1,6 +1,7 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli · rllib_pruner → experiment → methods → federation → pruning · costs · models · data → the ground floor
+cli → rllib_pruner → fedray → experiment → report → config → methods → policies → federation →
+pruning · costs · models · data → the ground floor
 """
 
 import ast
@@ -18,12 +19,17 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"types", "errors", "randomness", "comparing", "shares"},
     {"durable"},
+    {"parquet"},
     {"pruning", "costs", "models", "data"},
     {"federation"},
+    {"policies"},
     {"methods"},
+    {"config"},
+    {"report"},
     {"experiment"},
     {"fedray"},
-    {"cli", "rllib_pruner"},
+    {"rllib_pruner"},
+    {"cli"},
 )
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 RAY = {
@@ -33,7 +39,7 @@ RAY = {
     "fedray.experiment.tune",
     "fedray.experiment.asha",
     "fedray.experiment.space",  # the verbs of a sweep's space are Tune's own
-    "fedray.pruning.trained",  # RLlib's module of a trained agent
+    "fedray.policies.trained",  # RLlib's module of a trained agent
 }
 HEAVY = {"torchvision", "sklearn", "matplotlib", "mlflow", "pyarrow", "ray", "pandas"}
 TYPE_CHECKING = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
@@ -145,7 +151,9 @@ BAD = {
         ("fedray.federation.pool", "import fedray"),
         ("fedray.experiment.run", "from fedray import DATASETS"),
         ("fedray.experiment.run", "import numpy, rllib_pruner.train as train"),
-        ("fedray.cli", "def f():\n    import rllib_pruner"),
+        ("rllib_pruner.train", "def f():\n    import fedray.cli"),
+        ("fedray.report.table", "from fedray.experiment.run import run"),
+        ("fedray.pruning.masks", "from fedray.policies.stages import ACTIONS"),
     ],
     "another method": [
         ("fedray.methods.frlp", "from fedray.methods.fedavg import FedAvg"),
@@ -155,7 +163,7 @@ BAD = {
     "ray belongs to": [
         ("fedray.federation.server", "import ray"),
         ("fedray.experiment.run", "def f():\n    import ray"),
-        ("fedray.experiment.report", "async def f():\n    from ray import tune"),
+        ("fedray.report.table", "async def f():\n    from ray import tune"),
         ("fedray.data.files", "if TYPE_CHECKING:\n    pass\nelse:\n    from ray import get"),
         ("fedray.data.files", "if not TYPE_CHECKING:\n    import ray.data"),
     ],
@@ -188,9 +196,12 @@ def test_a_forbidden_import_is_seen(fault: str, module: str, source: str):
         ("fedray.errors", "from types import ModuleType\nfrom data import models"),
         ("fedray.data.datasets", "from fedray.data.files import cache\nfrom .files import download"),
         ("fedray.models.vgg", "def f():\n    return lambda: __import__\nimport torch, numpy.typing"),
-        ("fedray.experiment.figures", "from matplotlib.figure import Figure"),
+        ("fedray.report.figures", "from matplotlib.figure import Figure"),
         ("fedray.cli", "from fedray import __version__\nfrom fedray.experiment.run import run"),
-        ("rllib_pruner.train", "import ray\nfrom fedray import RunConfig\nfrom rllib_pruner.env import Env"),
+        (
+            "rllib_pruner.train",
+            "import ray\nfrom fedray import RunConfig\nfrom rllib_pruner.rate_search.env import Env",
+        ),
     ],
 )
 def test_an_allowed_import_is_left_alone(module: str, source: str):

@@ -20,7 +20,7 @@ def test_all_is_sorted_and_true():
 
 
 def test_names_are_those_of_where_they_live():
-    from fedray.experiment.config import RunConfig
+    from fedray.config.run_config import RunConfig
     from fedray.experiment.run import History, resume, run
     from fedray.federation.method import Method
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedray.cli import app
-from fedray.experiment.config import RunConfig
-from fedray.experiment.plugins import import_modules
+from fedray.config.plugins import import_modules
+from fedray.config.run_config import RunConfig
 from fedray.experiment.space import Sweep
 from fedray.methods import METHODS
 
@@ -30,7 +30,7 @@ SHOWN = [(page, command) for page in PAGES for command in commands(page)]
 def tables(monkeypatch):
     """Put the tables back after a file has added to them."""
     before = dict(METHODS)
-    monkeypatch.setattr("fedray.experiment.plugins._imported", {})
+    monkeypatch.setattr("fedray.config.plugins._imported", {})
     yield
     METHODS.clear()
     METHODS.update(before)

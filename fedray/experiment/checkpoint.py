@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedray.config.overrides import Tree
 from fedray.durable import replacing
 from fedray.errors import MethodError, RunError
-from fedray.experiment.overrides import Tree
 from fedray.experiment.values import Checker, Reader, Unreadable, Unwritable, Writer
 from fedray.federation.server import Checkpoint
 from fedray.types import Layout, ServerState

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset, Partition, Splits, split
 from fedray.errors import ConfigError, DataError
-from fedray.experiment.config import RunConfig
 from fedray.federation.client import TWO
 from fedray.models import ModelSpec
 from fedray.randomness import borrowed, generator, seed_sequence

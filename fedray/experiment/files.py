@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from fedray import durable
+from fedray.config import yaml_text
+from fedray.config.overrides import Tree
 from fedray.durable import local_path, read_mapping, shown
 from fedray.errors import ConfigError, RunError
 from fedray.experiment import checkpoint as stored
-from fedray.experiment import sealed, yaml
+from fedray.experiment import sealed
 from fedray.experiment.checkpoint import Damaged, Stored
 from fedray.experiment.directory import take
-from fedray.experiment.overrides import Tree
-from fedray.experiment.rundata import scan_rounds, sound_rounds
-from fedray.experiment.tables import read_table, write_table
 from fedray.federation.server import Checkpoint
+from fedray.parquet import read_table, write_table
+from fedray.report.reading import scan_rounds, sound_rounds
 from fedray.types import ClientRecord, Params, RoundReport
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class RunFiles:
 
     def read_config(self) -> Tree:
         """Read `config.yaml`, sound or not."""
-        return yaml.load(self.path / "config.yaml")
+        return yaml_text.load(self.path / "config.yaml")
 
     def append(self, report: RoundReport) -> None:
         """Add a round, and see it onto the disk; its client records wait for the next checkpoint."""

@@ -8,10 +8,10 @@ Ray is imported only where it is needed: a run in process never loads it.
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from fedray.config import plugins
+from fedray.config.run_config import ResourcesConfig, RunConfig
 from fedray.errors import ConfigError
-from fedray.experiment import plugins
 from fedray.experiment.cluster import cluster_cpus, cluster_nodes, start_ray
-from fedray.experiment.config import ResourcesConfig, RunConfig
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
 from fedray.shares import floor_of

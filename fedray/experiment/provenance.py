@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedray.experiment.config import RunConfig
+    from fedray.config.run_config import RunConfig
 
 
 def declared(config: "RunConfig") -> dict[str, str | float]:

@@ -8,13 +8,13 @@ Nothing is written here. Whatever does not belong together is refused with the v
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedray.config.overrides import Tree, origin, override_tree, parse_overrides
+from fedray.config.run_config import TABLES, RunConfig, decisive
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
 from fedray.experiment import sealed
 from fedray.experiment.checkpoint import Stored, difference
-from fedray.experiment.config import TABLES, RunConfig, decisive
 from fedray.experiment.files import RunFiles
-from fedray.experiment.overrides import Tree, origin, override_tree, parse_overrides
 from fedray.experiment.provenance import flatten
 from fedray.types import Layout
 

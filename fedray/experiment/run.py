@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedray.config.messages import shortened
+from fedray.config.overrides import Tree
+from fedray.config.run_config import RunConfig
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Splits
@@ -22,13 +25,10 @@ from fedray.durable import local_path, remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment import checkpoint as stored
 from fedray.experiment.checkpoint import Stored
-from fedray.experiment.config import RunConfig
 from fedray.experiment.dealing import check_pairs, dealt, loaded
 from fedray.experiment.directory import Lock, check_free, take_next
 from fedray.experiment.files import RunFiles
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
-from fedray.experiment.messages import shortened
-from fedray.experiment.overrides import Tree
 from fedray.experiment.placement import pool_for, reach
 from fedray.experiment.provenance import declared
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config

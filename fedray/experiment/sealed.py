@@ -11,10 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from fedray.config import yaml_text
+from fedray.config.overrides import Tree
 from fedray.durable import replace
 from fedray.errors import RunError
-from fedray.experiment import yaml
-from fedray.experiment.overrides import Tree
 
 _SEAL = re.compile(r"^# SHA-256 of the values: ([0-9a-f]{64})$", re.MULTILINE)
 
@@ -25,8 +25,8 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    text = yaml.dump(dict(tree))
-    digest = _digest(yaml.parse(text, str(path)))
+    text = yaml_text.dump(dict(tree))
+    digest = _digest(yaml_text.parse(text, str(path)))
     note = "# What was run. To change a value and go on: fedray resume DIR KEY=VALUE\n"
     replace(path, f"{note}# SHA-256 of the values: {digest}\n{text}".encode())
 
@@ -37,7 +37,7 @@ def fault(path: Path) -> str | None:
     Raises:
         ConfigError: if it cannot be read, or is not YAML.
     """
-    tree = yaml.load(path)
+    tree = yaml_text.load(path)
     seal = _SEAL.search(path.read_text(encoding="utf-8"))
     if seal is None:
         return "it has no line with the SHA-256 of its values: an earlier version wrote it, or it was cut"
@@ -56,7 +56,7 @@ def load(path: Path) -> Tree:
     problem = fault(path)
     if problem is not None:
         raise RunError(f"{path}: {problem}")
-    return yaml.load(path)
+    return yaml_text.load(path)
 
 
 def _digest(tree: Any) -> str:

@@ -20,12 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from fedray.errors import ConfigError, unknown
-from fedray.experiment import yaml
-from fedray.experiment.cluster import import_ray
-from fedray.experiment.config import RunConfig
-from fedray.experiment.messages import Where, line, shortened
-from fedray.experiment.overrides import (
+from fedray.config import yaml_text
+from fedray.config.messages import Where, line, shortened
+from fedray.config.overrides import (
     CHOICES,
     SECTIONS,
     Tree,
@@ -34,7 +31,10 @@ from fedray.experiment.overrides import (
     override_tree,
     parse_overrides,
 )
-from fedray.experiment.tune_config import TuneConfig, comparison_problems, tune_config
+from fedray.config.run_config import RunConfig
+from fedray.config.tune_config import TuneConfig, comparison_problems, tune_config
+from fedray.errors import ConfigError, unknown
+from fedray.experiment.cluster import import_ray
 
 VERBS = (
     "grid",
@@ -99,7 +99,7 @@ class Sweep:
         Raises:
             ConfigError: with every problem found, in whichever point.
         """
-        tree, changes = yaml.load(path), parse_overrides(overrides)
+        tree, changes = yaml_text.load(path), parse_overrides(overrides)
         where = origin(path, changes)
         base, space, options = base_of(tree, path), _part(tree, "space", where), _part(tree, "tune", where)
         given = dict(space)  # before an override fixes what would be drawn

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedray.config.run_config import RunConfig
+from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
 from fedray.experiment import sealed
-from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import Lock
 from fedray.experiment.files import RunFiles
 from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
@@ -20,7 +21,6 @@ from fedray.experiment.tracking import (
     PARENT,
     RunStatus,
     Store,
-    absolute_uri,
     finish_parent,
     parent_run,
     prepare_store,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS
 from fedray.durable import shown
 from fedray.errors import RunError
-from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import LOCK
 from fedray.experiment.files import RunFiles
 from fedray.experiment.provenance import declared, run_tags

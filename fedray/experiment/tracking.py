@@ -28,12 +28,12 @@ from queue import SimpleQueue
 from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from torch import nn
 
-from fedray.errors import ConfigError, nearest
+from fedray.config.uri import SQLITE, check_uri, database_of, sqlite_uri, without_password
+from fedray.errors import ConfigError
 from fedray.experiment.provenance import flatten
 from fedray.types import RoundReport
 
@@ -54,11 +54,7 @@ PARENT = "mlflow.parentRunId"
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 _NAME_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH = 250, 6000, 5000, 100  # MLflow's limits
-_SQLITE = "sqlite:///"
 _THREAD = "fedray-mlflow"
-_ALLOWED = (
-    "none · sqlite:///<file> (four slashes for an absolute path) · http://<host>:<port> · https://<host>"
-)
 
 
 @dataclass(frozen=True)
@@ -74,44 +70,6 @@ class Store:
     uri: str
     experiment_id: str | None = None
     problem: str | None = None
-
-
-def check_uri(uri: str) -> str:
-    """Return `uri` if it names a store that can be used. Touches neither disk nor network.
-
-    Raises:
-        ConfigError: if it does not; the message says what is allowed.
-    """
-    scheme, colon, _ = uri.partition(":")
-    if uri == "none" or (uri.startswith(_SQLITE) and _is_file(uri.removeprefix(_SQLITE))):
-        return uri
-    if scheme in ("http", "https") and _has_host(uri):
-        return uri
-    if scheme == "sqlite":
-        reason = "sqlite needs three slashes and the name of a file, without ? or %."
-    elif scheme in ("http", "https"):
-        reason = "this address has no host, or its port is not a number up to 65535."
-    elif scheme == "file" or not colon:
-        reason = "MLflow no longer keeps runs in plain folders; name an SQLite file in that folder"
-        reason += nearest(uri, ("none",))
-    else:
-        reason = f"unknown scheme {scheme!r}{nearest(scheme, ('none', 'sqlite', 'http', 'https'))}"
-        reason += " For any other database, give the address of an MLflow server in front of it."
-    raise ConfigError(f"tracking.uri: {_without_password(uri, uri)!r}: {reason} Allowed: {_ALLOWED}")
-
-
-def absolute_uri(uri: str) -> str:
-    """Return `uri` so that it names the same store from any directory; a relative path counts from this one.
-
-    Raises:
-        ConfigError: as `check_uri`.
-    """
-    if not check_uri(uri).startswith(_SQLITE):
-        return uri
-    try:
-        return _sqlite_uri(_database(uri).expanduser().absolute())
-    except RuntimeError as error:  # ~nobody
-        raise ConfigError(f"tracking.uri: {uri!r}: must name a file: {error}") from None
 
 
 def prepare_store(uri: str, experiment: str) -> Store:
@@ -133,9 +91,9 @@ def prepare_store(uri: str, experiment: str) -> Store:
     if check_uri(uri) == "none":
         return Store(uri)
     artifacts = None
-    if uri.startswith(_SQLITE):
-        database = _database(uri).expanduser().resolve()
-        uri, artifacts = _sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
+    if uri.startswith(SQLITE):
+        database = database_of(uri).expanduser().resolve()
+        uri, artifacts = sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
     _import_mlflow(uri)
     lane, limit_s = _Lane(), _opening_s(uri)
     try:
@@ -429,17 +387,15 @@ def ui_command(uri: str, port: int) -> list[str]:
     Raises:
         ConfigError: if the store is a server, `none` or does not exist yet.
     """
-    if not check_uri(uri).startswith(_SQLITE):
+    if not check_uri(uri).startswith(SQLITE):
         hint = "nothing is tracked" if uri == "none" else "that server shows its runs itself, at its address"
-        raise ConfigError(
-            f"tracking.uri: {_without_password(uri, uri)!r}: {hint}; the UI needs an SQLite store"
-        )
-    database = _database(uri).expanduser().resolve()
+        raise ConfigError(f"tracking.uri: {without_password(uri)!r}: {hint}; the UI needs an SQLite store")
+    database = database_of(uri).expanduser().resolve()
     if not database.is_file():
         raise ConfigError(f"tracking.uri: {uri!r}: there is no {database}; run something first")
     # it would also start eight processes of its own for jobs that nobody gives it, about 1 GB in all
     command = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", sys.executable, "-m", "mlflow", "server"]
-    command += ["--backend-store-uri", _sqlite_uri(database)]
+    command += ["--backend-store-uri", sqlite_uri(database)]
     command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
 
@@ -478,7 +434,7 @@ class _Lane:
 
 def _import_mlflow(uri: str) -> None:
     """Import MLflow (seconds) where the caller expects to wait, and keep it quiet in our threads."""
-    _import_quietly("mlflow.store.tracking.sqlalchemy_store" if uri.startswith(_SQLITE) else "mlflow")
+    _import_quietly("mlflow.store.tracking.sqlalchemy_store" if uri.startswith(SQLITE) else "mlflow")
     for name in ("mlflow.store.db.utils", "mlflow.pytorch", "urllib3.connectionpool"):
         logging.getLogger(name).addFilter(_is_not_ours)
 
@@ -498,7 +454,7 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
 
 
 def _opening_s(uri: str) -> float:
-    return OPEN_S if uri.startswith(_SQLITE) else ANSWER_S
+    return OPEN_S if uri.startswith(SQLITE) else ANSWER_S
 
 
 def _client(uri: str) -> Any:
@@ -513,8 +469,8 @@ def _reach(uri: str) -> None:
     Raises:
         ConnectionError: if it is not.
     """
-    if uri.startswith(_SQLITE):
-        if not _database(uri).is_file():
+    if uri.startswith(SQLITE):
+        if not database_of(uri).is_file():
             # a trial on another machine would otherwise quietly make a database of its own there
             raise ConnectionError("is not on this machine; trials on several machines need a server")
         return
@@ -530,7 +486,7 @@ def _reach(uri: str) -> None:
 def _open_experiment(uri: str, name: str, artifacts: str | None) -> str:
     """Return the id of the experiment, made if it is not there."""
     if artifacts is not None:
-        _create_database(_database(uri), artifacts)
+        _create_database(database_of(uri), artifacts)
     _reach(uri)
     client = _client(uri)
     found = client.get_experiment_by_name(name)
@@ -559,7 +515,7 @@ def _create_database(path: Path, artifacts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{uuid4().hex}.{path.name}")
     try:
-        SqlAlchemyStore(_sqlite_uri(fresh), artifacts).engine.dispose()
+        SqlAlchemyStore(sqlite_uri(fresh), artifacts).engine.dispose()
         try:
             os.link(fresh, path)
         except FileExistsError:
@@ -591,45 +547,12 @@ def _name(key: str) -> str:
     return f"{re.sub(r'^[.]+|/', '_', clean)[: _NAME_LENGTH - 9]}-{digest}"
 
 
-def _sqlite_uri(database: Path) -> str:
-    # SQLAlchemy decodes % and cuts at ?
-    return _SQLITE + str(database).replace("%", "%25").replace("?", "%3F")
-
-
-def _database(uri: str) -> Path:
-    """The file of a URI; `%25` stands for %, and `%3F` for ?."""
-    return Path(uri.removeprefix(_SQLITE).replace("%3F", "?").replace("%25", "%"))
-
-
-def _is_file(name: str) -> bool:
-    rest = name.replace("%25", "").replace("%3F", "")
-    return bool(name) and not name.endswith("/") and name != ":memory:" and not set(rest) & set("?%")
-
-
-def _has_host(uri: str) -> bool:
-    try:
-        parts = urlsplit(uri)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return False
-
-
 def _told(uri: str, reason: str) -> str:
     """Name a store and what is wrong with it, in a line and without the password that a URI may hold."""
-    return f"({_without_password(uri, uri)}) {_line(_without_password(reason, uri))}"
+    return f"({without_password(uri)}) {_line(without_password(uri, reason))}"
 
 
 def _line(text: str) -> str:
     """Return a text of any length as one line of at most 300 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 300 else line[:299] + "…"
-
-
-def without_password(uri: str) -> str:
-    """Return an address without the user and password that it may hold."""
-    return _without_password(uri, uri)
-
-
-def _without_password(text: str, uri: str) -> str:
-    user, at, _ = uri.partition("://")[2].partition("/")[0].rpartition("@")
-    return text.replace(user + at, "") if at else text

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedray.config.plugins import modules_called
 from fedray.errors import FedrayError
-from fedray.experiment.plugins import modules_called
 from fedray.types import Layout, Mask, Params
 
 PLUGIN = "fedray_import_"

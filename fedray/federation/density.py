@@ -6,8 +6,8 @@ from math import prod
 from torch import nn
 
 from fedray.federation.method import Method, Setting
+from fedray.pruning.channels import removed_entries
 from fedray.pruning.masks import lowest_density
-from fedray.pruning.shrink import removed_entries
 from fedray.shares import ceil_of
 from fedray.types import ChannelGroup, Layout, Mask
 

@@ -22,7 +22,7 @@ from fedray.costs.flops import FlopModel
 from fedray.federation.chain import LinearChain
 from fedray.models.norms import batch_norms
 from fedray.models.spec import ModelSpec
-from fedray.pruning.shrink import Shrunken, shrink
+from fedray.pruning.channels import Shrunken, shrink
 from fedray.types import Layout, Mask, Params
 
 SMALLER_ENGINES = 8

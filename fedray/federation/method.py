@@ -21,7 +21,7 @@ from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client, ClientFunction
 from fedray.models.spec import ModelSpec
-from fedray.pruning.shrink import removed_entries
+from fedray.pruning.channels import removed_entries
 from fedray.types import (
     ChannelGroup,
     ClientInfo,
@@ -308,6 +308,6 @@ def check_mask(mask: Mask, groups: Sequence[ChannelGroup], where: str) -> Mask:
         raise MethodError(
             f"the mask that {where} returned is False on {missing:,} entries that are not prunable "
             "(biases, norms, the last layer); a server's mask must be True there, except in channels that it "
-            "removed as a whole (`fedray.pruning.shrink.channel_mask`)"
+            "removed as a whole (`fedray.pruning.channels.channel_mask`)"
         )
     return mask

@@ -32,10 +32,10 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.models.spec import ModelSpec
+from fedray.pruning.channels import channel_mask, removed_entries
 from fedray.pruning.masks import filled
 from fedray.pruning.schedules import part_of
 from fedray.pruning.scores import above_quantile, loss_deviation, scaled_per_layer
-from fedray.pruning.shrink import channel_mask, removed_entries
 from fedray.types import (
     ClientUpdate,
     Density,

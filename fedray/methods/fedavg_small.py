@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from fedray.federation.method import Method, ServerContext, Setting
-from fedray.pruning.shrink import (
+from fedray.pruning.channels import (
     as_initialised,
     cannot_narrow,
     channel_mask,

@@ -27,12 +27,12 @@ from pydantic import Field
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
+from fedray.policies.line_search import Solver, solve
+from fedray.policies.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
+from fedray.policies.trained import policy_problem
 from fedray.pruning.masks import support, top_k
-from fedray.pruning.policies import Solver, solve
-from fedray.pruning.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
 from fedray.pruning.schedules import events, no_event
 from fedray.pruning.scores import l2_distance, magnitude
-from fedray.pruning.trained import policy_problem
 from fedray.types import (
     ClientUpdate,
     Density,

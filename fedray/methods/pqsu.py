@@ -28,8 +28,7 @@ from fedray.costs.codec import Codec
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting, Values
-from fedray.pruning.scores import magnitude
-from fedray.pruning.shrink import (
+from fedray.pruning.channels import (
     best_channels,
     cannot_narrow,
     channel_mask,
@@ -37,6 +36,7 @@ from fedray.pruning.shrink import (
     share_for,
     too_narrow,
 )
+from fedray.pruning.scores import magnitude
 from fedray.types import (
     ChannelGroup,
     ClientUpdate,

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
-from fedray.federation.decider import DECIDED, Decider, decided
 from fedray.federation.method import Method, ServerContext, Setting
-from fedray.federation.situation import MOVED, distance, travelled
+from fedray.policies.decider import DECIDED, Decider, decided
+from fedray.policies.observation import Journey
+from fedray.policies.situation import MOVED, distance, travelled
+from fedray.policies.stages import FACTORS
 from fedray.pruning.masks import at_least, top_k
-from fedray.pruning.observation import Journey
 from fedray.pruning.schedules import SCHEDULES, due, spread
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
-from fedray.pruning.stages import FACTORS
 from fedray.types import (
     ClientInfo,
     ClientUpdate,
@@ -78,7 +78,7 @@ class Staged(Method):
         importance: `magnitude` |w|, or `gradient` |g·w|, for which clients upload one value per weight held.
         schedule: how density falls from stage to stage.
         policy: who says how much goes at a stage: `density` with `schedule`, or `threshold`; or an agent or a
-            bandit, one of `fedray.pruning.stages.ACTIONS` at a time.
+            bandit, one of `fedray.policies.stages.ACTIONS` at a time.
         agent: folder written by rllib_pruner.train; None: the one that ships.
         preference: λ of agent and bandit: points of accuracy, in hundreds, that the dense model's whole
             traffic is worth. 0.01 keeps accuracy, 1 saves bytes.

@@ -1,7 +1,7 @@
 """What pruning saves on the wire, by the runs' own files, on real data."""
 
 import fedray
-from fedray.experiment.config import RunConfig
+from fedray.config.run_config import RunConfig
 from fedray.experiment.files import RunFiles
 
 BASE = {

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fedray
+from fedray.config.overrides import override_tree
+from fedray.config.run_config import ClientsConfig, DataConfig, RunConfig
 from fedray.data.partition import Dirichlet
 from fedray.errors import ConfigError
-from fedray.experiment.config import ClientsConfig, DataConfig, RunConfig
-from fedray.experiment.overrides import override_tree
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import sweep
 from fedray.methods.pqsu import PQSU

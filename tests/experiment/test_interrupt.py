@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import fedray
-from fedray.experiment import yaml
-from fedray.experiment.config import RunConfig
+from fedray.config import yaml_text
+from fedray.config.run_config import RunConfig
 from fedray.experiment.files import RunFiles
 from fedray.experiment.interrupt import signals
 from fedray.experiment.run import Federation
@@ -281,7 +281,7 @@ def test_whatever_breaks_after_a_signal_is_the_signal() -> None:
 
 
 def started(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
-    (folder / "x.yaml").write_text(yaml.dump({"base": tiny.TREE}))
+    (folder / "x.yaml").write_text(yaml_text.dump({"base": tiny.TREE}))
     command = [sys.executable, "-m", "fedray.cli", "run", "x.yaml", "rounds=100000", "--out", "r", *overrides]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
 

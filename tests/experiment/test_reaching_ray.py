@@ -190,7 +190,7 @@ def test_a_resumed_run_keeps_what_it_has(unreachable: Path) -> None:
 
 
 def test_a_sweep_and_trainings_leave_nothing(unreachable: Path) -> None:
-    from fedray.experiment import yaml
+    from fedray.config import yaml_text
     from fedray.experiment.space import Sweep
     from fedray.experiment.sweep import sweep
     from rllib_pruner.config import Plan
@@ -198,7 +198,7 @@ def test_a_sweep_and_trainings_leave_nothing(unreachable: Path) -> None:
     from rllib_pruner.trials import train_all
 
     file = unreachable / "sweep.yaml"
-    file.write_text(yaml.dump({"base": tiny.TREE, "space": {"seed": {"grid": [0, 1]}}}))
+    file.write_text(yaml_text.dump({"base": tiny.TREE, "space": {"seed": {"grid": [0, 1]}}}))
     with pytest.raises(RunError, match="Connection refused"):
         sweep(Sweep.load(file), out="s")
     shipped = Path(fedray.__file__).parents[1] / "tune_configs" / "rl_rate_search.yaml"
@@ -283,11 +283,11 @@ def test_a_start_that_works_keeps_its_thread(shutdowns: list[str]) -> None:
     ],
 )
 def test_the_command_says_it_once_and_ends(env: dict[str, str], says: str, tmp_path: Path) -> None:
-    from fedray.experiment import yaml
+    from fedray.config import yaml_text
 
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    (tmp_path / "x.yaml").write_text(yaml.dump({"base": tiny.TREE}))
+    (tmp_path / "x.yaml").write_text(yaml_text.dump({"base": tiny.TREE}))
     done = subprocess.run(
         [sys.executable, "-m", "fedray.cli", "run", "x.yaml", "clients.actors=1", "--out", "r"],
         cwd=tmp_path,

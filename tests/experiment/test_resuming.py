@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
+from fedray.config import plugins
+from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError, MethodError, RunError
 from fedray.experiment import checkpoint as stored
-from fedray.experiment import plugins
-from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import Lock
 from fedray.experiment.files import RunFiles
 from fedray.experiment.resuming import check_rounds
 from fedray.experiment.run import resume, run
-from fedray.experiment.rundata import load_run
 from fedray.methods import METHODS
 from fedray.models import MODELS
+from fedray.report.reading import load_run
 from tests.experiment import tiny
 
 STAGED = {"name": "staged", "density": 0.3, "stages": 2}

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 import fedray
+from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset
 from fedray.errors import ClientError, ConfigError, DataError
-from fedray.experiment.config import RunConfig
 from fedray.experiment.directory import check_free, numbered
 from fedray.experiment.files import RunFiles
 from fedray.experiment.run import ACCURACY_CLIENTS, Federation, History, resume, run

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from fedray.config import yaml_text
 from fedray.errors import ConfigError
-from fedray.experiment import yaml
 from fedray.experiment.files import RunFiles
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import resume_sweep, sweep
@@ -35,7 +35,7 @@ def plan(folder: Path, space, tune=None, uri=None, **base) -> Sweep:
     tree = {"base": BASE | base, "space": space, "tune": tune or {}}
     tree["base"]["tracking"] = {"uri": uri or "none", "experiment": "tests"}
     path = folder / "some_sweep.yaml"
-    path.write_text(yaml.dump(tree))
+    path.write_text(yaml_text.dump(tree))
     return Sweep.load(path)
 
 
@@ -283,7 +283,7 @@ if __name__ == "__main__":
 def test_what_a_script_adds_to_the_tables_works_in_its_sweep(in_tmp):
     base = BASE | {"model": "mine", "method": {"name": "mine"}, "tracking": {"uri": "none"}}
     base["clients"] = BASE["clients"] | {"devices": {"mine": 1.0}, "actors": 2}
-    (in_tmp / "some_sweep.yaml").write_text(yaml.dump({"base": base, "space": {"seed": {"grid": [0]}}}))
+    (in_tmp / "some_sweep.yaml").write_text(yaml_text.dump({"base": base, "space": {"seed": {"grid": [0]}}}))
     (in_tmp / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=280)
     assert done.stdout == "[('finished', None)]\n", done.stderr

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from fedray.config import yaml_text
 from fedray.errors import FedrayError
 from fedray.experiment import sweep as sweeps
-from fedray.experiment import yaml
 from fedray.experiment.run import run
 from fedray.experiment.space import Point, Sweep
 from fedray.experiment.sweep import SweepResult, resume_sweep, sweep
@@ -50,7 +50,7 @@ def fitting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fit], None]]:
 def plan(folder: Path, uri: str) -> Sweep:
     file = folder / "some.yaml"
     base = tiny.TREE | {"tracking": {"uri": uri}}
-    file.write_text(yaml.dump({"base": base, "space": {"seed": {"grid": [0, 1, 2]}}}))
+    file.write_text(yaml_text.dump({"base": base, "space": {"seed": {"grid": [0, 1, 2]}}}))
     return Sweep.load(file)
 
 

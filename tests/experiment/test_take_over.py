@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fedray.experiment.plugins import import_modules, sources
+from fedray.config.plugins import import_modules, sources
 
 TEXT = """
 from fedray.models import MODELS
@@ -23,7 +23,7 @@ MODELS["{name}"] = Architecture(build, lambda shape: None, "", "as the driver re
 
 WORKER = """
 import pickle, sys
-from fedray.experiment.plugins import import_modules, take_over
+from fedray.config.plugins import import_modules, take_over
 from fedray.models import MODELS
 
 path, name = sys.argv[1:]

@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedray.config.uri import check_uri
 from fedray.errors import ConfigError
 from fedray.experiment import tracking
 from fedray.experiment.provenance import run_tags
 from fedray.experiment.tracking import (
     MLflowTracker,
     Store,
-    check_uri,
     finish_parent,
     parent_run,
     prepare_store,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from fedray.config.plugins import import_modules, imported_modules
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.plugins import import_modules, imported_modules
 from fedray.experiment.tune import TRACEBACK, attempt
 
 BROKEN = """

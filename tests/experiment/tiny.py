@@ -6,9 +6,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from fedray.config.overrides import Tree, override_tree
+from fedray.config.run_config import RunConfig
 from fedray.data import Examples
-from fedray.experiment.config import RunConfig
-from fedray.experiment.overrides import Tree, override_tree
 from fedray.federation.client import Outcome
 from fedray.federation.pool import LocalPool
 from fedray.federation.worker import Workplace

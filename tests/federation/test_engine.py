@@ -15,7 +15,7 @@ from fedray.federation.method import Method
 from fedray.federation.worker import client_generator
 from fedray.models.spec import Architecture
 from fedray.pruning import masks
-from fedray.pruning.shrink import Shrunken, channel_mask, shrink
+from fedray.pruning.channels import Shrunken, channel_mask, shrink
 from fedray.types import ChannelGroup, Mask, Params
 from tests import small
 

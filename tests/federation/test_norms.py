@@ -21,7 +21,7 @@ from fedray.federation.server import Checkpoint, Schedule, Server
 from fedray.federation.worker import OWN_NORMS, Rules
 from fedray.models.norms import Norm
 from fedray.models.spec import Architecture, InputShape
-from fedray.pruning.shrink import channel_mask
+from fedray.pruning.channels import channel_mask
 from fedray.types import ClientUpdate, Mask, ServerState, Task
 from tests import small
 

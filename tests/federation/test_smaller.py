@@ -16,8 +16,8 @@ from fedray.federation.method import Method
 from fedray.federation.server import Schedule
 from fedray.methods.fedavg_small import FedAvgSmall
 from fedray.models import MODELS, Architecture
+from fedray.pruning.channels import channel_mask
 from fedray.pruning.masks import top_k
-from fedray.pruning.shrink import channel_mask
 from fedray.types import Mask, Params
 from tests import small
 

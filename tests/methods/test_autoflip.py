@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedray.config.run_config import RunConfig
 from fedray.costs.codec import HEADER_BYTES
 from fedray.errors import ConfigError, MethodError
-from fedray.experiment.config import RunConfig
 from fedray.federation.aggregate import CohortUpdate, Fold, Partial
 from fedray.federation.server import Schedule, Server
 from fedray.methods.autoflip import AutoFLIP
 from fedray.models.spec import Architecture, ModelSpec
-from fedray.pruning.shrink import removed_channels, shrink
+from fedray.pruning.channels import removed_channels, shrink
 from fedray.types import Mask, Params, ServerState, Task
 from tests import small
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedray.config import yaml_text
+from fedray.config.overrides import Tree
+from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
-from fedray.experiment import yaml
-from fedray.experiment.config import RunConfig
-from fedray.experiment.overrides import Tree
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Checkpoint, Schedule, Server
 from fedray.federation.worker import Answer, Chunk, Job, Rules, Workplace
 from fedray.methods import METHODS
-from fedray.pruning.shrink import removed_entries
+from fedray.pruning.channels import removed_entries
 from fedray.types import RoundReport, ServerState, Task
 from tests import small
 
@@ -157,8 +157,8 @@ def test_the_defaults_survive_config_and_yaml(name: str, tmp_path: Path) -> None
     config = RunConfig.from_tree(tree_of(name))
     assert config.method.options == METHODS[name]()
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.dump(config.to_tree()), encoding="utf-8")
-    again = RunConfig.from_tree(yaml.load(path))
+    path.write_text(yaml_text.dump(config.to_tree()), encoding="utf-8")
+    again = RunConfig.from_tree(yaml_text.load(path))
     assert again.method == config.method
     assert again.to_tree() == config.to_tree()
     assert again.digest == config.digest

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError, MethodError
-from fedray.experiment.config import RunConfig
 from fedray.federation.method import Method
 from fedray.federation.server import Schedule, Server
 from fedray.federation.worker import Rules

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from torch import nn
 
+from fedray.config.run_config import RunConfig
 from fedray.costs.codec import DIGEST_BYTES, HEADER_BYTES
 from fedray.errors import ConfigError
-from fedray.experiment.config import RunConfig
 from fedray.federation.method import Method
 from fedray.federation.server import Checkpoint, Schedule, Server
 from fedray.methods.fedavg_small import FedAvgSmall

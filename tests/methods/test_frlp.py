@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from fedray.config import yaml_text
+from fedray.config.run_config import RunConfig
 from fedray.costs.codec import HEADER_BYTES
 from fedray.errors import ConfigError, MethodError
-from fedray.experiment import yaml
-from fedray.experiment.config import RunConfig
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import ServerContext
 from fedray.federation.server import SERVER, Schedule, Server
 from fedray.methods.frlp import FRLP
-from fedray.pruning.policies import Solver
-from fedray.pruning.rate_search import OBSERVATION_VERSION
-from fedray.pruning.trained import shipped
+from fedray.policies.line_search import Solver
+from fedray.policies.rate_search import OBSERVATION_VERSION
+from fedray.policies.trained import shipped
 from fedray.types import Mask, Params, ServerState
 from tests import small
 
@@ -353,7 +353,7 @@ def test_the_path_of_a_policy_holds_from_anywhere(monkeypatch: pytest.MonkeyPatc
     config = RunConfig.from_tree(tree | {"tracking": {"uri": "none"}})
     assert isinstance(config.method.options, FRLP)
     assert config.method.options.policy == tmp_path / "mine"
-    assert RunConfig.from_tree(yaml.parse(yaml.dump(config.to_tree()), "")) == config
+    assert RunConfig.from_tree(yaml_text.parse(yaml_text.dump(config.to_tree()), "")) == config
 
 
 def test_an_event_at_which_everything_diverges_says_so() -> None:

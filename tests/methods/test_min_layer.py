@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedray.experiment.config import RunConfig
+from fedray.config.run_config import RunConfig
 from fedray.federation.method import Method
 from fedray.federation.server import Schedule, Server
 from fedray.methods import METHODS

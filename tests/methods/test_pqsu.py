@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedray.config.run_config import RunConfig
 from fedray.costs.codec import DIGEST_BYTES, HEADER_BYTES, Codec
 from fedray.errors import ConfigError, WireError
-from fedray.experiment.config import RunConfig
 from fedray.federation.aggregate import CohortUpdate, Fold, Partial
 from fedray.federation.client import Client, Step
 from fedray.federation.server import Checkpoint, Schedule, Server

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import sigmoid
 
+from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError, MethodError
-from fedray.experiment.config import RunConfig
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fedray.config.run_config import RunConfig
 from fedray.costs.codec import Codec
 from fedray.errors import ConfigError
-from fedray.experiment.config import RunConfig
 from fedray.federation.server import Checkpoint, Schedule, Server
 from fedray.federation.worker import Rules
 from fedray.methods.staged import Staged, StagedMemory

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedray.models import MODELS, Architecture, ModelSpec, build_model
 from fedray.models.channels import channel_groups, sequential
-from fedray.pruning.shrink import best_channels, cannot_narrow, channel_mask, shrink
+from fedray.pruning.channels import best_channels, cannot_narrow, channel_mask, shrink
 from fedray.types import ChannelGroup
 from tests import small
 

@@ -13,8 +13,8 @@ import torch
 
 from fedray.costs.layer_times import LayerTimes
 from fedray.pruning import masks
+from fedray.pruning.channels import best_channels
 from fedray.pruning.greedy import rebuild
-from fedray.pruning.shrink import best_channels
 from fedray.pruning.votes import cast
 from fedray.types import Layout, Mask, Params
 

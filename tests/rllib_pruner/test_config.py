@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedray.config import yaml_text
 from fedray.errors import ConfigError
-from fedray.experiment import yaml
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.config import Plan, TrainConfig
 from rllib_pruner.processes import PROCESSES, RateSearchProcess
@@ -46,8 +46,8 @@ def test_defaults_and_what_is_given():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_config_survives_yaml(name, tmp_path):
     config = TrainConfig.from_tree({"algorithm": {"name": name}, "seed": 3, "budget": {"stop_score": 0.9}})
-    (tmp_path / "config.yaml").write_text(yaml.dump(config.to_tree()))
-    again = TrainConfig.from_tree(yaml.load(tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_text(yaml_text.dump(config.to_tree()))
+    again = TrainConfig.from_tree(yaml_text.load(tmp_path / "config.yaml"))
     assert again == config and again.digest == config.digest
 
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from fedray.errors import ConfigError
-from fedray.pruning.policies import scan, walk
-from fedray.pruning.rate_search import ACTIONS, FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
-from fedray.pruning.trained import TrainedPolicy
-from rllib_pruner.curves import FAMILIES, SPAN, held_out
+from fedray.policies.line_search import scan, walk
+from fedray.policies.rate_search import ACTIONS, FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
+from fedray.policies.trained import TrainedPolicy
 from rllib_pruner.evaluate import evaluate
-from rllib_pruner.rate_search_tables import decision_seconds, outcome
-from rllib_pruner.server_cost import FineTune
+from rllib_pruner.rate_search.curves import FAMILIES, SPAN, held_out
+from rllib_pruner.rate_search.server_cost import FineTune
+from rllib_pruner.rate_search.tables import decision_seconds, outcome
+from rllib_pruner.rate_search.tabular import TabularQ
 from rllib_pruner.tables import Table
-from rllib_pruner.tabular import TabularQ
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,217 @@
+"""Whether the parts of a config fit each other. Costs no process, and writes nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fedray.costs import devices
+from fedray.data import DATASETS, DatasetSpec
+from fedray.data.datasets import set_aside
+from fedray.data.partition import Bootstrap
+from fedray.errors import ConfigError, FedrayError, unknown
+from fedray.federation.density import cannot_start
+from fedray.federation.method import Setting
+from fedray.models import MODELS, ModelSpec, broken, outline, refusal
+
+if TYPE_CHECKING:
+    from fedray.config.run_config import ResourcesConfig, RunConfig
+
+MOST_ACTORS_PER_CLIENT = 256
+"""`actors: per_client` starts a process of some 200 MB for each client of the population."""
+
+MOST_ACTORS = 10_000
+MOST_CLIENTS = 100_000_000
+"""A run keeps some 20 bytes for each client of the population."""
+
+Problem = tuple[str, str]
+"""The key to change, and what is wrong with it."""
+
+
+def problems(config: "RunConfig") -> list[Problem]:
+    """Return everything that keeps a well-formed config from running."""
+    found: list[Problem] = []
+    for check in (_clients, _devices, _data, _model, _norm, _method):
+        found += check(config)
+    return found
+
+
+def _clients(config: "RunConfig") -> Iterator[Problem]:
+    clients = config.clients
+    if clients.cohort > clients.population:
+        yield (
+            "clients.cohort",
+            f"{clients.cohort} clients a round of a population of {clients.population}; lower clients.cohort "
+            "or raise clients.population",
+        )
+    if clients.population > MOST_CLIENTS:
+        yield (
+            "clients.population",
+            f"{clients.population:,}; a run keeps some bytes for each client, of at most {MOST_CLIENTS:,}",
+        )
+    if clients.actors == "per_client" and clients.population > MOST_ACTORS_PER_CLIENT:
+        yield (
+            "clients.actors",
+            f"per_client would start {clients.population:,} processes of some 200 MB each (allowed: "
+            f"{MOST_ACTORS_PER_CLIENT}); use auto, which hosts any number of clients in a few actors",
+        )
+    if isinstance(clients.actors, int) and clients.actors > MOST_ACTORS:
+        yield "clients.actors", f"{clients.actors:,} processes of some 200 MB each; at most {MOST_ACTORS:,}"
+    if clients.actors == 0 and clients.resources.gpu:
+        yield "clients.resources.gpu", "clients in process (clients.actors=0) are not placed by Ray"
+    yield from _resources(clients.resources, config)
+
+
+def _resources(resources: "ResourcesConfig", config: "RunConfig") -> Iterator[Problem]:
+    for name, own in resources.by_device.items():
+        if name not in config.clients.devices:
+            devices_here = config.clients.devices
+            yield "clients.resources.by_device", unknown("device of this run", name, devices_here)
+        if own.by_device:
+            yield f"clients.resources.by_device.{name}.by_device", "only one level is allowed"
+    if resources.by_device and config.clients.actors == "per_client":
+        yield "clients.resources.by_device", "not together with clients.actors=per_client"
+
+
+def _devices(config: "RunConfig") -> Iterator[Problem]:
+    for name in config.clients.devices:
+        yield from _complaints(partial(devices.profile, name), "clients.devices", name)
+
+
+def _data(config: "RunConfig") -> Iterator[Problem]:
+    data, population = config.data, config.clients.population
+    if data.name not in DATASETS:
+        yield "data.name", unknown("data set", data.name, DATASETS)
+        return
+    spec = DATASETS[data.name]
+    yield from _complaints(lambda: spec.check(data.root), "data.root", data.root)
+    if data.validation_fraction + data.server_fraction >= 1:
+        yield (
+            "data.validation_fraction",
+            f"{data.validation_fraction:g} for validation and data.server_fraction={data.server_fraction:g} "
+            "leave nothing for the clients; the sum must be below 1",
+        )
+        return
+    asides = (data.validation_fraction, data.server_fraction)
+    left = spec.train_examples - sum(set_aside(fraction, spec.train_examples) for fraction in asides)
+    if population > left and not isinstance(data.partition.options, Bootstrap):
+        yield (
+            "clients.population",
+            f"{population:,} clients, but {data.name} leaves about {left:,} training examples for them; "
+            "lower it, or use data.partition.kind=bootstrap, where clients share examples",
+        )
+    if data.partition.kind == "natural" and not spec.has_writers:
+        natural = sorted(name for name, other in DATASETS.items() if other.has_writers)
+        yield (
+            "data.partition.kind",
+            f"natural: {data.name} does not say who made its examples; {', '.join(natural)} does",
+        )
+
+
+def _model(config: "RunConfig") -> Iterator[Problem]:
+    if config.model not in MODELS:
+        yield "model", unknown("model", config.model, MODELS)
+        return
+    if config.data.name not in DATASETS:
+        return
+    spec: DatasetSpec = DATASETS[config.data.name]
+    reason = refusal(MODELS[config.model], spec.input_shape)
+    if reason:
+        yield "model", f"{config.model} does not take {config.data.name}: {reason}"
+        return
+    model, fault = _built(config, spec)
+    if model is None:
+        yield "model", fault
+        return
+    size = model.layout.size
+    for name in config.clients.devices:
+        try:
+            device = devices.profile(name)
+        except ConfigError:
+            continue  # already reported
+        if not devices.fits(device, size):
+            need = devices.training_memory_bytes(size)
+            yield (
+                "clients.devices",
+                f"{name} has {device.memory_bytes / 2**20:,.0f} MiB for training, but {config.model} needs "
+                f"{need / 2**20:,.0f} MiB; take it out of the mix or use a smaller model",
+            )
+
+
+def _built(config: "RunConfig", spec: DatasetSpec) -> tuple[ModelSpec | None, str]:
+    """Return the model of a config if it can be trained; else None, and what is wrong with it."""
+    try:
+        model = _outline(config, spec)
+        fault = broken(model)
+    except ConfigError as error:
+        return None, str(error).removeprefix("model: ")
+    return (model, "") if fault is None else (None, fault)
+
+
+def _norm(config: "RunConfig") -> Iterator[Problem]:
+    spec = DATASETS.get(config.data.name)
+    if config.norm == "average" or spec is None:
+        return
+
+    def has_batch_norm(model: str) -> bool:
+        with suppress(ConfigError):  # a broken entry says so where it is asked for
+            return bool(outline(model, spec.input_shape, spec.num_classes).norms.names)
+        return False
+
+    able = [name for name, other in MODELS.items() if refusal(other, spec.input_shape) is None]
+    if config.model in able and not has_batch_norm(config.model):
+        yield (
+            "norm",
+            f"{config.norm}, but {config.model} has no BatchNorm, so there is nothing to choose; leave it at "
+            f"average, or take a model that has one: {', '.join(filter(has_batch_norm, able)) or 'none'}",
+        )
+
+
+def _method(config: "RunConfig") -> Iterator[Problem]:
+    method = config.method.options
+    if method.uses_server_data and not config.data.server_fraction:
+        yield (
+            "data.server_fraction",
+            f"0, but {config.method.name} trains on the server's own examples; set it, e.g. "
+            "data.server_fraction=0.02",
+        )
+    if method.uses_validation_data and not config.data.validation_fraction:
+        yield (
+            "data.validation_fraction",
+            f"0, but {config.method.name} decides by validation data with these options; set it, e.g. "
+            "data.validation_fraction=0.1",
+        )
+    if method.optimizer == "adam" and method.momentum:
+        yield "method.momentum", f"{method.momentum:g}, but Adam has moments of its own; set it to 0"
+    spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
+    if spec is None or architecture is None or refusal(architecture, spec.input_shape):
+        return  # already reported
+    clients = config.clients
+    model, _ = _built(config, spec)
+    if model is None:
+        return  # already reported
+    setting = Setting(model, clients.population, clients.cohort, config.rounds)
+    problem = cannot_start(method, setting)
+    if problem:
+        yield "method", problem
+
+
+def _outline(config: "RunConfig", spec: DatasetSpec) -> ModelSpec:
+    """Return the structure of the config's model, known to take the data set; built once for all points."""
+    return outline(
+        config.model,
+        spec.input_shape,
+        spec.num_classes,
+        norm=config.norm,
+        prune_first=config.prune_first,
+        prune_last=config.prune_last,
+    )
+
+
+def _complaints(check: Callable[[], object], key: str, given: object) -> Iterator[Problem]:
+    try:
+        check()
+    except FedrayError as error:
+        yield key, str(error).removeprefix(f"{key}: ")
+    except (OSError, RuntimeError, ValueError) as error:  # a name that the system cannot even look up
+        yield key, f"{str(given)!r} cannot be used: {error}"

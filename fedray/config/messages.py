@@ -1,0 +1,103 @@
+"""What is said of a config that does not validate: key (file): what was given, what is allowed."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from fedray.config import hints
+from fedray.errors import nearest
+
+Where = str | Callable[[str], str]
+"""What a message says of where a key was given: a file, or a function of the dotted key."""
+
+WORDS = {
+    "Input should be ": "must be ",
+    "Dictionary should have at least 1 item after validation, not 0": "must have at least one entry",
+    "an object": "a mapping of keys to values",
+    "a valid dictionary": "a mapping of keys to values",
+    "a valid array": "a list",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "Value error, ": "",
+}
+"""Pydantic's words → ours."""
+
+
+def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix: tuple[str, ...] = ()) -> str:
+    """Turn pydantic's errors into a line each.
+
+    Args:
+        error: of validating a `root`; problems of type `told` say all that is to be said.
+        root: the model, for the keys that it has.
+        where: the keys were given.
+        prefix: keys above those of `root`.
+    """
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = tuple(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            text = _unknown_key(path, root, problem["input"])
+        elif problem["type"] == "told":
+            text = problem["msg"]
+        else:
+            key = ".".join(prefix + path)
+            text = f"got {shortened(problem['input'])}; {_allowed(problem, key)}"
+        lines.append(line(".".join(prefix + path), text, where))
+    return "\n".join(dict.fromkeys(lines))
+
+
+def line(key: str, text: str, where: Where) -> str:
+    """Return the message for one key."""
+    return f"{key} ({where if isinstance(where, str) else where(key)}): {text}"
+
+
+def shortened(value: Any) -> str:
+    """Return the repr of a value, at most 60 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _unknown_key(path: Sequence[str], root: type[BaseModel], value: Any) -> str:
+    """Say which key is meant: of this section, of another one, or by a word of other tools."""
+    section = _section(root, path[:-1])
+    above = ".".join(path[:-1])
+    known = [*keys_of(root), *(f"{above}.{key}".lstrip(".") for key in section.model_fields)]
+    hint = hints.for_key(".".join(path), value, dict.fromkeys(known), above)
+    return f"unknown{hint} Keys here: {', '.join(sorted(section.model_fields))}"
+
+
+def keys_of(root: type[BaseModel]) -> list[str]:
+    """Return the dotted keys of a config, with the options of all methods and partitions if it has these."""
+    own = list(_keys(root().model_dump(mode="json")))
+    return [*own, *hints.option_keys()] if "method" in root.model_fields else own
+
+
+def _section(root: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    section: Any = root
+    for part in path:
+        if hasattr(section, "model_fields"):
+            section = section.model_fields[part].annotation
+        else:  # a mapping of names to sections
+            section = get_args(section)[1]
+    found: type[BaseModel] = section
+    return found
+
+
+def _keys(tree: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield above + key
+        if isinstance(value, dict):
+            yield from _keys(value, f"{above}{key}.")
+
+
+def _allowed(problem: Any, key: str) -> str:
+    text = str(problem["msg"])
+    for theirs, ours in WORDS.items():
+        text = text.replace(theirs, ours)
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        text += nearest(problem["input"], re.findall("'(.+?)'", problem["ctx"]["expected"])).rstrip(".")
+    return text + hints.for_value(key, problem["input"], problem["type"])

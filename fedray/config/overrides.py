@@ -1,0 +1,228 @@
+"""Dotted overrides: where a config's keys come from, and how they are changed.
+
+A file and the `key=value` arguments after it become one nested mapping of plain values, which
+`RunConfig.from_tree` validates. What is given whole is taken apart first, so that a section, a dotted key and
+a point of a sweep mean the same.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from fedray.config import yaml_text
+from fedray.config.messages import Where, shortened
+from fedray.data import PARTITIONS
+from fedray.errors import ConfigError, unknown
+from fedray.federation.method import Method
+from fedray.methods import METHODS
+
+Tree = dict[str, Any]
+"""A nested mapping of plain values, as YAML and JSON hold it."""
+
+CHOICES = {"method": "name", "data.partition": "kind"}
+"""Sections whose one key decides which other keys there are."""
+
+SHARED = {"method": frozenset(field.name for field in fields(Method))}
+"""Options that survive when the choice changes."""
+
+SECTIONS = frozenset({"data", "data.partition", "clients", "clients.resources", "method", "tracking"})
+"""Mappings whose keys are known beforehand: given whole, they change the keys they name and no others."""
+
+
+MOST_VALUES = 100_000
+"""A few lines of nested aliases would make a mapping that no memory holds."""
+
+
+def base_of(tree: Tree, path: str | Path) -> Tree:
+    """Return the part of a file that describes one run.
+
+    Raises:
+        ConfigError: if the file is not a mapping.
+    """
+    if "base" in tree or "space" in tree or "tune" in tree:
+        strangers = sorted(str(key) for key in set(tree) - {"base", "space", "tune"})
+        if strangers:
+            known = ("base", "space", "tune")
+            raise ConfigError(f"{path}: {unknown('section', strangers[0], known)}")
+        base = tree.get("base") or {}
+        if not isinstance(base, dict):
+            raise ConfigError(f"base ({path}): got {shortened(base)}; must be a mapping of keys to values")
+        return base
+    return tree
+
+
+def parse_overrides(arguments: Sequence[str]) -> Tree:
+    """Read `key=value` arguments; values are YAML.
+
+    Raises:
+        ConfigError: for an argument without `=`.
+    """
+    changes: Tree = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"{argument!r} is not of the form key=value, e.g. method.lr=0.1")
+        changes[key] = yaml_text.parse(value, where=f"override {key}")
+    return changes
+
+
+def origin(path: str | Path, overrides: Mapping[str, Any]) -> Where:
+    """Return what says where a dotted key was given: in an override, or in the file."""
+
+    def where(key: str) -> str:
+        related = (f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
+        return "override" if any(related) else str(path)
+
+    return where
+
+
+def override_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
+    """Return a copy of a nested mapping with dotted keys changed.
+
+    Changing `method.name` keeps the options that every method has and drops the rest of the method section,
+    so that one file serves many methods; changing `data.partition.kind` drops the other keys of the
+    partition. A whole section may be given at once: `{"method": {"name": "snip", "density": 0.2}}` is the
+    same as `{"method.name": "snip", "method.density": 0.2}`.
+
+    Raises:
+        ConfigError: if a dotted key goes through something that is not a section, or a value is not plain.
+    """
+    result, flat = plain_copy(tree), dict(_flat(plain_copy(changes)))
+    for section, key in CHOICES.items():
+        name = f"{section}.{key}"
+        if name in flat:
+            _change_choice(result, section, key, flat[name])
+    for dotted, value in flat.items():
+        *parents, last = dotted.split(".")
+        _descend(result, parents, dotted)[last] = value
+    return result
+
+
+def plain_copy(tree: Mapping[str, Any]) -> Tree:
+    """Return a nested mapping as JSON holds it: a copy, and see `plain`.
+
+    Raises:
+        ConfigError: if something in it cannot be written so.
+    """
+    try:
+        text = json.dumps(plain(tree, "", [MOST_VALUES]), ensure_ascii=False)
+        text.encode()  # half a surrogate pair is no text
+        copy: Tree = json.loads(text)
+    except RecursionError:
+        raise ConfigError("a config holds no value that contains itself, and none nested so deep") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"a config holds text, numbers, lists and mappings only: {error}") from None
+    return copy
+
+
+def plain(value: Any, key: str, left: list[int]) -> Any:
+    """Return what a value of Python is in a config file: a path is text, an array a list, an enum its value.
+
+    Args:
+        value: text, a number (NumPy's too), a path, an enum, None, a section, a method, a partition, or a
+            list, tuple, range, array or mapping of these.
+        key: where it stands, for the message.
+        left: how many values there may be yet; one is taken off for each.
+
+    Raises:
+        ConfigError: if a config cannot hold it, or if there are too many.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise ConfigError(f"a config holds at most {MOST_VALUES:,} values, aliases written out")
+    value = _taken_apart(value)
+    if isinstance(value, Mapping):
+        return _plain_mapping(value, key, left)
+    if isinstance(value, list | tuple | range):
+        return [plain(item, f"{key}.{number}", left) for number, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # of NumPy and torch, also scalars
+        return plain(value.tolist(), key, left)
+    found = _plain_scalar(value)
+    if found is NotImplemented:
+        kind = type(value).__name__
+        raise ConfigError(
+            f"{key or 'config'}: got {shortened(value)}; a config holds text, numbers, lists and mappings "
+            f"only, not {kind}"
+        )
+    return found
+
+
+def _taken_apart(value: Any) -> Any:
+    """Return a section, or an entry of a table of choices, as a mapping; anything else as it is."""
+    if hasattr(value, "given_tree"):
+        return value.given_tree()
+    for key, table in (("name", METHODS), ("kind", PARTITIONS)):
+        for name, kind in table.items():
+            if type(value) is kind:
+                return {key: name} | options_given(value)
+    return value
+
+
+def options_given(options: Any, given: frozenset[str] = frozenset()) -> Tree:
+    """Return the fields of a dataclass that are in `given`, or that are not at their defaults."""
+    default = type(options)()
+    return {
+        field.name: getattr(options, field.name)
+        for field in fields(options)
+        if field.name in given or getattr(options, field.name) != getattr(default, field.name)
+    }
+
+
+def _plain_mapping(value: Mapping[Any, Any], key: str, left: list[int]) -> Tree:
+    copy: Tree = {}
+    for name, inner in value.items():
+        text = name if isinstance(name, str) else json.dumps(_plain_scalar(name))
+        if text in copy:
+            raise ConfigError(f"{key or 'config'}: the key {text!r} stands twice, as text and as a number")
+        copy[text] = plain(inner, f"{key}.{text}".lstrip("."), left)
+    return copy
+
+
+def _plain_scalar(value: Any) -> Any:
+    """Return text, a number, a truth value or None; NotImplemented for anything else."""
+    if isinstance(value, Enum):
+        return _plain_scalar(value.value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else NotImplemented
+
+
+def _flat(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of each change, with sections taken apart."""
+    for key, value in changes.items():
+        dotted = above + key
+        if dotted in SECTIONS and isinstance(value, dict):
+            yield from _flat(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _change_choice(tree: Tree, section: str, key: str, value: Any) -> None:
+    current = _descend(tree, section.split("."), section)
+    if current.get(key) != value:
+        kept = SHARED.get(section, frozenset())
+        for option in [o for o in current if o not in kept]:
+            del current[option]
+
+
+def _descend(tree: Tree, parents: Sequence[str], dotted: str) -> Tree:
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if child is None:
+            child = tree[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {parent} is {child!r}, not a section with keys of its own")
+        tree = child
+    return tree

@@ -1,0 +1,165 @@
+"""`tune:` how the points of a sweep are tried and compared, and whether they can be compared so.
+
+Nothing here loads Ray: all of it is decided before a process is started.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import lcm
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from fedray.config.messages import Where, explain, line
+from fedray.config.overrides import Tree
+from fedray.config.run_config import RunConfig, Section
+from fedray.errors import ConfigError, nearest, unknown
+from fedray.federation.accounts import TOTALS
+from fedray.types import METRICS, Direction, NonNegativeInt, PositiveInt, direction_of
+
+COMPARABLE = (*(name for name in METRICS if not name.startswith("test/")), *(f"total/{n}" for n in TOTALS))
+"""Metrics that every run reports. A method's own are added by `Method.metric_names`."""
+
+OWN = ("train/", "method/")
+"""How a method's own metrics begin."""
+
+
+class TuneConfig(Section):
+    """`tune:` how the points are tried.
+
+    Args:
+        metric: what the scheduler compares, and what the best trial is chosen by; it must be known in every
+            evaluated round.
+        mode: whether more is better; None: the metric's own direction. Needed for a method's own metric.
+        scheduler: `fifo` runs all to the end; `asha` stops the worse ones early.
+        concurrent: trials at once; None: one per CPU of the cluster, at most.
+        num_samples: how often random verbs are drawn for each point of the grids.
+        max_failures: how often a trial that broke is resumed from its checkpoint.
+        grace_rounds: rounds that ASHA leaves every trial; None: a quarter of the run, at an evaluated round.
+        reduction: ASHA keeps one in this many at each rung.
+        seed: of the random verbs.
+    """
+
+    metric: str = "val/accuracy"
+    mode: Direction | None = None
+    scheduler: Literal["fifo", "asha"] = "fifo"
+    concurrent: PositiveInt | None = None
+    num_samples: PositiveInt = 1
+    max_failures: NonNegativeInt = 1
+    grace_rounds: PositiveInt | None = None
+    reduction: int = Field(default=3, ge=2, le=2**63 - 1)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)  # NumPy's RandomState takes no more
+
+    @property
+    def direction(self) -> Direction:
+        """Whether more of the metric is better: the given mode, else the metric's own direction."""
+        return self.mode or direction_of(self.metric) or "max"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the metric has to be known: it was given, or ASHA stops trials by it."""
+        return self.scheduler == "asha" or "metric" in self.model_fields_set
+
+
+def tune_config(options: Tree, where: Where) -> TuneConfig:
+    """Validate the `tune:` section.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    try:
+        config = TuneConfig.model_validate(options, strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TuneConfig, where, prefix=("tune",))) from None
+    problems = [line(key, text, where) for key, text in _problems(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _problems(config: TuneConfig) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the section, whatever the points are."""
+    if config.metric not in COMPARABLE and not config.metric.startswith(OWN):
+        yield "tune.metric", unknown("metric", config.metric, COMPARABLE)
+        return
+    own = direction_of(config.metric)
+    if own is None and config.mode is None and config.compares:
+        yield (
+            "tune.mode",
+            f"missing; {config.metric} has no direction that fedray knows: say whether more is better (max) "
+            "or less (min)",
+        )
+    if own is not None and config.mode not in (own, None):
+        better = "more" if own == "max" else "less"
+        yield (
+            "tune.mode",
+            f"got {config.mode!r}, but {better} of {config.metric} is better; leave tune.mode out, and each "
+            "metric has its own direction",
+        )
+    for key in ("grace_rounds", "reduction"):
+        if key in config.model_fields_set and "scheduler" not in config.model_fields_set:
+            yield f"tune.{key}", "only ASHA has rungs; set tune.scheduler=asha, or leave it out"
+
+
+def comparison_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> list[tuple[str, str]]:
+    """Return what keeps a sweep's points from being compared as `tune` says: keys and messages."""
+    found: list[tuple[str, str]] = []
+    if tune.compares:
+        found += dict.fromkeys(problem for config in configs for problem in _metric_problems(tune, config))
+    if tune.scheduler == "asha" and tune.grace_rounds is not None:
+        found += _grace_problems(tune, configs)
+    return found
+
+
+def _metric_problems(tune: TuneConfig, config: RunConfig) -> Iterator[tuple[str, str]]:
+    metric, data = tune.metric, config.data
+    if metric.startswith("val/") and not data.validation_fraction:
+        yield (
+            "tune.metric",
+            f"{metric}, but data.validation_fraction=0 leaves no examples to measure it on; set it, e.g. "
+            "data.validation_fraction=0.1, or compare by another metric, e.g. train/loss",
+        )
+    if metric in COMPARABLE:
+        return
+    own = config.method.options.metric_names
+    if own is not None and metric not in own:
+        kind = metric.partition("/")[0]
+        known = sorted({*own, *(name for name in COMPARABLE if name.startswith(f"{kind}/"))})
+        yield (
+            "tune.metric",
+            f"{metric!r} is not among what {config.method.name} reports with these options"
+            f"{nearest(metric, [*known, *COMPARABLE])} It reports {', '.join(known) or f'no {kind}/…'}",
+        )
+
+
+def _grace_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
+    grace, longest = tune.grace_rounds, max(config.rounds for config in configs)
+    assert grace is not None
+    if grace > longest:
+        yield (
+            "tune.grace_rounds",
+            f"{grace} is more than the {longest} rounds of the longest trial, so that ASHA would stop none; "
+            "lower it, or set tune.scheduler=fifo",
+        )
+        return
+    every = _evaluated_every(tune, configs)
+    if grace % every and grace != longest:
+        around = [n for n in (grace // every * every, -(-grace // every) * every) if 0 < n <= longest]
+        yield (
+            "tune.grace_rounds",
+            f"got {grace}, but {tune.metric} is only known every {every} rounds (eval_every); "
+            f"{' or '.join(map(str, around or [longest]))} would do",
+        )
+
+
+def first_rung(tune: TuneConfig, configs: Sequence[RunConfig]) -> int:
+    """Return the round at which ASHA first compares: an evaluated one of every trial."""
+    longest = max(config.rounds for config in configs)
+    if tune.grace_rounds is not None:
+        return min(longest, tune.grace_rounds)
+    every = _evaluated_every(tune, configs)
+    return min(longest, -(-max(1, longest // 4) // every) * every)
+
+
+def _evaluated_every(tune: TuneConfig, configs: Sequence[RunConfig]) -> int:
+    """Return how often all points know the metric in the same round; costs are known in every round."""
+    return lcm(*(config.eval_every for config in configs)) if tune.metric.startswith("val/") else 1

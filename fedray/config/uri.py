@@ -1,0 +1,82 @@
+"""The address of an MLflow store: which ones are allowed, and the file that an SQLite address names."""
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fedray.errors import ConfigError, nearest
+
+SQLITE = "sqlite:///"
+"""An SQLite address is this and the name of a file."""
+
+_ALLOWED = (
+    "none · sqlite:///<file> (four slashes for an absolute path) · http://<host>:<port> · https://<host>"
+)
+
+
+def check_uri(uri: str) -> str:
+    """Return `uri` if it names a store that can be used. Touches neither disk nor network.
+
+    Raises:
+        ConfigError: if it does not; the message says what is allowed.
+    """
+    scheme, colon, _ = uri.partition(":")
+    if uri == "none" or (uri.startswith(SQLITE) and _is_file(uri.removeprefix(SQLITE))):
+        return uri
+    if scheme in ("http", "https") and _has_host(uri):
+        return uri
+    if scheme == "sqlite":
+        reason = "sqlite needs three slashes and the name of a file, without ? or %."
+    elif scheme in ("http", "https"):
+        reason = "this address has no host, or its port is not a number up to 65535."
+    elif scheme == "file" or not colon:
+        reason = "MLflow no longer keeps runs in plain folders; name an SQLite file in that folder"
+        reason += nearest(uri, ("none",))
+    else:
+        reason = f"unknown scheme {scheme!r}{nearest(scheme, ('none', 'sqlite', 'http', 'https'))}"
+        reason += " For any other database, give the address of an MLflow server in front of it."
+    raise ConfigError(f"tracking.uri: {without_password(uri)!r}: {reason} Allowed: {_ALLOWED}")
+
+
+def absolute_uri(uri: str) -> str:
+    """Return `uri` so that it names the same store from any directory; a relative path counts from this one.
+
+    Raises:
+        ConfigError: as `check_uri`.
+    """
+    if not check_uri(uri).startswith(SQLITE):
+        return uri
+    try:
+        return sqlite_uri(database_of(uri).expanduser().absolute())
+    except RuntimeError as error:  # the home of an unknown user
+        raise ConfigError(f"tracking.uri: {uri!r}: must name a file: {error}") from None
+
+
+def sqlite_uri(database: Path) -> str:
+    """Return the address of a database file."""
+    # SQLAlchemy decodes % and cuts at ?
+    return SQLITE + str(database).replace("%", "%25").replace("?", "%3F")
+
+
+def database_of(uri: str) -> Path:
+    """Return the file that an SQLite address names; `%25` stands for %, and `%3F` for ?."""
+    return Path(uri.removeprefix(SQLITE).replace("%3F", "?").replace("%25", "%"))
+
+
+def _is_file(name: str) -> bool:
+    rest = name.replace("%25", "").replace("%3F", "")
+    return bool(name) and not name.endswith("/") and name != ":memory:" and not set(rest) & set("?%")
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
+def without_password(uri: str, text: str | None = None) -> str:
+    """Return a text without the user and password of an address; by default the address itself."""
+    user, at, _ = uri.partition("://")[2].partition("/")[0].rpartition("@")
+    text = uri if text is None else text
+    return text.replace(user + at, "") if at else text

@@ -1,0 +1,219 @@
+"""A trained agent as the server uses it: a folder with `policy.json` and a small RLModule of RLlib.
+
+    policy.json     what the agent decides, from which observation, how it was trained, and how well it did
+    module/         the network: no optimizer, no replay, no environment
+
+`rllib_pruner.train` writes such folders with `save`, and those of `shipped` come with the package. Using one
+takes neither an Algorithm nor a running Ray, and nothing of `rllib_pruner`.
+
+A module is a pickle: only use policies that you trust.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedray.durable import replace_folder
+from fedray.errors import ConfigError
+
+FORMAT = 1
+"""Of the folder; a reader refuses any other."""
+PARTS = ("class_and_ctor_args.pkl", "metadata.json", "module_state.pkl")
+"""Files of `module/`, as RLlib writes them."""
+
+_NEEDED = {"process": str, "version": int, "features": int, "actions": list, "algorithm": str, "ray": str}
+_ALGORITHMS = ("dqn", "ppo")
+
+
+class TrainedPolicy:
+    """A policy as `rllib_pruner.train` wrote it. Make one by `load`.
+
+    Attributes:
+        about: what `policy.json` says.
+    """
+
+    def __init__(self, module: Any, about: Mapping[str, Any]) -> None:
+        self.about = about
+        self._module, self._is_dqn = module, about["algorithm"] == "dqn"
+
+    @classmethod
+    def load(cls, folder: Path | None, process: str, version: int, features: int) -> "TrainedPolicy":
+        """Read a policy; the second time from memory.
+
+        Args:
+            folder: written by `rllib_pruner.train`; None: the one that ships for the process.
+            process: name of the decision process.
+            version: of what its observations mean.
+            features: numbers in an observation.
+
+        Raises:
+            ConfigError: if it cannot be used there; the message says how to train another.
+        """
+        problem = policy_problem(folder, process, version, features)
+        if problem is not None:
+            raise ConfigError(problem)
+        place = (folder or shipped(process)).resolve()
+        return _load(place, (place / "policy.json").read_text(encoding="utf-8"))
+
+    def act(self, observation: NDArray[np.float32], allowed: Sequence[int] | None = None) -> int:
+        """Return the index of the greedy action for an observation of shape (features,).
+
+        Args:
+            observation: what is seen.
+            allowed: the actions of which the best is taken; None: all.
+        """
+        return int(self.acts(observation[None], allowed)[0])
+
+    def acts(
+        self, observations: NDArray[np.float32], allowed: Sequence[int] | None = None
+    ) -> NDArray[np.int64]:
+        """Return the greedy actions for observations of shape (n, features), as indices of shape (n,)."""
+        values = self._values(observations)
+        if allowed is not None:
+            refused = np.setdiff1d(np.arange(values.shape[1]), allowed)
+            values[:, refused] = -np.inf
+        return np.asarray(values.argmax(axis=1), dtype=np.int64)
+
+    def _values(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what the network thinks of each action, (n, actions): values or logits, NaN as the worst."""
+        import torch
+
+        batch = {"obs": torch.from_numpy(np.array(observations, dtype=np.float32))}
+        with torch.no_grad():
+            if self._is_dqn:
+                found = self._module.compute_q_values(batch)["qf_preds"]
+            else:
+                found = self._module.forward_inference(batch)["action_dist_inputs"]
+        values = np.array(found.numpy(), dtype=np.float32)
+        values[np.isnan(values)] = -np.inf
+        return values
+
+
+def shipped(process: str) -> Path:
+    """Return the folder of the policy that comes with the package for a process, if there is one."""
+    return Path(__file__).parent / "shipped" / process
+
+
+def policy_problem(folder: Path | None, process: str, version: int, features: int) -> str | None:
+    """Return why a policy cannot be used for a process, or None. Reads a few kB, and imports nothing heavy.
+
+    Args: as `TrainedPolicy.load`.
+    """
+    place = folder or shipped(process)
+    told = f"policy {place}"
+    try:
+        about = json.loads((place / "policy.json").read_text(encoding="utf-8"))
+    except OSError:
+        return f"{told}: there is no policy.json in it; {_retrain(process)}"
+    except ValueError:
+        return f"{told}: policy.json is not JSON; {_retrain(process)}"
+    reason = _damage(place, about) or _stranger(about, process, version, features)
+    return f"{told}: {reason}; {_retrain(process)}" if reason else None
+
+
+def save(module: Any, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a module and what is to be said of it; `folder` is replaced whole.
+
+    Args:
+        module: an RLModule of RLlib that decides among discrete actions.
+        folder: becomes the policy's.
+        about: must have the keys process, version, features, actions and algorithm (dqn or ppo); the format,
+            versions of Ray and torch, and digests of the files are added.
+    """
+    partial = folder.with_name(f".{folder.name}.writing")
+    rmtree(partial, ignore_errors=True)
+    with quiet():
+        module.save_to_path(str((partial / "module").resolve()))
+    files = {name: _digest(partial / "module" / name) for name in PARTS}
+    versions = {name: metadata.version(name) for name in ("ray", "torch")}
+    text = json.dumps({"format": FORMAT, **about, **versions, "files": files}, indent=2)
+    (partial / "policy.json").write_text(text + "\n", encoding="utf-8")
+    replace_folder(partial, folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep RLlib's notices and deprecations off the terminal, and from becoming errors."""
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.rllib", "ray.tune")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@lru_cache(maxsize=8)
+def _load(place: Path, text: str) -> TrainedPolicy:
+    """Load a folder that has no problem; `text` is its policy.json, so that a changed one is loaded anew."""
+    about = json.loads(text)
+    try:
+        with quiet():
+            from ray.rllib.core.rl_module.rl_module import RLModule
+        with quiet():  # once more: Ray sets its loggers' levels when it is imported
+            module = RLModule.from_checkpoint(str(place / "module"))
+    except Exception as error:
+        reason = f"RLlib cannot load it ({type(error).__name__}: {error})"
+        raise ConfigError(f"policy {place}: {reason}; {_retrain(about['process'])}") from error
+    return TrainedPolicy(module, about)
+
+
+def _damage(place: Path, about: Any) -> str | None:
+    """Return what is wrong with the files themselves."""
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        return f"policy.json has format {found!r}, and this version reads {FORMAT}"
+    wrong = [key for key, kind in _NEEDED.items() if not isinstance(about.get(key), kind)]
+    if wrong or not isinstance(about.get("files"), dict):
+        return f"policy.json lacks {', '.join(wrong or ['files'])}"
+    for name in PARTS:
+        try:
+            whole = _digest(place / "module" / name) == about["files"].get(name)
+        except OSError:
+            return f"module/{name} is missing"
+        if not whole:
+            return f"module/{name} is damaged: it is not the file that policy.json names"
+    return None
+
+
+def _stranger(about: Mapping[str, Any], process: str, version: int, features: int) -> str | None:
+    """Return why a policy that is whole was made for something else."""
+    if about["process"] != process:
+        return f"it decides in the process {about['process']!r}, not in {process!r}"
+    if about["version"] != version:
+        return (
+            f"its observations are of version {about['version']}, those of {process} now of version {version}"
+        )
+    if about["features"] != features:
+        return f"it looks at {about['features']} number(s), and an observation of {process} has {features}"
+    if about["algorithm"] not in _ALGORITHMS:
+        return f"its algorithm is {about['algorithm']!r}, and only {' and '.join(_ALGORITHMS)} can be used"
+    installed = metadata.version("ray")
+    if about["ray"].split(".")[:2] != installed.split(".")[:2]:
+        return f"it was written by Ray {about['ray']}, and installed is Ray {installed}"
+    return None
+
+
+def _retrain(process: str) -> str:
+    """Return how to get another policy."""
+    command = f"python -m rllib_pruner.train tune_configs/rl_{process}.yaml --out DIR"
+    return f"train one with `{command}`, then give the folder DIR/policy"
+
+
+def _digest(file: Path) -> str:
+    return sha256(file.read_bytes()).hexdigest()

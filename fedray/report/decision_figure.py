@@ -1,0 +1,77 @@
+"""The picture of what somebody decided along a run: density by round, and the action at each stage."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fedray.report.canvas import (
+    BLACK,
+    GREY,
+    Curve,
+    Look,
+    footnote,
+    key_of_lines,
+    log_axis,
+    paper,
+)
+from fedray.report.reading import RunData
+
+DECISIONS = "decisions.png"
+FACTOR, ACTION, ASKED = "method/factor", "method/action", "method/asked"
+MOST_RUNS = 5
+"""Seeds of a setting that are drawn; more would be a thicket."""
+
+
+def draw_decisions(looks: Sequence[Look]) -> Figure | None:
+    """Draw each run in which a policy decided, a line for each seed; None where there is none.
+
+    A triangle points down where weights were pruned, up where some were brought back, and a dot is a hold;
+    it is hollow where something milder was done than what was asked for.
+    """
+    curves: list[Curve] = []
+    figure, axes = paper()
+    for look in looks:
+        if look.name is not None:
+            runs = [run for run in look.setting.runs if FACTOR in run.rounds][:MOST_RUNS]
+            curves += [_run(axes, look, run) for run in runs][:1]  # one name for all seeds
+    if not curves:
+        return None
+    log_axis(axes, "y")
+    axes.set_ylim(top=1.3)
+    axes.set_xlim(0, max(float(curve.x[-1]) for curve in curves) * 1.02 or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("round")
+    axes.set_ylabel("density (share of prunable weights kept)")
+    marks = "▼ pruned · ▲ brought back · ● held · hollow: milder than asked · a line for each seed"
+    footnote(figure, axes, [], marks)
+    key_of_lines(figure, axes, curves)
+    return figure
+
+
+def _run(axes: Axes, look: Look, run: RunData) -> Curve:
+    """Draw one run; return its line."""
+    rounds = run.rounds
+    x, density = rounds["round"].to_numpy(float), rounds["density/global"].to_numpy(float)
+    axes.plot(
+        x, density, color=look.color, linestyle=look.stroke, linewidth=1.1, drawstyle="steps-post", alpha=0.7
+    )
+    decided = rounds.dropna(subset=[FACTOR])
+    factor = decided[FACTOR].to_numpy(float)
+    milder = (decided[ACTION] != decided[ASKED]).to_numpy(bool)
+    kinds = {"v": factor < 1, "^": factor > 1, "o": factor == 1}
+    for marker, chosen in kinds.items():
+        for hollow in (False, True):
+            shown = decided[chosen & (milder == hollow)]
+            axes.scatter(
+                shown["round"],
+                shown["density/global"],
+                marker=marker,
+                s=12 if marker == "o" else 26,
+                facecolor="white" if hollow else look.color,
+                edgecolor=BLACK if hollow else GREY,
+                linewidth=0.5,
+                zorder=4,
+            )
+    return Curve(look, x, density, density, density)

@@ -1,0 +1,203 @@
+"""What the files of a run say: the reading side of `files.py`, for reports.
+
+    directories → find_runs → load_run → RunData
+
+Runs may be finished, stopped, going on or broken. Nothing is written here, and neither torch nor a server is
+loaded.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedray.config import yaml_text
+from fedray.durable import local_path, read_mapping, scan_lines
+from fedray.errors import ConfigError, RunError
+from fedray.parquet import read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Status = Literal["finished", "stopped", "unfinished"]
+"""At its last round; ended early by a scheduler; going on, or broken."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """What the files of a run say.
+
+    Args:
+        path: the run's directory.
+        name: the directory's name.
+        label: what tells it from the runs beside it; its name until `label_runs` has seen them.
+        config: the nested config, empty where there is none.
+        rounds: a row per round, ascending; `round` and a column per metric, NaN where it was not measured.
+        client_accuracy: client, device, num_examples and accuracy of the final model; finished runs only.
+        result: the final metrics by name and `status`; finished and stopped runs only.
+    """
+
+    path: Path
+    name: str
+    label: str
+    config: dict[str, Any]
+    rounds: "pd.DataFrame"
+    client_accuracy: "pd.DataFrame | None"
+    result: dict[str, Any] | None
+
+    @cached_property
+    def clients(self) -> "pd.DataFrame | None":
+        """A row per client and round, as far as the last checkpoint; read when first asked for."""
+        return read_table(self.path / "clients.parquet")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds were made and the final model was tested."""
+        return self.status == "finished"
+
+    @property
+    def status(self) -> Status:
+        """What became of the run."""
+        if self.result is None:
+            return "unfinished"
+        return "stopped" if self.result.get("status") == "stopped" else "finished"
+
+    @property
+    def last_round(self) -> int | None:
+        """Number of rounds made; None before the first is written."""
+        return int(self.rounds["round"].iloc[-1]) if len(self.rounds) else None
+
+    @property
+    def seed(self) -> object:
+        """The run's seed; where there is no config, its own name."""
+        return self.config.get("seed", self.name)
+
+    def last(self, metric: str) -> float:
+        """Return a metric as it was last measured, or NaN."""
+        value = (self.result or {}).get(metric)
+        if value is None and metric in self.rounds:
+            measured = self.rounds[metric].dropna()
+            value = measured.iloc[-1] if len(measured) else None
+        return nan if value is None else float(value)
+
+
+def load_run(path: str | Path) -> RunData:
+    """Read a run's directory, be the run finished or not.
+
+    Raises:
+        ConfigError: if `config.yaml` cannot be read.
+        RunError: if a file is damaged; a torn last line of `rounds.jsonl` is left out.
+    """
+    folder = local_path(path)
+    config = yaml_text.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    return RunData(
+        path=folder,
+        name=folder.resolve().name,
+        label=folder.resolve().name,
+        config=config,
+        rounds=_read_rounds(folder / "rounds.jsonl"),
+        client_accuracy=read_table(folder / "client_accuracy.parquet"),
+        result=read_mapping(folder / "result.json"),
+    )
+
+
+def store_of(path: Path) -> str | None:
+    """Return the URI of the store where a run or a sweep is tracked; None where it is not.
+
+    Raises:
+        ConfigError, RunError: if a file of it cannot be read.
+    """
+    known = read_mapping(path / "mlflow.json")
+    if known is None:
+        return None
+    uri = known.get("uri")
+    if uri is None and (path / "sweep.yaml").is_file():
+        uri = yaml_text.load(path / "sweep.yaml").get("base", {}).get("tracking", {}).get("uri")
+    return None if uri is None else str(uri)
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the run directories among `paths` and below them, each once, `x-2` before `x-10`.
+
+    Raises:
+        ConfigError: if one of `paths` holds no run, with what was looked at.
+    """
+    given = [local_path(path) for path in paths]
+    found = {path: list(_runs_below(path)) for path in given}
+    empty = [path for path, runs in found.items() if not runs]
+    if empty or not given:
+        looked = "; ".join(_what_is_at(path) for path in empty) or "no directory was given"
+        raise ConfigError(
+            f"no runs found: {looked}. A run's directory holds config.yaml and rounds.jsonl; "
+            "give such a directory, a sweep's, or one above them"
+        )
+    runs = [run for path in given for run in found[path]]
+    return list({run.resolve(): run for run in reversed(runs)}.values())[::-1]
+
+
+def _runs_below(path: Path) -> Iterable[Path]:
+    for folder, below, files in os.walk(path):
+        if "config.yaml" in files or "rounds.jsonl" in files:
+            below.clear()
+            yield Path(folder)
+        # copies of the files that a tracker keeps are not further runs
+        kept = (d for d in below if not d.startswith(".") and d not in ("mlruns", "mlartifacts", "artifacts"))
+        below[:] = sorted(kept, key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _what_is_at(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist"
+    if not path.is_dir():
+        return f"{path} is a file"
+    inside = sorted(p.name for p in path.iterdir())
+    return f"{path} holds {', '.join(inside[:8]) or 'nothing'}{', …' if len(inside) > 8 else ''}"
+
+
+def scan_rounds(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Read `rounds.jsonl` as far as it is sound: round 0, 1, 2 and so on.
+
+    Returns:
+        Its rounds; and what is wrong with the next line, None if there is none or it is torn and the last.
+
+    Raises:
+        RunError: if the file cannot be read.
+    """
+    lines, problem = scan_lines(path)
+    for number, line in enumerate(lines):
+        found = line.get("round")
+        if type(found) is not int or not isinstance(line.get("metrics"), dict):
+            if problem is None and number + 1 == len(lines):
+                return lines[:number], None
+            return lines[:number], f"{path}, line {number + 1}: not a round, and not the last line"
+        if found != number:
+            return lines[:number], f"{path}, line {number + 1}: round {found} where round {number} belongs"
+    return lines, problem
+
+
+def sound_rounds(path: Path) -> list[dict[str, Any]]:
+    """Read `rounds.jsonl`.
+
+    Raises:
+        RunError: if a round is missing, stands twice, or is damaged.
+    """
+    rounds, problem = scan_rounds(path)
+    if problem is not None:
+        raise RunError(problem)
+    return rounds
+
+
+def _read_rounds(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    rows = [{"round": line["round"], **line["metrics"]} for line in sound_rounds(path)]
+    frame = pd.DataFrame(rows, columns=None if rows else ["round"]).astype(float)  # null becomes NaN
+    return frame.astype({"round": int})

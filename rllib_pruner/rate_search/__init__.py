@@ -1,0 +1,1 @@
+"""FRLP's rate search as a problem for RLlib."""

@@ -1,0 +1,1 @@
+"""The stage process as a problem for RLlib."""

@@ -1,0 +1,104 @@
+"""The stage process as something to train: in replay of logged federations, or in federations themselves."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+
+from fedray.policies import observation, stages
+from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from rllib_pruner.stages import logs
+from rllib_pruner.stages.env import StageEnv
+from rllib_pruner.stages.federations import Federations
+from rllib_pruner.stages.replay import ReplayEnv
+
+HELD_OUT = 900_000_000
+"""The first federation that a policy is judged on; logs begin lower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProcess:
+    """Decisions at the stages of a federated run.
+
+    Args:
+        federations: what federations are drawn from.
+        replay: train in the replay of logged federations, or in federations as they are played.
+        log: folder of the logged episodes; those that are missing are played first. Absolute, for Tune's
+            trials work elsewhere.
+        episodes: how many are logged.
+        first: the federation of the first one.
+        neighbours: similar stages of the log of which one is followed.
+        flops_weight: what a share of the dense model's FLOPs costs beside one of its traffic.
+        problems: held-out federations that a policy is judged on, at each of `preferences`.
+        preferences: λ of the judgement.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    name: ClassVar[str] = "stages"
+    version: ClassVar[int] = observation.VERSION
+    features: ClassVar[int] = len(observation.FEATURES)
+    actions: ClassVar[tuple[str, ...]] = stages.ACTIONS
+
+    federations: Federations = field(default_factory=Federations)
+    replay: bool = True
+    log: LocalPath = field(default_factory=lambda: Path("runs/stage_log").resolve())
+    episodes: PositiveInt = 800
+    first: NonNegativeInt = 0
+    neighbours: PositiveInt = 4
+    flops_weight: NonNegativeFloat = 0.25
+    problems: PositiveInt = 8
+    preferences: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.1, 0.3)
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Play the episodes that the log lacks, where training is by replay."""
+        if not self.replay:
+            return
+        for done in logs.collect(self.log, asdict(self.federations), self.episodes, self.first):
+            say(f"{min(done, self.episodes):,} of {self.episodes:,} federations are logged in {self.log}")
+
+    def environment(self) -> tuple[type[gymnasium.Env[Any, Any]], dict[str, Any]]:
+        """Return ReplayEnv or StageEnv, and its config."""
+        common = {"flops_weight": self.flops_weight}
+        if not self.replay:
+            return StageEnv, common | {"federations": asdict(self.federations)}
+        return ReplayEnv, common | {"log": str(self.log.resolve()), "neighbours": self.neighbours}
+
+    def judge(self, acts: Callable[[NDArray[np.float32]], NDArray[np.int64]]) -> dict[str, float]:
+        """Play held-out federations.
+
+        Returns:
+            For each λ `accuracy/λ`, `bytes/λ` (share of the dense model's) and `return/λ`, means over the
+            federations; `score` is the mean return: final accuracy − λ · (bytes + flops_weight · FLOPs).
+        """
+
+        def choose(_: int, seen: NDArray[np.float32]) -> int:
+            return int(acts(seen[None])[0])
+
+        return judged(self, choose)
+
+    def good_enough(self, measures: Mapping[str, float]) -> bool:
+        """Never: nobody knows the best return."""
+        return False
+
+
+def judged(process: StageProcess, choose: logs.Choose) -> dict[str, float]:
+    """Return what somebody who chooses comes to on the held-out federations; see `StageProcess.judge`."""
+    env = StageEnv({"federations": asdict(process.federations), "flops_weight": process.flops_weight})
+    measures: dict[str, float] = {}
+    returns = []
+    for preference in process.preferences:
+        ends = [
+            logs.play(env, HELD_OUT + number, choose, preference)[-1] for number in range(process.problems)
+        ]
+        costs = [end["spent_bytes"] + process.flops_weight * end["spent_flops"] for end in ends]
+        brought = [end["accuracy"] - preference * cost for end, cost in zip(ends, costs, strict=True)]
+        measures[f"accuracy/{preference:g}"] = float(np.mean([end["accuracy"] for end in ends]))
+        measures[f"bytes/{preference:g}"] = float(np.mean([end["spent_bytes"] for end in ends]))
+        measures[f"return/{preference:g}"] = float(np.mean(brought))
+        returns += brought
+    return measures | {"score": float(np.mean(returns))}

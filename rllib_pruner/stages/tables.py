@@ -1,0 +1,142 @@
+"""The stage agent on held-out micro-federations, beside fixed ways to prune and a bandit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedray.methods.staged import Staged
+from fedray.policies.decider import PROCESS
+from fedray.policies.observation import FEATURES, VERSION
+from fedray.policies.stages import REGROW
+from fedray.policies.trained import TrainedPolicy
+from rllib_pruner.config import TrainConfig
+from rllib_pruner.stages import logs
+from rllib_pruner.stages.env import StageEnv
+from rllib_pruner.stages.process import HELD_OUT, StageProcess
+from rllib_pruner.tables import Table
+
+FRESH = 1_000
+"""Federations of the table begin so far behind those that chose among policies in training."""
+
+PREFERENCES = (0.03, 0.1, 0.3)
+Choose = logs.Choose
+
+
+def in_order(*actions: int) -> Choose:
+    """Return somebody who takes these actions and then holds."""
+    return lambda stage, _: actions[stage] if stage < len(actions) else 0
+
+
+def cubic(density: float) -> Choose:
+    """Return somebody who follows a cubic schedule over the first eight stages, as the actions allow."""
+    return logs.scheduled(density, 8, 0.0, np.random.default_rng(0))
+
+
+FIXED: dict[str, Choose] = {
+    "dense": in_order(),
+    "0.09 at the first two stages": in_order(4, 4),
+    "0.1 in eight stages": in_order(2, 2, 2, 2, 2, 2, 2, 2),
+    "cubic to 0.02": cubic(0.02),
+    "cubic to 0.05": cubic(0.05),
+    "cubic to 0.1": cubic(0.1),
+    "cubic to 0.2": cubic(0.2),
+    "cubic to 0.1, regrown at the end": lambda stage, seen: cubic(0.1)(stage, seen) if stage < 10 else REGROW,
+}
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How the runs of somebody ended: (federations,) each, at one λ."""
+
+    accuracy: NDArray[np.float64]
+    bytes: NDArray[np.float64]
+    flops: NDArray[np.float64]
+
+    def returned(self, preference: float, flops_weight: float) -> NDArray[np.float64]:
+        """Return final accuracy − λ · (bytes + flops_weight · FLOPs)."""
+        return self.accuracy - preference * (self.bytes + flops_weight * self.flops)
+
+
+def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | None = None) -> list[Table]:
+    """Compare a policy with fixed ways to prune and with the bandit.
+
+    Args:
+        policy: its folder; None: the one that ships.
+        problems: held-out federations.
+        with_cost: also measure what a decision takes.
+        root: folder with the data sets that are downloaded; None: the default cache.
+    """
+    trained = TrainedPolicy.load(policy, PROCESS, VERSION, len(FEATURES))
+    found = [comparison(trained, process_of(trained, root), problems)]
+    return [*found, _decision(trained)] if with_cost else found
+
+
+def comparison(trained: TrainedPolicy, process: StageProcess, problems: int) -> Table:
+    """Play held-out federations with the agent, the bandit and fixed ways to prune, at each λ."""
+    options = {"flops_weight": process.flops_weight, "steepest": Staged.steepest}  # as in a run
+    env = StageEnv({"federations": asdict(process.federations), **options})
+    numbers = [HELD_OUT + FRESH + number for number in range(problems)]
+
+    def ends(choose: Callable[[], Choose], preference: float) -> Ends:
+        last = [logs.play(env, number, choose(), preference)[-1] for number in numbers]
+        return Ends(*(np.array([row[k] for row in last]) for k in ("accuracy", "spent_bytes", "spent_flops")))
+
+    rows: list[list[str]] = []
+    fixed = {name: ends(lambda c=choose: c, 0.1) for name, choose in FIXED.items()}  # type: ignore[misc]
+    for preference in PREFERENCES:
+        played = {
+            "agent": ends(lambda: lambda _, seen: trained.act(seen), preference),
+            "bandit": ends(lambda: lambda *_: env.asked_by_bandit(), preference),
+            **fixed,
+        }
+        agent = played["agent"].returned(preference, process.flops_weight)
+        rows += [_row(name, e, preference, process.flops_weight, agent) for name, e in played.items()]
+    columns = ("λ, who", "accuracy", "bytes", "return", "agent better by", "in how many")
+    note = (
+        f"{problems} federations of digits and MNIST that training never saw; bytes as a share of the dense "
+        "model's; the difference of returns ± half of the 95 % t-interval, paired by federation."
+    )
+    return Table("On held-out micro-federations", columns, rows, note)
+
+
+def process_of(trained: TrainedPolicy, root: Path | None) -> StageProcess:
+    """Return the process as the policy's own config has it, with the data sets in `root`."""
+    options = TrainConfig.from_tree(trained.about["config"], "policy.json").process.options
+    assert isinstance(options, StageProcess)
+    return replace(options, federations=replace(options.federations, root=root))
+
+
+def _row(
+    name: str, ends: Ends, preference: float, flops_weight: float, agent: NDArray[np.float64]
+) -> list[str]:
+    from fedray.report.table import mean_and_interval
+
+    brought = ends.returned(preference, flops_weight)
+    mean, half = mean_and_interval((agent - brought).tolist())
+    same = name == "agent"
+    return [
+        f"{preference:g}, {name}",
+        f"{ends.accuracy.mean():.3f}",
+        f"{ends.bytes.mean():.3f}",
+        f"{brought.mean():.3f}",
+        "" if same else f"{mean:+.3f} ±{half:.3f}",
+        "" if same else f"{(agent > brought).mean():.0%}",
+    ]
+
+
+def _decision(trained: TrainedPolicy) -> Table:
+    """Measure how long the network takes for one decision."""
+    seen = np.zeros(len(FEATURES), dtype=np.float32)
+    trained.act(seen)
+    taken: list[float] = []
+    for _ in range(200):
+        started = perf_counter()
+        trained.act(seen)
+        taken.append(1000 * (perf_counter() - started))
+    median, p95 = np.quantile(taken, (0.5, 0.95))
+    rows: Sequence[Sequence[str]] = [["stage agent", f"{median:.2f}", f"{p95:.2f}"]]
+    return Table("One decision of the network", ("who", "median ms", "95th percentile ms"), rows)

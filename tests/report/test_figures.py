@@ -1,0 +1,102 @@
+"""What is drawn, and how; numbers are worked out by hand."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from fedray.report import canvas, figures
+from fedray.report.decision_figure import DECISIONS
+from fedray.report.reading import load_run
+from fedray.report.series import settings
+from tests.report.rundirs import lines_of, staged, write_run
+
+
+def settings_of(*paths):
+    return settings([load_run(path) for path in paths])
+
+
+def test_a_line_is_the_mean_over_seeds_where_all_were_measured(tmp_path):
+    one = write_run(tmp_path / "a", {"seed": 0}, (0.1, 0.5, 0.8), up=10)
+    two = write_run(tmp_path / "b", {"seed": 1}, (0.3, None, 0.6), up=20)
+    (look,) = figures.looks_of(settings_of(one, two))
+    curve = figures.curve_of(look, "total/bytes/up", "val/accuracy")
+    assert curve is not None
+    np.testing.assert_allclose(curve.x, [0, 30])
+    np.testing.assert_allclose(curve.mean, [0.2, 0.7])
+    np.testing.assert_allclose(curve.low, [0.1, 0.6])
+    np.testing.assert_allclose(curve.high, [0.3, 0.8])
+    assert figures.curve_of(look, "round", "no/metric") is None
+
+
+def test_no_name_in_a_picture_is_cut_to_anothers(tmp_path):
+    long = dict.fromkeys(("first_option_of_a_long_name", "second_option_of_a_long_name"), 1) | {
+        "steepest": 0.0
+    }
+    changed = {name: 2 for name in long} | {"steepest": 0.5}
+    changes = [staged(**long), staged(**changed), staged(**(changed | {"steepest": 0.9}))]
+    paths = [write_run(tmp_path / f"t{number}", change) for number, change in enumerate(changes)]
+    names = [look.name for look in figures.looks_of(settings_of(*paths))]
+    assert len(set(names)) == 3 and "steepest=0.9" in (names[2] or "")
+
+
+def test_fedavg_is_black_and_the_best_have_colours(tmp_path):
+    many = canvas.MAX_NAMED + 3
+    paths = [write_run(tmp_path / "dense", accuracies=(0.1, 0.2))]
+    paths += [write_run(tmp_path / f"t{n}", staged(threshold=n), (0.1, 0.3 + n / 100)) for n in range(many)]
+    looks = figures.looks_of(settings_of(*paths))
+    named = [look for look in looks if look.name is not None]
+    assert [look.setting.label for look in looks[:4]] == [f"staged threshold={n}" for n in range(4)]
+    assert len(looks) - len(named) == 4
+    assert named[0].name == "fedavg" and named[0].color == canvas.BLACK
+    assert len({(look.color, look.stroke) for look in named}) == canvas.MAX_NAMED
+
+
+def test_density_of_clients_is_drawn_only_where_it_is_their_own(tmp_path):
+    paths = [write_run(tmp_path / name, {"model": name}) for name in ("shared", "own")]
+    for path, density in zip(paths, ((1.0, 0.5), (0.3, 0.3)), strict=True):
+        lines = lines_of((0.1, 0.5, 0.8), 1)
+        for line, server, client in zip(lines, (1.0, 0.5, 0.5), (None, *density), strict=True):
+            line["metrics"]["density/global"] = server
+            if client is not None:  # of the mask that the round began with
+                line["metrics"]["density/client_mean"] = client
+        (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shared, own = (
+        figures.curve_of(look, "round", "density/global") for look in figures.looks_of(settings_of(*paths))
+    )
+    assert shared is not None and own is not None
+    assert figures.density_of_clients(shared) is None
+    drawn = figures.density_of_clients(own)
+    assert drawn is not None
+    np.testing.assert_allclose(drawn.mean, [0.3, 0.3])
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(1, 5)), min_size=1, max_size=15))
+@examples(deadline=None, max_examples=50)
+def test_names_do_not_overlap_and_stay_in_order(things):
+    wanted = sorted(place for place, _ in things)
+    sizes = [size for _, size in things]
+    centres = canvas.spread(wanted, sizes, 100.0)
+    for (a, b), (left, right) in zip(pairwise(sizes), pairwise(centres), strict=True):
+        assert right - left >= (a + b) / 2 - 1e-9
+    assert centres[0] >= -1e-9 and centres[-1] <= 100 + 1e-9
+
+
+def test_names_with_room_stay_where_they_want():
+    assert canvas.spread([10, 50, 90], [4, 4, 4], 100) == [10, 50, 90]
+    assert canvas.spread([50, 50], [4, 4], 100) == [48, 52]
+    assert canvas.spread([100, 100], [4, 4], 100) == [96, 100]
+
+
+def test_decisions_are_drawn_where_somebody_decided(tmp_path):
+    decided = write_run(tmp_path / "a", {"method": {"name": "staged", "policy": "agent"}}, (0.1, 0.5, 0.8))
+    path = decided / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines[1]["metrics"] |= {"method/action": 2, "method/asked": 4, "method/factor": 0.75}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    plain = write_run(tmp_path / "b", staged(), (0.1, 0.5, 0.8))
+    assert DECISIONS in figures.draw(settings_of(decided, plain))
+    assert DECISIONS not in figures.draw(settings_of(plain))
