@@ -29,9 +29,9 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def tables_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what a test adds to the tables of methods, models, data sets and devices by importing a file."""
+    from fedray.config import plugins
     from fedray.costs.devices import DEVICES
     from fedray.data import DATASETS, PARTITIONS
-    from fedray.experiment import plugins
     from fedray.methods import METHODS
     from fedray.models import MODELS
 

@@ -129,8 +129,12 @@ def test_every_file_is_named_after_what_it_holds():
             "import fedray, fedray.federation.worker; [getattr(fedray, name) for name in fedray.__all__]",
             HEAVY,
         ),
+        (
+            "import fedray.report.table, fedray.report.figures, fedray.report.reading",
+            {"torch", "ray", "mlflow", "sklearn", "torchvision"},
+        ),
     ],
-    ids=["the command line", "all public names and a worker"],
+    ids=["the command line", "all public names and a worker", "reports"],
 )
 def test_importing_loads_nothing_heavy(code: str, unwanted: set[str]):
     code += f"; import sys; print(*sorted({unwanted!r} & set(sys.modules)))"
