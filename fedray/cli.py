@@ -115,10 +115,10 @@ def resume(
     """Continue a run or a sweep that ended early, or give a run more rounds."""
     _import(imports)
     from fedray.durable import local_path
-    from fedray.experiment.files import RunFiles
     from fedray.experiment.resuming import resumed_config
     from fedray.experiment.run import finished_result
     from fedray.experiment.run import resume as go_on
+    from fedray.storage.run_files import RunFiles
 
     directory, changes = local_path(directory), overrides or []
     if (directory / "sweep.yaml").is_file():

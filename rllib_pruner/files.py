@@ -20,9 +20,9 @@ from fedray import durable
 from fedray.config import yaml_text
 from fedray.durable import local_path, shown
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import sealed
-from fedray.experiment.directory import take
 from fedray.experiment.provenance import flatten
+from fedray.storage import sealed
+from fedray.storage.directory import take
 from rllib_pruner.config import TrainConfig
 
 KEPT_CHECKPOINTS = 2

@@ -18,8 +18,8 @@ from rich.console import Console
 from fedray.durable import local_path
 from fedray.errors import ConfigError, FedrayError
 from fedray.experiment.cluster import start_ray
-from fedray.experiment.directory import take_next
 from fedray.policies.trained import shipped
+from fedray.storage.directory import take_next
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
 from rllib_pruner.training import resume as go_on

@@ -14,10 +14,10 @@ import pytest
 from fedray import durable
 from fedray.durable import local_path, on_disk
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.files import RunFiles
 from fedray.experiment.run import resume, run
 from fedray.report.reading import find_runs, load_run
 from fedray.report.table import write_report
+from fedray.storage.run_files import RunFiles
 from tests.experiment import tiny
 
 

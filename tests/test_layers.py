@@ -1,13 +1,15 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli → rllib_pruner → fedray → experiment → report → config → methods → policies → federation →
+cli → rllib_pruner → fedray → experiment → storage → report → config → methods → policies → federation →
 pruning · costs · models · data → the ground floor
 """
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ FLOORS = (
     {"methods"},
     {"config"},
     {"report"},
+    {"storage"},
     {"experiment"},
     {"fedray"},
     {"rllib_pruner"},
@@ -114,6 +117,34 @@ def test_every_module_imports_only_what_its_floor_may():
 def test_every_part_of_the_package_has_its_floor():
     placed = {part for part in FLOOR if part not in ("fedray", "rllib_pruner")}
     assert {name.split(".")[1] for name, _ in modules() if name.startswith("fedray.")} == placed
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    names = {name for name, _ in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        targets = imports(ast.parse(path.read_text(encoding="utf-8")), package)
+        found = {owner(target, names) for target, lazy, typing in targets if not (lazy or typing)}
+        graph[name] = found - {None, name, "fedray"}  # type: ignore[assignment]
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def owner(target: str, names: set[str]) -> str | None:
+    """Return the module of ours that a dotted name belongs to."""
+    while target and target not in names:
+        target = target.rpartition(".")[0]
+    return target or None
+
+
+def test_no_room_is_too_large():
+    lines: Counter[str] = Counter()
+    for name, path in modules():
+        parts = path.relative_to(ROOT).parts
+        room = "/".join(parts[:-1]) if len(parts) > 2 else name
+        lines[room] += len(path.read_text(encoding="utf-8").splitlines())
+    total = lines.total()
+    assert not {room: f"{count / total:.0%}" for room, count in lines.items() if count > 0.15 * total}
 
 
 def test_every_file_is_named_after_what_it_holds():

@@ -12,10 +12,10 @@ from fedray.config.overrides import Tree, origin, override_tree, parse_overrides
 from fedray.config.run_config import TABLES, RunConfig, decisive
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import sealed
-from fedray.experiment.checkpoint import Stored, difference
-from fedray.experiment.files import RunFiles
 from fedray.experiment.provenance import flatten
+from fedray.storage import sealed
+from fedray.storage.checkpoint import Stored, difference
+from fedray.storage.run_files import RunFiles
 from fedray.types import Layout
 
 MAY_CHANGE = (

@@ -23,11 +23,7 @@ from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Splits
 from fedray.durable import local_path, remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
-from fedray.experiment import checkpoint as stored
-from fedray.experiment.checkpoint import Stored
 from fedray.experiment.dealing import check_pairs, dealt, loaded
-from fedray.experiment.directory import Lock, check_free, take_next
-from fedray.experiment.files import RunFiles
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.placement import pool_for, reach
 from fedray.experiment.provenance import declared
@@ -40,6 +36,10 @@ from fedray.federation.population import Population
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
 from fedray.randomness import generator, seed_sequence
+from fedray.storage import checkpoint as stored
+from fedray.storage.checkpoint import Stored
+from fedray.storage.directory import Lock, check_free, take_next
+from fedray.storage.run_files import RunFiles
 from fedray.types import RoundReport
 
 if TYPE_CHECKING:

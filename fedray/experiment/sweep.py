@@ -23,11 +23,8 @@ from fedray.config.tune_config import OWN, first_rung, tune_config
 from fedray.costs.devices import DEVICES
 from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError, RunError, nearest
-from fedray.experiment import sealed
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.dealing import check_data
-from fedray.experiment.directory import Lock, check_free, take, take_next
-from fedray.experiment.files import RunFiles
 from fedray.experiment.interrupt import Stop, signals
 from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
 from fedray.experiment.run import RUNS, resume, run
@@ -36,6 +33,9 @@ from fedray.experiment.sync import mend
 from fedray.experiment.tracked import Tracking
 from fedray.experiment.tracking import RunStatus, finish_parent, parent_run, prepare_store
 from fedray.experiment.tune import end_if_asked, fit, room
+from fedray.storage import sealed
+from fedray.storage.directory import Lock, check_free, take, take_next
+from fedray.storage.run_files import RunFiles
 from fedray.types import Direction, RoundReport
 
 logger = logging.getLogger(__name__)

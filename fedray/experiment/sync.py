@@ -13,9 +13,6 @@ from pathlib import Path
 from fedray.config.run_config import RunConfig
 from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import sealed
-from fedray.experiment.directory import Lock
-from fedray.experiment.files import RunFiles
 from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
 from fedray.experiment.tracking import (
     PARENT,
@@ -25,6 +22,9 @@ from fedray.experiment.tracking import (
     parent_run,
     prepare_store,
 )
+from fedray.storage import sealed
+from fedray.storage.directory import Lock
+from fedray.storage.run_files import RunFiles
 
 logger = logging.getLogger(__name__)
 

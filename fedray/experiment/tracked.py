@@ -11,10 +11,10 @@ from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS
 from fedray.durable import shown
 from fedray.errors import RunError
-from fedray.experiment.directory import LOCK
-from fedray.experiment.files import RunFiles
 from fedray.experiment.provenance import declared, run_tags
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.storage.directory import LOCK
+from fedray.storage.run_files import RunFiles
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)

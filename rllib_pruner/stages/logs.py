@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from fedray.config.overrides import plain_copy
 from fedray.durable import local_path, on_disk
 from fedray.errors import RunError
-from fedray.experiment import sealed
-from fedray.experiment.directory import Lock
 from fedray.experiment.provenance import flatten
 from fedray.parquet import read_table, write_table
 from fedray.policies import observation
 from fedray.policies.observation import FEATURES
 from fedray.policies.stages import ACTIONS, FACTORS, GROWTH
 from fedray.pruning.schedules import cubic
+from fedray.storage import sealed
+from fedray.storage.directory import Lock
 from rllib_pruner.stages.env import StageEnv
 from rllib_pruner.stages.federations import STAGES
 

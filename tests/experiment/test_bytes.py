@@ -2,7 +2,7 @@
 
 import fedray
 from fedray.config.run_config import RunConfig
-from fedray.experiment.files import RunFiles
+from fedray.storage.run_files import RunFiles
 
 BASE = {
     "rounds": 4,

@@ -18,13 +18,13 @@ import torch
 import fedray
 from fedray.config import yaml_text
 from fedray.config.run_config import RunConfig
-from fedray.experiment.files import RunFiles
 from fedray.experiment.interrupt import signals
 from fedray.experiment.run import Federation
 from fedray.experiment.tracking import prepare_store
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.methods import METHODS
+from fedray.storage.run_files import RunFiles
 from fedray.types import ClientUpdate, Params, RoundReport, Task
 from tests.experiment import tiny
 
@@ -340,7 +340,7 @@ def test_with_clients_on_ray_too(number: signal.Signals, to_all: bool, tmp_path:
 @pytest.mark.slow
 def test_the_second_signal_ends_the_command_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
-        "import time\nfrom fedray.experiment.files import RunFiles\n"
+        "import time\nfrom fedray.storage.run_files import RunFiles\n"
         "save = RunFiles.save\n"
         "def slowly(self, *a):\n    save(self, *a)\n    (self.path / 'saving').touch()\n    time.sleep(300)\n"
         "RunFiles.save = slowly\n"

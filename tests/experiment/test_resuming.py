@@ -15,14 +15,14 @@ import pytest
 from fedray.config import plugins
 from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError, MethodError, RunError
-from fedray.experiment import checkpoint as stored
-from fedray.experiment.directory import Lock
-from fedray.experiment.files import RunFiles
 from fedray.experiment.resuming import check_rounds
 from fedray.experiment.run import resume, run
 from fedray.methods import METHODS
 from fedray.models import MODELS
 from fedray.report.reading import load_run
+from fedray.storage import checkpoint as stored
+from fedray.storage.directory import Lock
+from fedray.storage.run_files import RunFiles
 from tests.experiment import tiny
 
 STAGED = {"name": "staged", "density": 0.3, "stages": 2}
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_run_is_refused(copy, tmp_path):
 
 
 def test_a_checkpoint_of_another_version_is_refused(copy, monkeypatch):
-    monkeypatch.setattr("fedray.experiment.checkpoint.metadata.version", lambda name: "9.9.9")
+    monkeypatch.setattr("fedray.storage.checkpoint.metadata.version", lambda name: "9.9.9")
     with pytest.raises(RunError, match=r"was written by fedray \S+, and this is fedray 9\.9\.9"):
         resume(copy)
 
@@ -421,7 +421,7 @@ def test_a_crash_while_a_run_gets_more_rounds_loses_nothing(tmp_path, monkeypatc
 # ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-LOCKED = "import time; from pathlib import Path; from fedray.experiment.directory import Lock"
+LOCKED = "import time; from pathlib import Path; from fedray.storage.directory import Lock"
 
 
 def test_a_run_that_is_running_is_not_resumed(tmp_path):

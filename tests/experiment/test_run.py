@@ -15,11 +15,11 @@ import fedray
 from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset
 from fedray.errors import ClientError, ConfigError, DataError
-from fedray.experiment.directory import check_free, numbered
-from fedray.experiment.files import RunFiles
 from fedray.experiment.run import ACCURACY_CLIENTS, Federation, History, resume, run
 from fedray.federation.worker import Workplace
 from fedray.methods import METHODS
+from fedray.storage.directory import check_free, numbered
+from fedray.storage.run_files import RunFiles
 from fedray.types import METRICS, RoundReport
 from tests.experiment import tiny
 
@@ -296,7 +296,7 @@ def test_runs_that_start_at_once_get_directories_of_their_own(in_tmp, monkeypatc
             barrier.wait()
         return path
 
-    monkeypatch.setattr("fedray.experiment.directory.numbered", number)
+    monkeypatch.setattr("fedray.storage.directory.numbered", number)
     config, histories = tiny.config(rounds=1), list[History]()
     threads = [threading.Thread(target=lambda: histories.append(run(config))) for _ in range(starters)]
     for thread in threads:

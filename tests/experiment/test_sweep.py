@@ -16,10 +16,10 @@ import pytest
 
 from fedray.config import yaml_text
 from fedray.errors import ConfigError
-from fedray.experiment.files import RunFiles
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import resume_sweep, sweep
 from fedray.experiment.tracking import prepare_store
+from fedray.storage.run_files import RunFiles
 
 BASE: dict[str, Any] = {
     "rounds": 4,

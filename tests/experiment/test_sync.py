@@ -14,10 +14,11 @@ import pytest
 import fedray
 from fedray.cli import app
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import sealed, tracking
-from fedray.experiment.directory import Lock
+from fedray.experiment import tracking
 from fedray.experiment.sync import sync
 from fedray.experiment.tracking import prepare_store
+from fedray.storage import sealed
+from fedray.storage.directory import Lock
 from fedray.types import RoundReport
 from tests.experiment import tiny
 

@@ -56,7 +56,7 @@ def write_run(
     status="finished",
     clients=8,
 ):
-    """Make a run's directory as `fedray.experiment.files` would; `status=None` is a run that goes on."""
+    """Make a run's directory as `fedray.storage.run_files` would; `status=None` is a run that goes on."""
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml_text.dump(config_of(dict(changes))), encoding="utf-8")
     lines = lines_of(accuracies, up, density)

@@ -14,9 +14,9 @@ import pytest
 from mlflow import MlflowClient
 
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.directory import Lock
 from fedray.policies.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS
 from fedray.policies.trained import TrainedPolicy, policy_problem
+from fedray.storage.directory import Lock
 from rllib_pruner import training
 from rllib_pruner.config import Plan, TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedray.errors import RunError
-from fedray.experiment.directory import Lock
+from fedray.storage.directory import Lock
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.federations import Federations
 

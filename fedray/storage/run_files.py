@@ -27,13 +27,13 @@ from fedray.config import yaml_text
 from fedray.config.overrides import Tree
 from fedray.durable import local_path, read_mapping, shown
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import checkpoint as stored
-from fedray.experiment import sealed
-from fedray.experiment.checkpoint import Damaged, Stored
-from fedray.experiment.directory import take
 from fedray.federation.server import Checkpoint
 from fedray.parquet import read_table, write_table
 from fedray.report.reading import scan_rounds, sound_rounds
+from fedray.storage import checkpoint as stored
+from fedray.storage import sealed
+from fedray.storage.checkpoint import Damaged, Stored
+from fedray.storage.directory import take
 from fedray.types import ClientRecord, Params, RoundReport
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 from fedray.config.overrides import Tree
 from fedray.durable import replacing
 from fedray.errors import MethodError, RunError
-from fedray.experiment.values import Checker, Reader, Unreadable, Unwritable, Writer
 from fedray.federation.server import Checkpoint
+from fedray.storage.values import Checker, Reader, Unreadable, Unwritable, Writer
 from fedray.types import Layout, ServerState
 
 FORMAT = 1

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.directory import check_free, numbered
-from fedray.experiment.files import RunFiles
 from fedray.experiment.run import resume, run
 from fedray.federation.server import Checkpoint
+from fedray.storage.directory import check_free, numbered
+from fedray.storage.run_files import RunFiles
 from fedray.types import ClientRecord, Cost, Layout, Mask, Params, RoundReport, ServerState
 from tests.experiment import tiny
 
@@ -107,7 +107,7 @@ def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path, monkeypatch
         check_free(path)
         barrier.wait()
 
-    monkeypatch.setattr("fedray.experiment.directory.check_free", check)
+    monkeypatch.setattr("fedray.storage.directory.check_free", check)
 
     def start() -> None:
         try:

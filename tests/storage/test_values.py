@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.experiment.values import Reader, Unreadable, Unwritable, Writer
+from fedray.storage.values import Reader, Unreadable, Unwritable, Writer
 from fedray.types import Layout, Mask, Params
 
 LAYOUT = Layout(names=("w", "b"), shapes=((2, 2), (2,)), prunable=(True, False), trainable=(True, True))
@@ -223,7 +223,7 @@ def test_what_cannot_be_written_is_named_with_its_place(value, message):
     ("old", "new", "message"),
     [
         (":Memory", ":Memoir", r"the class Memoir of the module tests\.\S+ is not there"),
-        ("tests.experiment.test_values", "tests.gone", r"of the module tests\.gone is not there"),
+        ("tests.storage.test_values", "tests.gone", r"of the module tests\.gone is not there"),
         (":Memory", ":LAYOUT", r"LAYOUT of the module \S+ is not a class"),
         (":Memory", ":Phase", r"the class \S+:Phase has the fields none; written were events, losses"),
         ('"losses"', '"loss"', r"has the fields events, losses, .*; written were events, loss,"),
