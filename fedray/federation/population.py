@@ -104,8 +104,8 @@ def wait_for_all(
 
 
 def none_came(asked: int) -> RunError:
-    """Return the error that says that none of the clients that were asked was ever there."""
-    return RunError(_nobody(f"the {asked:,} that the method asks"))
+    """Return the error for an exchange none of whose clients ever became available."""
+    return RunError(_nobody(f"the {asked:,} asked"))
 
 
 def _nobody(who: str) -> str:
@@ -113,32 +113,3 @@ def _nobody(who: str) -> str:
         f"no client is available: {who} were away in {LOOKS} looks, one every {LOOK_AGAIN_S:g} simulated s; "
         "take devices with a higher availability into clients.devices, or more clients"
     )
-
-
-def draw_cohort(
-    population: Population,
-    cohort: int,
-    over_selection: float,
-    predicted_seconds: Callable[[int], float],
-    rng: np.random.Generator,
-) -> tuple[tuple[int, ...], float]:
-    """Draw `cohort` clients; with over-selection draw more, and keep those that are predicted to be fastest.
-
-    Args:
-        population: who there is.
-        cohort: how many are wanted.
-        over_selection: 0.3 draws 30 % more.
-        predicted_seconds: client → seconds its part will take; asked only with over-selection.
-        rng: the round's generator.
-
-    Returns:
-        The cohort's ids, sorted; and the simulated seconds waited until any client was there.
-
-    Raises:
-        RunError: if no client is ever available.
-    """
-    extra = min(len(population), round(cohort * (1 + over_selection)))
-    drawn, waited_s = wait_for_any(population, extra, rng)
-    if len(drawn) > cohort:
-        drawn = tuple(sorted(sorted(drawn, key=lambda k: (predicted_seconds(k), k))[:cohort]))
-    return drawn, waited_s

@@ -1,7 +1,7 @@
 """Client samplers: step 1 of a round, who takes part.
 
-A sampler draws the cohort and learns from its records. It is a frozen dataclass of options; the server keeps its
-memory in the checkpoint. No sampler walks over all registered clients in a round.
+A sampler draws the cohort and learns from its records. It is a frozen dataclass of options; the server
+keeps its memory in the checkpoint. No sampler walks over all registered clients in a round.
 
 A new sampler subclasses `Sampler`, and a line in `SAMPLERS` gives it a name for `clients.sampler.name`.
 """
@@ -12,56 +12,109 @@ from math import ceil, inf, isfinite, log
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import torch
 from pydantic import ConfigDict, Field
 
-from fedray.federation.population import Population
-from fedray.types import ClientRecord, NonNegativeFloat, PositiveFloat, PositiveInt
+from fedray.errors import MethodError
+from fedray.federation.client import Client
+from fedray.federation.population import Population, sample, wait_for_any
+from fedray.types import (
+    ClientRecord,
+    ClientUpdate,
+    Fraction,
+    Mask,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Task,
+)
 
 Ids = tuple[int, ...]
 
+Share = Annotated[float, Field(gt=0, le=1)]
 
-@dataclass(frozen=True)
+MOST_OVER_SELECTION = 1000
+
+
+@dataclass
 class SamplerContext:
     """What a sampler may look at, draw and ask for in one round.
 
     Args:
         round: the round, from 1.
-        cohort: clients whose training is asked for.
+        cohort: number of clients that the round should train.
         clients: all registered clients; looking one up is cheap, walking over all of them is not.
         rng: the round's generator for sampling.
-        available: number → up to this many different clients that are available now, drawn uniformly; their
-            ids, sorted. The server waits until at least one is available, and charges the wait.
         predicted_seconds: client → simulated seconds that its part of the round will take.
         losses: clients → mean loss of the current model on the examples of each. The server sends the model,
-            each client makes one forward pass; all of it is metered. A client that does not answer is missing.
+            each client makes one forward pass, and all of it is metered. A client without an answer is
+            missing.
+
+    Attributes:
+        present: clients found available in this round.
+        waited_s: simulated seconds that the server waited for the first available client.
     """
 
     round: int
     cohort: int
     clients: Population
     rng: np.random.Generator
-    available: Callable[[int], Ids]
     predicted_seconds: Callable[[int], float]
     losses: Callable[[Sequence[int]], Mapping[int, float]]
+    present: set[int] = field(default_factory=set, init=False)
+    waited_s: float = field(default=0.0, init=False)
+
+    def available(self, count: int) -> Ids:
+        """Draw up to `count` different available clients, uniformly; their ids, sorted.
+
+        The server waits until at least one client is available, and charges the wait.
+
+        Raises:
+            RunError: if no client becomes available.
+        """
+        count = min(count, len(self.clients))
+        if self.present:
+            drawn = sample(self.clients, count, self.rng)
+        else:
+            drawn, waited_s = wait_for_any(self.clients, count, self.rng)
+            self.waited_s += waited_s
+        self.present.update(drawn)
+        return drawn
 
     def is_available(self, client: int) -> bool:
-        """Draw whether a client is available now."""
-        return bool(self.rng.random() < self.clients.fleet.availability[client])
+        """Draw whether a client is available now; one found available stays so for the round."""
+        if client not in self.present and self.rng.random() < self.clients.fleet.availability[client]:
+            self.present.add(client)
+        return client in self.present
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Uniform among the available clients; the base of every sampler."""
+    """Uniform among the available clients; the base class of every sampler."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     citation: ClassVar[str] = "McMahan et al., AISTATS 2017"
 
     def draw(self, memory: Any, ctx: SamplerContext) -> Ids:
-        """Return the cohort: up to `ctx.cohort` different ids."""
+        """Return the cohort: different ids, at least one.
+
+        For a client that neither `ctx.available` nor `ctx.is_available` found, the server waits until it is
+        available, and charges the wait.
+
+        Args:
+            memory: the result of the last `learn`; None in the first round.
+            ctx: what a sampler may use.
+        """
         return ctx.available(ctx.cohort)
 
     def learn(self, memory: Any, records: Sequence[ClientRecord], round: int) -> Any:
-        """Return the memory after a round, given the record of each client of its cohort."""
+        """Return the memory after a round: a new object, never the old one changed.
+
+        Args:
+            memory: before the round.
+            records: one for each client of the cohort, with its fate, cost and training loss.
+            round: the round that ended.
+        """
         return memory
 
 
@@ -75,12 +128,11 @@ class Fastest(Sampler):
 
     citation: ClassVar[str] = "Bonawitz et al., MLSys 2019"
 
-    over_selection: NonNegativeFloat = 0.3
+    over_selection: Annotated[NonNegativeFloat, Field(le=MOST_OVER_SELECTION)] = 0.3
 
     def draw(self, memory: Any, ctx: SamplerContext) -> Ids:
         """Return the fastest of the clients drawn."""
-        drawn = ctx.available(min(len(ctx.clients), round(ctx.cohort * (1 + self.over_selection))))
-        return fastest(drawn, ctx)
+        return fastest(ctx.available(round(ctx.cohort * (1 + self.over_selection))), ctx)
 
 
 @dataclass(frozen=True)
@@ -195,14 +247,14 @@ class Oort(Sampler):
 
     citation: ClassVar[str] = "Lai et al., OSDI 2021"
 
-    exploration: Annotated[float, Field(ge=0, le=1)] = 0.9
-    exploration_decay: Annotated[float, Field(gt=0, le=1)] = 0.98
-    exploration_min: Annotated[float, Field(ge=0, le=1)] = 0.2
+    exploration: Fraction = 0.9
+    exploration_decay: Share = 0.98
+    exploration_min: Fraction = 0.2
     penalty: NonNegativeFloat = 2.0
     pacer_rounds: PositiveInt = 20
     pacer_step_s: PositiveFloat | None = None
-    cut_off: Annotated[float, Field(gt=0, le=1)] = 0.95
-    clip: Annotated[float, Field(gt=0, le=1)] = 0.95
+    cut_off: Share = 0.95
+    clip: Share = 0.95
     most_times: PositiveInt | None = None
     scaled: bool = True
 
@@ -289,6 +341,38 @@ def fastest(drawn: Sequence[int], ctx: SamplerContext) -> Ids:
     if len(drawn) <= ctx.cohort:
         return tuple(drawn)
     return tuple(sorted(sorted(drawn, key=lambda k: (ctx.predicted_seconds(k), k))[: ctx.cohort]))
+
+
+def expect_cohort(drawn: object, sampler: Sampler, population: int) -> Ids:
+    """Return a sampler's cohort as sorted ids.
+
+    Raises:
+        MethodError: if it is empty, or holds anything but different ids of registered clients.
+    """
+    name = f"clients.sampler: the cohort that {type(sampler).__name__}.draw returned"
+    if not isinstance(drawn, Sequence) or not all(isinstance(k, int | np.integer) for k in drawn):
+        raise MethodError(f"{name} is {str(drawn)[:60]}; return a tuple of client ids")
+    ids = sorted(map(int, drawn))
+    if not ids:
+        raise MethodError(f"{name} is empty; return one client or more, e.g. from ctx.available(ctx.cohort)")
+    if len(set(ids)) < len(ids):
+        twice = sorted({k for k in ids if ids.count(k) > 1})
+        raise MethodError(f"{name} holds clients {twice[:5]} more than once")
+    if ids[0] < 0 or ids[-1] >= population:
+        unknown = [k for k in ids if not 0 <= k < population]
+        raise MethodError(f"{name} holds clients {unknown[:5]}; the registered ones are 0 … {population - 1}")
+    return tuple(ids)
+
+
+def loss_of_model(task: Task, client: Client) -> ClientUpdate:
+    """ON THE DEVICE: the mean loss of the task's model on the client's examples; no weights are sent."""
+    silent = ClientUpdate(task.params, Mask.none(task.mask.layout))
+    if not client.num_examples:
+        return silent
+    loss = torch.tensor(client.evaluate(task.params, task.mask).loss, dtype=torch.float32)
+    # the server leaves out an update that is not finite; a loss of NaN or infinity arrives as the largest
+    largest = torch.finfo(torch.float32).max
+    return replace(silent, each={"loss": torch.nan_to_num(loss, nan=largest, posinf=largest)})
 
 
 def _as_worst(loss: float) -> float:

@@ -14,10 +14,11 @@ memories, the mask that each client holds and the running totals: together they 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ from fedray.federation.client import Client, ClientFunction, Outcome, norm_stati
 from fedray.federation.density import above_asked, emptied
 from fedray.federation.method import ServerContext, check_mask
 from fedray.federation.pool import ClientPool, one_thread
-from fedray.federation.population import draw_cohort, none_came, wait_for_all, wait_for_any
+from fedray.federation.population import none_came, wait_for_all, wait_for_any
+from fedray.federation.sampling import Ids, Sampler, SamplerContext, expect_cohort, loss_of_model
 from fedray.federation.worker import (
     OWN_NORMS,
     Chunk,
@@ -58,6 +60,7 @@ from fedray.types import (
     Task,
 )
 
+UNIFORM = Sampler()
 SERVER = -1
 """The server's id where it acts as a client of its own."""
 
@@ -71,16 +74,16 @@ class Schedule:
         cohort: clients whose training is asked for in a round.
         eval_every: rounds between evaluations on validation data; the last round always has one.
         chunk: clients that are folded together; None makes at most 16 chunks of a cohort.
-        over_selection: share of the cohort that is drawn in excess; the fastest are kept.
         groups: device names whose clients are trained by workers of their own; all others are group 0.
+        sampler: draws the cohort of each round.
     """
 
     rounds: int
     cohort: int
     eval_every: int = 1
     chunk: int | None = None
-    over_selection: float = 0.0
     groups: tuple[str, ...] = ()
+    sampler: Sampler = UNIFORM
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Checkpoint:
         holds: client → digest of the mask that it decoded last.
         totals: what was spent so far, by metric.
         rounds_matter: whether a hook has asked how many rounds are planned: the state then depends on it.
+        sampler: the sampler's memory: the result of its last `learn`, or None.
     """
 
     state: ServerState
@@ -109,6 +113,7 @@ class Checkpoint:
     holds: dict[int, bytes] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
     rounds_matter: bool = False
+    sampler: Any = None
 
     def snapshot(self) -> "Checkpoint":
         """Return a copy that the next round does not change: its parts are replaced, never written into."""
@@ -180,21 +185,15 @@ class Server:
         started, self._accounts = time.perf_counter(), Accounts()
         state, method = self.state, self.method
 
-        # 1 SAMPLE: available clients, the fastest of those over-selected
-        cohort, waited_s = draw_cohort(
-            self.population,
-            self.schedule.cohort,
-            self.schedule.over_selection,
-            self._predicted_seconds,
-            generator(self.place.seed, "sample", state.round),
-        )
-        self._accounts.found(cohort, waited_s)
+        # 1 SAMPLE: the sampler draws the cohort
+        cohort = self._sample()
 
         # 2 CONFIGURE: what each client gets; equal tasks are sent as one
         tasks = {client: method.configure(state, self.population[client]) for client in cohort}
 
         # 3 TRAIN: on the devices; bytes, FLOPs and seconds are metered on the way
         update = self._exchange(method.client_update, tasks, training=True)
+        self._learn(update)
 
         # 4 AGGREGATE: the mask-aware mean of the updates that count
         state = self._keep_norms(state, method.aggregate(state, update))
@@ -234,6 +233,34 @@ class Server:
             return self.pool.evaluate(task, examples)
 
     # ── what the six steps stand on ──────────────────────────────────────────────────────────────────────
+
+    def _sample(self) -> Ids:
+        """Let the sampler draw the cohort; wait for drawn clients whose availability it did not ask."""
+        sampler, accounts = self.schedule.sampler, self._accounts
+        context = SamplerContext(
+            round=self.state.round,
+            cohort=self.schedule.cohort,
+            clients=self.population,
+            rng=generator(self.place.seed, "sample", self.state.round),
+            predicted_seconds=self._predicted_seconds,
+            losses=self._losses,
+        )
+        cohort = expect_cohort(sampler.draw(self.checkpoint.sampler, context), sampler, len(self.population))
+        accounts.found(context.present.intersection(cohort), context.waited_s)
+        return self._wait_for(cohort)
+
+    def _learn(self, cohort: CohortUpdate) -> None:
+        """Let the sampler learn from the records of its cohort."""
+        memory, round = self.checkpoint.sampler, self.state.round
+        self.checkpoint.sampler = self.schedule.sampler.learn(memory, cohort.records, round)
+
+    def _losses(self, clients: Sequence[int]) -> dict[int, float]:
+        """Ask clients for the loss of the current model on their examples; charge the round for it."""
+        there = self._wait_for(clients)
+        task = Task(self.model, self.state.mask)
+        answer = self._exchange(loss_of_model, dict.fromkeys(there, task))
+        self._accounts.asked += answer.cost
+        return {client: float(sent["loss"]) for client, sent in answer.each.items()}
 
     def _exchange(
         self,
@@ -409,18 +436,28 @@ class Server:
         )
 
     def _when_there(self, tasks: Mapping[int, Task]) -> Mapping[int, Task]:
-        """Wait for the clients that were not there yet in this round; return the tasks of those who come."""
+        """Wait for clients as `_wait_for` does; return the tasks of those who come."""
+        if not tasks:
+            return tasks
         reject_unknown(tasks, len(self.population))
+        return {client: tasks[client] for client in self._wait_for(tasks)}
+
+    def _wait_for(self, clients: Collection[int]) -> Ids:
+        """Wait for clients that were not available yet in this round; return those who come, as ordered.
+
+        Raises:
+            RunError: if none of them comes.
+        """
         accounts, seed, round = self._accounts, self.place.seed, self.state.round
-        missing = sorted(tasks.keys() - accounts.present)
+        missing = sorted(set(clients) - accounts.present)
         came, waited_s = wait_for_all(
             self.population, missing, lambda client: generator(seed, "wait", round, client)
         )
         accounts.found(came, waited_s)
         accounts.absent += sorted(set(missing) - set(came))
-        there = {client: task for client, task in tasks.items() if client in accounts.present}
-        if tasks and not there:
-            raise none_came(len(tasks))
+        there = tuple(client for client in clients if client in accounts.present)
+        if not there:
+            raise none_came(len(clients))
         return there
 
     def _as_client(self) -> Client:

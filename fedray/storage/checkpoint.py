@@ -116,6 +116,7 @@ def _encode(
             for client, memory in checkpoint.memories.items()
             if clients is None or client in clients
         ]
+        contents["sampler"] = writer.encode(checkpoint.sampler, "the memory of the sampler")
     except Unwritable as error:
         raise MethodError(f"{method}: {error}") from None
     except RecursionError:
@@ -166,8 +167,9 @@ def _read(path: Path, file: BinaryIO) -> Stored:
     reader = Reader(buffer)
     state = ServerState(**{name: reader.decode(node) for name, node in head["state"].items()})
     memories = {client: reader.decode(node) for client, node in head["memories"]}
+    sampler = reader.decode(head.get("sampler"))  # absent in files written before there were samplers
     rest = {name: reader.decode(head[name]) for name in ("holds", "totals", "rounds_matter")}
-    return Stored(path, Checkpoint(state, memories, **rest), head["config"])
+    return Stored(path, Checkpoint(state, memories, **rest, sampler=sampler), head["config"])
 
 
 def _head(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:

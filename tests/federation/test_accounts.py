@@ -11,6 +11,7 @@ from fedray.costs.extras import extras_size
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
+from fedray.federation.sampling import Fastest
 from fedray.federation.server import Schedule
 from fedray.federation.worker import Rules
 from fedray.types import METRICS, ClientUpdate, RoundReport, ServerState, Task
@@ -210,6 +211,6 @@ def test_over_selection_keeps_those_who_will_be_fastest(method: Method):
     (_, everybody) = small.run(small.server(method, schedule=Schedule(rounds=1, cohort=6), **options))
     seconds = {record.client: record.cost.seconds for record in everybody.clients}
     for cohort in range(1, 6):
-        schedule = Schedule(rounds=1, cohort=cohort, over_selection=6.0)
+        schedule = Schedule(rounds=1, cohort=cohort, sampler=Fastest(over_selection=6.0))
         (_, report) = small.run(small.server(method, schedule=schedule, **options))
         assert {r.client for r in report.clients} == set(sorted(seconds, key=seconds.__getitem__)[:cohort])

@@ -139,7 +139,7 @@ def test_a_client_that_never_comes_is_missing_and_named():
     report = server.setup()
     assert [record.client for record in answers[0].folded] == [0, 2]
     assert any("2 client(s) were asked and never came: [1, 3]" in note for note in report.notes)
-    with pytest.raises(RunError, match="no client is available: the 4 that the method asks"):
+    with pytest.raises(RunError, match="no client is available: the 4 asked were away"):
         small.server(Hooked(at_setup=ask), clients=4, devices=[gone]).setup()
 
 

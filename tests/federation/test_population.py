@@ -17,7 +17,6 @@ from fedray.federation.population import (
     LOOK_AGAIN_S,
     LOOKS,
     Population,
-    draw_cohort,
     sample,
     wait_for_all,
     wait_for_any,
@@ -37,10 +36,6 @@ def population(size: int, availability: Sequence[float] = (1.0,)) -> Population:
 
 def rng(seed: int = 0) -> np.random.Generator:
     return generator(seed, "sample", 1)
-
-
-def never(client: int) -> float:
-    raise AssertionError(f"asked how long client {client} takes")
 
 
 # ── who there is ─────────────────────────────────────────────────────────────────────────────────────────
@@ -157,54 +152,6 @@ def test_nobody_is_looked_up_twice(availability: float):
     sample(everybody, 40, rng())
     assert len(asked) == len(set(asked))
     assert len(asked) == (50 if availability < 1 else 40)
-
-
-# ── the cohort of a round ────────────────────────────────────────────────────────────────────────────────
-
-
-def test_without_over_selection_nobody_is_timed():
-    everybody = population(100)
-    assert draw_cohort(everybody, 7, 0.0, never, rng()) == (sample(everybody, 7, rng()), 0.0)
-
-
-def test_over_selection_keeps_the_fastest():
-    everybody = population(100)
-    drawn = sample(everybody, 10, rng())
-    asked: list[int] = []
-
-    def seconds(client: int) -> float:
-        asked.append(client)
-        return -float(client)  # the higher the id, the faster
-
-    kept, _ = draw_cohort(everybody, 5, 1.0, seconds, rng())
-    assert kept == drawn[5:]
-    assert sorted(asked) == list(drawn), "only who was drawn is timed"
-    assert draw_cohort(everybody, 5, 1.0, lambda client: 1.0, rng())[0] == drawn[:5], (
-        "a tie goes to the lower id"
-    )
-
-
-@pytest.mark.parametrize(("over", "drawn"), [(0.3, 13), (0.04, 10), (100.0, 20)])
-def test_over_selection_is_a_share_of_the_cohort(over: float, drawn: int):
-    asked: list[int] = []
-
-    def seconds(client: int) -> float:
-        asked.append(client)
-        return 0.0
-
-    assert len(draw_cohort(population(20), 10, over, seconds, rng())[0]) == 10
-    assert len(asked) == (drawn if drawn > 10 else 0)
-
-
-def test_a_cohort_is_as_large_as_it_can_be():
-    assert draw_cohort(population(3), 10, 0.0, never, rng()) == ((0, 1, 2), 0.0)
-    everybody = population(40, [1.0] + [0.0] * 9)
-    assert draw_cohort(everybody, 10, 0.5, never, rng()) == ((0, 10, 20, 30), 0.0)
-
-
-def test_nobody_available_is_an_error():
-    with pytest.raises(RunError, match=r"no client is available.*clients\.devices"):
-        draw_cohort(population(10, [0.0]), 3, 0.0, never, rng())
 
 
 # ── waiting ──────────────────────────────────────────────────────────────────────────────────────────────

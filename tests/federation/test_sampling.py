@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedray.federation.population import Population, sample
+from fedray.errors import RunError
+from fedray.federation.population import LOOK_AGAIN_S, Population, sample, wait_for_any
 from fedray.federation.sampling import (
     SAMPLERS,
     Fastest,
@@ -45,7 +46,6 @@ def context(
         cohort=cohort,
         clients=population,
         rng=rng,
-        available=lambda count: sample(population, count, rng),
         predicted_seconds=lambda k: (seconds or {}).get(k, float(k)),
         losses=report,
     )
@@ -93,9 +93,65 @@ def test_nothing_is_looked_up_for_each_registered_client(sampler: type[Sampler],
     assert len(looked) < 200
 
 
+def looks(
+    size: int, availability: Sequence[float] = (1.0,), cohort: int = 2, seed: int = 0
+) -> SamplerContext:
+    """Return a context in which client k is available as often as the k-th number says."""
+    devices = [replace(small.DEVICE, name=f"d{i}", availability=a) for i, a in enumerate(availability)]
+    ctx = context((20,) * size, cohort, seed=seed)
+    never: Any = lambda *_: pytest.fail("asked a client")  # noqa: E731
+    people = Population(ctx.clients.partition, small.fleet(size, devices))
+    return replace(ctx, clients=people, predicted_seconds=never, losses=never)
+
+
+def test_uniform_predicts_no_times():
+    ctx, again = looks(100, cohort=7), looks(100)
+    assert Sampler().draw(None, ctx) == sample(again.clients, 7, again.rng)
+
+
 def test_over_selection_keeps_the_fastest():
-    ctx = context(cohort=4, seconds={k: float(-k) for k in range(8)})
-    assert Fastest(over_selection=1.0).draw(None, ctx) == (4, 5, 6, 7)
+    ctx, again = context((20,) * 100, cohort=5), context((20,) * 100)
+    drawn, asked = sample(again.clients, 10, again.rng), list[int]()
+
+    def seconds(client: int) -> float:
+        asked.append(client)
+        return -float(client)  # the higher the id, the faster
+
+    kept = Fastest(over_selection=1.0).draw(None, replace(ctx, predicted_seconds=seconds))
+    assert kept == drawn[5:]
+    assert sorted(asked) == list(drawn), "only drawn clients are timed"
+    ctx = replace(context((20,) * 100, cohort=5), predicted_seconds=lambda client: 1.0)
+    assert Fastest(over_selection=1.0).draw(None, ctx) == drawn[:5], "a tie goes to the lower id"
+
+
+@pytest.mark.parametrize(("over", "drawn"), [(0.3, 13), (0.04, 10), (100.0, 20)])
+def test_over_selection_is_a_share_of_the_cohort(over: float, drawn: int):
+    ctx, asked = context((20,) * 20, cohort=10), list[int]()
+    ctx.predicted_seconds = lambda client: asked.append(client) or 0.0  # type: ignore[func-returns-value]
+    assert len(Fastest(over_selection=over).draw(None, ctx)) == 10
+    assert len(asked) == (drawn if drawn > 10 else 0)
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Fastest(over_selection=0.5)])
+def test_a_cohort_is_as_large_as_it_can_be(sampler: Sampler):
+    assert sampler.draw(None, looks(3, cohort=10)) == (0, 1, 2)
+    assert sampler.draw(None, looks(40, [1.0] + [0.0] * 9, cohort=10)) == (0, 10, 20, 30)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
+def test_no_client_available_is_an_error(sampler: type[Sampler]):
+    with pytest.raises(RunError, match=r"no client is available.*clients\.devices"):
+        sampler().draw(None, looks(10, [0.0], cohort=3))
+
+
+def test_the_server_waits_for_the_first_client_only():
+    ctx, again = looks(3, [0.05], seed=5), looks(3, [0.05], seed=5)
+    found, waited_s = wait_for_any(again.clients, 2, again.rng)
+    assert ctx.available(2) == found and ctx.waited_s == waited_s >= LOOK_AGAIN_S
+    assert ctx.available(2) == sample(again.clients, 2, again.rng)
+    assert ctx.waited_s == waited_s, "a second draw of the round does not wait"
+    assert all(ctx.is_available(k) for k in ctx.present)
+    assert not looks(3, [0.0]).is_available(0)
 
 
 def test_power_of_choice_takes_the_highest_losses_among_its_candidates():
