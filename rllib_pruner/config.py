@@ -12,26 +12,20 @@ tune: {concurrent: 2}
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, ValidationError
+from pydantic import Field, ValidationError
 
 from fedray.config import yaml_text
+from fedray.config.choice import Choice, Chooser
 from fedray.config.messages import Where, explain, line
-from fedray.config.overrides import (
-    Tree,
-    base_of,
-    options_given,
-    origin,
-    override_tree,
-    parse_overrides,
-    plain_copy,
-)
-from fedray.config.run_config import Config, Section, TrackingConfig, choose, chosen
+from fedray.config.overrides import base_of, origin, override_tree, parse_overrides, plain_copy
+from fedray.config.run_config import Config, Section, TrackingConfig
+from fedray.config.trees import Tree
 from fedray.config.tune_config import TuneConfig
 from fedray.errors import ConfigError
 from fedray.experiment.space import check_samples, expand, refuse_shared
@@ -39,43 +33,8 @@ from fedray.types import PositiveInt, Seed
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.processes import PROCESSES, Process
 
-
-@dataclass(frozen=True)
-class ProcessChoice:
-    """A process by its name in the table, its options, and which of them were given."""
-
-    name: str
-    options: Process
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-
-    def given_tree(self) -> Tree:
-        """Return the name, and the options that were given or are not at their defaults."""
-        return {"name": self.name} | options_given(self.options, self.given)
-
-
-@dataclass(frozen=True)
-class AlgorithmChoice:
-    """An algorithm by its name in the table, its options, and which of them were given."""
-
-    name: str
-    options: DQN | PPO
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-
-    def given_tree(self) -> Tree:
-        """Return the name, and the options that were given or are not at their defaults."""
-        return {"name": self.name} | options_given(self.options, self.given)
-
-
-def _process(value: Any) -> ProcessChoice:
-    if isinstance(value, ProcessChoice):
-        return value
-    return ProcessChoice(*choose("process", "name", value, PROCESSES, "rate_search"))
-
-
-def _algorithm(value: Any) -> AlgorithmChoice:
-    if isinstance(value, AlgorithmChoice):
-        return value
-    return AlgorithmChoice(*choose("algorithm", "name", value, ALGORITHMS, "dqn"))
+PROCESS: Chooser[Process] = Chooser("process", "name", PROCESSES, "rate_search")
+ALGORITHM: Chooser[DQN | PPO] = Chooser("algorithm", "name", ALGORITHMS, "dqn")
 
 
 class Budget(Section):
@@ -111,12 +70,8 @@ class TrainConfig(Config):
         tracking: where MLflow keeps what it is told.
     """
 
-    process: Annotated[ProcessChoice, PlainValidator(_process), chosen("name")] = Field(
-        default_factory=lambda: _process({})
-    )
-    algorithm: Annotated[AlgorithmChoice, PlainValidator(_algorithm), chosen("name")] = Field(
-        default_factory=lambda: _algorithm({})
-    )
+    process: Annotated[Choice[Process], PROCESS] = Field(default_factory=PROCESS.default)
+    algorithm: Annotated[Choice[DQN | PPO], ALGORITHM] = Field(default_factory=ALGORITHM.default)
     seed: Seed = 0
     budget: Budget = Field(default_factory=Budget)
     tracking: TrainTracking = Field(default_factory=TrainTracking)

@@ -18,9 +18,9 @@ from typing import Any
 
 from fedray import durable
 from fedray.config import yaml_text
+from fedray.config.trees import flat_text
 from fedray.durable import local_path, shown
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.provenance import flatten
 from fedray.storage import sealed
 from fedray.storage.directory import take
 from rllib_pruner.config import TrainConfig
@@ -85,7 +85,7 @@ class TrainFiles:
             return TrainConfig.from_tree(yaml_text.load(place), str(place))
         newest = self.checkpoints()[:1]
         copy = newest[0] / "config.yaml" if newest else place
-        was, now = flatten(yaml_text.load(copy)) if copy.is_file() else {}, flatten(yaml_text.load(place))
+        was, now = flat_text(yaml_text.load(copy)) if copy.is_file() else {}, flat_text(yaml_text.load(place))
         changed = [
             f"{key}: {was.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} in config.yaml"
             for key in dict.fromkeys((*was, *now))

@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +75,14 @@ def ray_local() -> Iterator[None]:
     start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def write_yaml(in_tmp: Path) -> Callable[[str], str]:
+    """Return a function that writes `x.yaml` in the working directory and returns its name."""
+
+    def write(text: str) -> str:
+        (in_tmp / "x.yaml").write_text(text, encoding="utf-8")
+        return "x.yaml"
+
+    return write

@@ -1,22 +1,12 @@
 """What a user may have meant: words of other tools for our keys, and values in other notations."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
-from fedray.data import DATASETS, PARTITIONS
+from fedray.config.tables import OPTIONS, TABLES
 from fedray.errors import nearest
-from fedray.methods import METHODS
-from fedray.models import MODELS
-
-NAMES: Mapping[str, Collection[str]] = {
-    "model": MODELS,
-    "data.name": DATASETS,
-    "method.name": METHODS,
-    "data.partition.kind": PARTITIONS,
-}
-"""Key → the names that it may hold."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +122,8 @@ def for_value(key: str, value: Any, kind: str) -> str:
         value: as given.
         kind: pydantic's name of the problem.
     """
-    if key in NAMES:
-        return f"; known: {', '.join(sorted(NAMES[key]))}"
+    if key in TABLES:
+        return f"; known: {', '.join(sorted(TABLES[key]))}"
     if key == "method.local_epochs" and isinstance(value, float):
         return "; for part of an epoch set method.steps, e.g. method.steps=10"
     if kind.startswith("bool"):
@@ -175,16 +165,10 @@ def _read(text: str) -> float | None:
 
 
 def option_keys() -> list[str]:
-    """Return the dotted keys of all options of all methods and partitions."""
-    from dataclasses import fields
-
-    tables: tuple[tuple[str, Mapping[str, type[Any]]], ...] = (
-        ("method", METHODS),
-        ("data.partition", PARTITIONS),
-    )
+    """Return the dotted keys of all options of all entries of the tables, e.g. of all methods."""
     return [
-        f"{above}.{field.name}"
-        for above, table in tables
+        f"{section}.{option.name}"
+        for section, table in OPTIONS.items()
         for kind in table.values()
-        for field in fields(kind)
+        for option in fields(kind)
     ]

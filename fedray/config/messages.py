@@ -1,16 +1,20 @@
 """What is said of a config that does not validate: key (file): what was given, what is allowed."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from fedray.config import hints
+from fedray.config.trees import dotted_keys
 from fedray.errors import nearest
 
 Where = str | Callable[[str], str]
 """What a message says of where a key was given: a file, or a function of the dotted key."""
+
+COMPLETE = "complete"
+"""Type of a problem whose message says all: what was given, what is allowed, and the nearest match."""
 
 WORDS = {
     "Input should be ": "must be ",
@@ -31,7 +35,7 @@ def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix:
     """Turn pydantic's errors into a line each.
 
     Args:
-        error: of validating a `root`; problems of type `told` say all that is to be said.
+        error: of validating a `root`; problems of type `COMPLETE` have the whole message.
         root: the model, for the keys that it has.
         where: the keys were given.
         prefix: keys above those of `root`.
@@ -41,7 +45,7 @@ def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix:
         path = tuple(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             text = _unknown_key(path, root, problem["input"])
-        elif problem["type"] == "told":
+        elif problem["type"] == COMPLETE:
             text = problem["msg"]
         else:
             key = ".".join(prefix + path)
@@ -72,7 +76,7 @@ def _unknown_key(path: Sequence[str], root: type[BaseModel], value: Any) -> str:
 
 def keys_of(root: type[BaseModel]) -> list[str]:
     """Return the dotted keys of a config, with the options of all methods and partitions if it has these."""
-    own = list(_keys(root().model_dump(mode="json")))
+    own = dotted_keys(root().model_dump(mode="json"))
     return [*own, *hints.option_keys()] if "method" in root.model_fields else own
 
 
@@ -85,13 +89,6 @@ def _section(root: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
             section = get_args(section)[1]
     found: type[BaseModel] = section
     return found
-
-
-def _keys(tree: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        yield above + key
-        if isinstance(value, dict):
-            yield from _keys(value, f"{above}{key}.")
 
 
 def _allowed(problem: Any, key: str) -> str:

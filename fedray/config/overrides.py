@@ -7,7 +7,7 @@ a point of a sweep mean the same.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from numbers import Integral, Real
@@ -16,23 +16,16 @@ from typing import Any
 
 from fedray.config import yaml_text
 from fedray.config.messages import Where, shortened
-from fedray.data import PARTITIONS
+from fedray.config.tables import OPTIONS
+from fedray.config.trees import CHOICES, Tree, flatten
 from fedray.errors import ConfigError, unknown
 from fedray.federation.method import Method
-from fedray.methods import METHODS
-
-Tree = dict[str, Any]
-"""A nested mapping of plain values, as YAML and JSON hold it."""
-
-CHOICES = {"method": "name", "data.partition": "kind"}
-"""Sections whose one key decides which other keys there are."""
 
 SHARED = {"method": frozenset(field.name for field in fields(Method))}
 """Options that survive when the choice changes."""
 
-SECTIONS = frozenset({"data", "data.partition", "clients", "clients.resources", "method", "tracking"})
-"""Mappings whose keys are known beforehand: given whole, they change the keys they name and no others."""
-
+SECTIONS = frozenset({"data", "clients", "clients.resources", "tracking", *CHOICES})
+"""Mappings with known keys: an override by a whole mapping changes the keys in it and no others."""
 
 MOST_VALUES = 100_000
 """A few lines of nested aliases would make a mapping that no memory holds."""
@@ -93,7 +86,8 @@ def override_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
     Raises:
         ConfigError: if a dotted key goes through something that is not a section, or a value is not plain.
     """
-    result, flat = plain_copy(tree), dict(_flat(plain_copy(changes)))
+    result, flat = plain_copy(tree), flatten(plain_copy(changes), SECTIONS.__contains__)
+    flat = {key: value for key, value in flat.items() if not (key in SECTIONS and value == {})}
     for section, key in CHOICES.items():
         name = f"{section}.{key}"
         if name in flat:
@@ -157,10 +151,10 @@ def _taken_apart(value: Any) -> Any:
     """Return a section, or an entry of a table of choices, as a mapping; anything else as it is."""
     if hasattr(value, "given_tree"):
         return value.given_tree()
-    for key, table in (("name", METHODS), ("kind", PARTITIONS)):
+    for section, table in OPTIONS.items():
         for name, kind in table.items():
             if type(value) is kind:
-                return {key: name} | options_given(value)
+                return {CHOICES[section]: name} | options_given(value)
     return value
 
 
@@ -197,16 +191,6 @@ def _plain_scalar(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else NotImplemented
-
-
-def _flat(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value of each change, with sections taken apart."""
-    for key, value in changes.items():
-        dotted = above + key
-        if dotted in SECTIONS and isinstance(value, dict):
-            yield from _flat(value, f"{dotted}.")
-        else:
-            yield dotted, value
 
 
 def _change_choice(tree: Tree, section: str, key: str, value: Any) -> None:

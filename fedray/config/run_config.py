@@ -10,7 +10,6 @@ nearest match and where to change it.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -21,153 +20,34 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PlainSerializer,
     PlainValidator,
-    SerializationInfo,
-    TypeAdapter,
     ValidationError,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from fedray.config import checks, hints, yaml_text
-from fedray.config.messages import Where, explain, keys_of, line
-from fedray.config.overrides import (
-    CHOICES,
-    Tree,
-    base_of,
-    options_given,
-    origin,
-    override_tree,
-    parse_overrides,
-    plain_copy,
-)
+from fedray.config import checks, yaml_text
+from fedray.config.choice import Choice, Chooser
+from fedray.config.messages import COMPLETE, Where, explain, keys_of, line
+from fedray.config.overrides import base_of, origin, override_tree, parse_overrides, plain_copy
 from fedray.config.plugins import files_of, import_modules, unrecorded
+from fedray.config.tables import TABLES
+from fedray.config.trees import Tree, decisive
 from fedray.config.uri import absolute_uri
-from fedray.data import DATASETS, PARTITIONS
+from fedray.data import PARTITIONS
 from fedray.data.partition import PartitionKind
-from fedray.errors import ConfigError, nearest, unknown
+from fedray.errors import ConfigError, nearest
 from fedray.federation.method import Method
 from fedray.methods import METHODS
-from fedray.models import MODELS, InputShape, ModelSpec, Norm, build_model
+from fedray.models import InputShape, ModelSpec, Norm, build_model
 from fedray.types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Seed
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
 
-TABLES: Mapping[str, Mapping[str, Any]] = {
-    "method.name": METHODS,
-    "data.partition.kind": PARTITIONS,
-    "data.name": DATASETS,
-    "model": MODELS,
-}
-"""Key of a config → the table that its value is a name of."""
-
-
-@dataclass(frozen=True)
-class MethodChoice:
-    """A method by its name in the table, its options, and which of them were given."""
-
-    name: str
-    options: Method
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-
-    def given_tree(self) -> Tree:
-        """Return the name, and the options that were given or are not at their defaults."""
-        return {"name": self.name} | options_given(self.options, self.given)
-
-
-@dataclass(frozen=True)
-class PartitionChoice:
-    """A kind of partition by its name in the table, its options, and which of them were given."""
-
-    kind: str
-    options: PartitionKind
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-
-    def given_tree(self) -> Tree:
-        """Return the kind, and the options that were given or are not at their defaults."""
-        return {"kind": self.kind} | options_given(self.options, self.given)
-
-
-def choose(
-    section: str, key: str, value: Any, table: Mapping[str, type[Any]], default: str
-) -> tuple[str, Any, frozenset[str]]:
-    """Read a section whose `key` names a dataclass in a table and whose other keys are its fields.
-
-    Returns:
-        The name, the dataclass, and the fields that were given.
-
-    Raises:
-        ValidationError, ValueError: with every problem found.
-    """
-    if not isinstance(value, Mapping):
-        hint = f"; to choose one, write {section}.{key}={value}" if isinstance(value, str) else ""
-        raise ValueError(f"must be a mapping of keys to values{hint}")
-    given = dict(value)
-    name = given.pop(key, default)
-    if not isinstance(name, str) or name not in table:
-        message = unknown(section.rpartition(".")[2], str(name), table)
-        raise ValidationError.from_exception_data(section, [_told(message, key, name)])
-    known = [field.name for field in fields(table[name])]
-    problems = [
-        _told(_no_option(option, value, name, known, section, key, table), option, value)
-        for option, value in sorted(given.items())
-        if option not in known
-    ]
-    given = {option: value for option, value in given.items() if option in known}
-    try:
-        # JSON in strict mode: no "3" for 3, no true for 1, but a list for a tuple and a string for a path
-        options = TypeAdapter(table[name]).validate_json(json.dumps(given), strict=True)
-    except ValidationError as error:
-        problems += [_again(problem) for problem in error.errors(include_url=False)]
-    if problems:
-        raise ValidationError.from_exception_data(section, problems)
-    return name, options, frozenset(given)
-
-
-def _told(message: str, key: str, value: Any) -> InitErrorDetails:
-    """Return a problem whose message says all."""
-    return {"type": PydanticCustomError("told", "{text}", {"text": message}), "loc": (key,), "input": value}
-
-
-def _again(problem: Any) -> InitErrorDetails:
-    """Return a problem that pydantic found, to be raised with others."""
-    told = {**problem.get("ctx", {}), "text": problem["msg"]}
-    custom = PydanticCustomError(problem["type"], "{text}", told)
-    return {"type": custom, "loc": problem["loc"], "input": problem["input"]}
-
-
-def _no_option(
-    option: str,
-    value: Any,
-    name: str,
-    known: list[str],
-    section: str,
-    key: str,
-    table: Mapping[str, type[Any]],
-) -> str:
-    owners = [other for other, kind in table.items() if option in {field.name for field in fields(kind)}]
-    if owners:
-        hint = f"; {', '.join(owners)} can have it."
-    else:
-        others = keys_of(RunConfig) if section in CHOICES else []
-        keys = [*(f"{section}.{k}" for k in known), *(k for k in others if not k.startswith(f"{section}."))]
-        hint = hints.for_key(f"{section}.{option}", value, keys, section)
-    return f"{name} has no such option{hint} Keys here: {', '.join(sorted([key, *known]))}"
-
-
-def _method(value: Any) -> MethodChoice:
-    return (
-        value
-        if isinstance(value, MethodChoice)
-        else MethodChoice(*choose("method", "name", value, METHODS, "fedavg"))
-    )
-
-
-def _partition(value: Any) -> PartitionChoice:
-    if isinstance(value, PartitionChoice):
-        return value
-    return PartitionChoice(*choose("data.partition", "kind", value, PARTITIONS, "iid"))
+METHOD: Chooser[Method] = Chooser("method", "name", METHODS, "fedavg", lambda: keys_of(RunConfig))
+PARTITION: Chooser[PartitionKind] = Chooser(
+    "data.partition", "kind", PARTITIONS, "iid", lambda: keys_of(RunConfig)
+)
 
 
 def _store_uri(value: str) -> str:
@@ -175,7 +55,7 @@ def _store_uri(value: str) -> str:
         return absolute_uri(value)
     except ConfigError as error:
         text = str(error).removeprefix("tracking.uri: ")
-        raise PydanticCustomError("told", "{text}", {"text": text}) from None
+        raise PydanticCustomError(COMPLETE, "{text}", {"text": text}) from None
 
 
 StoreUri = Annotated[str, AfterValidator(_store_uri)]
@@ -218,18 +98,6 @@ class Section(BaseModel):
         return plain_copy(self.model_dump(exclude_unset=True))
 
 
-def chosen(key: str) -> PlainSerializer:
-    """Return what writes a choice as a mapping: with all its options, or with those given."""
-
-    def write(choice: Any, info: SerializationInfo) -> Tree:
-        if info.exclude_unset:
-            tree: Tree = choice.given_tree()
-            return tree
-        return {key: getattr(choice, key)} | asdict(choice.options)
-
-    return PlainSerializer(write)
-
-
 class DataConfig(Section):
     """`data:` which examples, and who has them.
 
@@ -243,11 +111,7 @@ class DataConfig(Section):
 
     name: str = "digits"
     root: LocalPath | None = None
-    partition: Annotated[
-        PartitionChoice,
-        PlainValidator(_partition),
-        chosen("kind"),
-    ] = Field(default_factory=lambda: _partition({"kind": "iid"}))
+    partition: Annotated[Choice[PartitionKind], PARTITION] = Field(default_factory=PARTITION.default)
     validation_fraction: UnitInterval = 0.1
     server_fraction: UnitInterval = 0.0
 
@@ -388,11 +252,7 @@ class RunConfig(Config):
     imports: tuple[LocalPath, ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
-    method: Annotated[
-        MethodChoice,
-        PlainValidator(_method),
-        chosen("name"),
-    ] = Field(default_factory=lambda: _method({"name": "fedavg"}))
+    method: Annotated[Choice[Method], METHOD] = Field(default_factory=METHOD.default)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     def __init__(self, /, **values: Any) -> None:  # said here, else mypy wants sections, and refuses mappings
@@ -473,22 +333,18 @@ class RunConfig(Config):
         Not where it is computed, tracked or read from.
         """
         tree = decisive(self.to_tree())
-        for key in ("norm", "prune_first", "prune_last"):
-            if (
-                tree[key] == type(self).model_fields[key].default
-            ):  # what all runs had before they could choose
-                del tree[key]
-        if tree["method"]["min_layer"] == type(self.method.options).min_layer:  # since then no layer empties
+        for dotted, value in SINCE.items():
+            section, _, key = dotted.rpartition(".")
+            part = tree[section] if section else tree
+            if part[key] == value:
+                del part[key]
+        if tree["method"]["min_layer"] == type(self.method.options).min_layer:
             del tree["method"]["min_layer"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def decisive(tree: Tree) -> Tree:
-    """Return the part of a whole config that determines the result; `resume` changes only its rounds."""
-    tree = plain_copy(tree)
-    del tree["tracking"], tree["imports"], tree["checkpoint_every"], tree["data"]["root"]
-    clients = tree["clients"]
-    del clients["actors"]
-    if not clients["resources"]["by_device"]:  # which decides what clients are folded together
-        del clients["resources"]
-    return tree
+SINCE: Tree = {"norm": "average", "prune_first": True, "prune_last": False}
+"""Keys that were added after the first results → the value that all runs had before.
+
+A digest leaves them out at that value, so that it stays what it was; and `method.min_layer` at its default.
+"""

@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from fedray.config.messages import Where, explain, line
-from fedray.config.overrides import Tree
 from fedray.config.run_config import RunConfig, Section
+from fedray.config.trees import Tree
 from fedray.errors import ConfigError, nearest, unknown
 from fedray.federation.accounts import TOTALS
 from fedray.types import METRICS, Direction, NonNegativeInt, PositiveInt, direction_of

@@ -1,8 +1,6 @@
 """Where a run's numbers come from: what is recorded beside them, and by which runs are found again."""
 
-import json
 import subprocess
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,19 +38,6 @@ def run_tags(*, method: str, dataset: str, model: str, digest: str, **more: obje
     tags["fedray_version"] = metadata.version("fedray")
     revision = git_revision()
     return tags if revision is None else tags | {"git_revision": revision}
-
-
-def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Return dotted name → value as text: strings and paths as they are, everything else as JSON."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            plain = isinstance(value, str | Path)
-            text = str(value) if plain else json.dumps(value, default=str, ensure_ascii=False)
-            flat[f"{prefix}{key}"] = text
-    return flat
 
 
 def git_revision() -> str | None:

@@ -8,19 +8,19 @@ Nothing is written here. Whatever does not belong together is refused with the v
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedray.config.overrides import Tree, origin, override_tree, parse_overrides
-from fedray.config.run_config import TABLES, RunConfig, decisive
+from fedray.config.overrides import origin, override_tree, parse_overrides
+from fedray.config.run_config import RunConfig
+from fedray.config.tables import TABLES
+from fedray.config.trees import INDECISIVE, Tree, decisive, flat_text
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.provenance import flatten
 from fedray.storage import sealed
 from fedray.storage.checkpoint import Stored, difference
 from fedray.storage.run_files import RunFiles
 from fedray.types import Layout
 
-MAY_CHANGE = (
-    "rounds, checkpoint_every, tracking, clients.actors, clients.resources without by_device, data.root, "
-    "imports"
+MAY_CHANGE = ", ".join(
+    f"{key} without by_device" if key == "clients.resources" else key for key in ("rounds", *INDECISIVE)
 )
 REGISTERED = "registered.json"
 """Names of tables that this run uses, with their modules, where `imports` could not record a file."""
@@ -114,7 +114,7 @@ def check_rounds(found: Stored, config: RunConfig) -> None:
 
 def _differences(before: Tree, after: Tree) -> Iterator[tuple[str, str, str]]:
     """Yield each decisive key but rounds that differs, with both values as text."""
-    old, new = (flatten(decisive(tree)) if tree else {} for tree in (before, after))
+    old, new = (flat_text(decisive(tree)) if tree else {} for tree in (before, after))
     for key in dict.fromkeys((*old, *new)):
         if key != "rounds" and old.get(key) != new.get(key):
             yield key, old.get(key, "absent"), new.get(key, "absent")
@@ -129,7 +129,7 @@ def _against_checkpoint(files: RunFiles) -> str:
         found = None
     if found is None:
         return advice
-    old, new = flatten(found.config), flatten(files.read_config())
+    old, new = flat_text(found.config), flat_text(files.read_config())
     changed = [
         f"{key}: {old.get(key, 'absent')} in the checkpoint, {new.get(key, 'absent')} in config.yaml"
         for key in dict.fromkeys((*old, *new))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedray.config.messages import shortened
-from fedray.config.overrides import Tree
 from fedray.config.run_config import RunConfig
+from fedray.config.trees import Tree
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Splits

@@ -22,16 +22,9 @@ import numpy as np
 
 from fedray.config import yaml_text
 from fedray.config.messages import Where, line, shortened
-from fedray.config.overrides import (
-    CHOICES,
-    SECTIONS,
-    Tree,
-    base_of,
-    origin,
-    override_tree,
-    parse_overrides,
-)
+from fedray.config.overrides import SECTIONS, base_of, origin, override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
+from fedray.config.trees import CHOICES, Tree
 from fedray.config.tune_config import TuneConfig, comparison_problems, tune_config
 from fedray.errors import ConfigError, unknown
 from fedray.experiment.cluster import import_ray

@@ -17,8 +17,10 @@ from typing import Any, Literal, get_args
 from fedray.comparing import worth
 from fedray.config import plugins
 from fedray.config.messages import shortened
-from fedray.config.overrides import Tree, override_tree
-from fedray.config.run_config import TABLES, RunConfig
+from fedray.config.overrides import override_tree
+from fedray.config.run_config import RunConfig
+from fedray.config.tables import TABLES
+from fedray.config.trees import Tree
 from fedray.config.tune_config import OWN, first_rung, tune_config
 from fedray.costs.devices import DEVICES
 from fedray.durable import local_path, on_disk, shown

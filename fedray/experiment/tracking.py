@@ -32,9 +32,9 @@ from uuid import uuid4
 
 from torch import nn
 
+from fedray.config.trees import flat_text
 from fedray.config.uri import SQLITE, check_uri, database_of, sqlite_uri, without_password
 from fedray.errors import ConfigError
-from fedray.experiment.provenance import flatten
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ class MLflowTracker:
     def _log_params(self, run_id: str, params: Mapping[str, object], known: Sequence[str] = ()) -> None:
         from mlflow.entities import Param
 
-        named = {_name(key): value[:_PARAM_LENGTH] for key, value in flatten(params).items()}
+        named = {_name(key): value[:_PARAM_LENGTH] for key, value in flat_text(params).items()}
         rows = [Param(key, value) for key, value in named.items() if key not in known]
         for start in range(0, len(rows), _PARAMS_PER_BATCH):
             batch = rows[start : start + _PARAMS_PER_BATCH]

@@ -11,18 +11,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from fedray.config.trees import CHOICES, decisive, flatten
 from fedray.report.reading import RunData, Status
 
 Flat = dict[str, Any]
 """Dotted key → value."""
 
-NO_MATTER = ("tracking", "imports", "checkpoint_every", "data.root", "clients.actors", "clients.resources")
-"""Keys that say where a run is computed, read and kept, not what comes of it."""
+NAMING = {f"{section}.": f"{section}.{key}" for section, key in CHOICES.items()}
+"""How the keys of a section begin → its key that decides which others there are."""
 
-CHOICES = {"method.": "method.name", "data.partition.": "data.partition.kind"}
-"""Sections in which one key decides which others there are."""
-
-VALUE_ALONE = ("method.name", "model", "data.name", "data.partition.kind")
+VALUE_ALONE = (*NAMING.values(), "model", "data.name")
 """Keys whose values speak for themselves."""
 
 OPEN_SECTIONS = ("clients.devices",)
@@ -124,17 +122,9 @@ def _without_seed(run: RunData) -> Flat:
     return {key: value for key, value in _flatten(run.config).items() if key != "seed"}
 
 
-def _flatten(tree: Mapping[str, Any], above: str = "") -> Flat:
-    flat: Flat = {}
-    for key, value in tree.items():
-        dotted = f"{above}{key}"
-        if dotted in NO_MATTER:
-            continue
-        if isinstance(value, Mapping) and dotted not in OPEN_SECTIONS:
-            flat |= _flatten(value, f"{dotted}.")
-        else:
-            flat[dotted] = value
-    return flat
+def _flatten(tree: Mapping[str, Any]) -> Flat:
+    """Return dotted key → value of the keys that a result depends on."""
+    return flatten(decisive(tree), lambda key: key not in OPEN_SECTIONS)
 
 
 def _labels(flats: Sequence[Flat], names: Sequence[str]) -> list[str]:
@@ -161,7 +151,7 @@ def _same(flat: Flat) -> str:
 
 def _differs(key: str, flats: Sequence[Flat]) -> bool:
     """Tell whether a key tells runs apart; an option of one method is compared within that method."""
-    choice = next((c for above, c in CHOICES.items() if key.startswith(above) and key != c), None)
+    choice = next((c for above, c in NAMING.items() if key.startswith(above) and key != c), None)
     values: dict[str, set[str]] = {}
     for flat in flats:  # an option that a config lacks, as older ones do, is not one that it has
         of = "" if choice is None or all(key in flat for flat in flats) else str(flat.get(choice))

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedray.config.overrides import Tree
+from fedray.config.trees import Tree
 from fedray.durable import replacing
 from fedray.errors import MethodError, RunError
 from fedray.federation.server import Checkpoint

@@ -24,7 +24,7 @@ from typing import Any
 
 from fedray import durable
 from fedray.config import yaml_text
-from fedray.config.overrides import Tree
+from fedray.config.trees import Tree
 from fedray.durable import local_path, read_mapping, shown
 from fedray.errors import ConfigError, RunError
 from fedray.federation.server import Checkpoint

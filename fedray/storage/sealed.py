@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.config import yaml_text
-from fedray.config.overrides import Tree
+from fedray.config.trees import Tree
 from fedray.durable import replace
 from fedray.errors import RunError
 

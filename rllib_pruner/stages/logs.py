@@ -15,9 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedray.config.overrides import plain_copy
+from fedray.config.trees import flat_text
 from fedray.durable import local_path, on_disk
 from fedray.errors import RunError
-from fedray.experiment.provenance import flatten
 from fedray.parquet import read_table, write_table
 from fedray.policies import observation
 from fedray.policies.observation import FEATURES
@@ -154,7 +154,7 @@ def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
             )
         with on_disk(place):
             sealed.write(place, origin)
-    written, asked = flatten(sealed.load(place)), flatten(origin)
+    written, asked = flat_text(sealed.load(place)), flat_text(origin)
     differ = [
         f"{key}: {written.get(key, 'absent')} in the log, {asked.get(key, 'absent')} now"
         for key in dict.fromkeys((*written, *asked))

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 from torch import nn
 
-from fedray.config.overrides import Tree
+from fedray.config.trees import Tree
 from fedray.errors import ConfigError
 from fedray.experiment.run import Federation
 from fedray.federation.method import Method, Setting

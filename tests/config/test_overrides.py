@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.config.overrides import CHOICES, SECTIONS, SHARED, override_tree, parse_overrides
+from fedray.config.overrides import SECTIONS, SHARED, override_tree, parse_overrides
 from fedray.config.run_config import RunConfig, Section
+from fedray.config.trees import CHOICES
 from fedray.data.partition import Dirichlet
 from fedray.errors import ConfigError
 from fedray.federation.method import Method

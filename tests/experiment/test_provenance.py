@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedray.experiment import provenance
-from fedray.experiment.provenance import flatten, git_revision, run_tags
+from fedray.experiment.provenance import git_revision, run_tags
 
 
 def test_tags_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,15 +18,6 @@ def test_tags_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_tags(**given, digest="0123456789ab") == expected
     monkeypatch.setattr(provenance, "git_revision", lambda: "f" * 40)
     assert run_tags(**given, digest="0123456789ab") == {**expected, "git_revision": "f" * 40}
-
-
-def test_flatten() -> None:
-    assert flatten({"a": {"b": {"c": True}, "d": "text"}, "e": {}, "f": Path("x/y")}) == {
-        "a.b.c": "true",
-        "a.d": "text",
-        "e": "{}",
-        "f": "x/y",
-    }
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

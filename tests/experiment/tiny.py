@@ -6,8 +6,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fedray.config.overrides import Tree, override_tree
+from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
+from fedray.config.trees import Tree
 from fedray.data import Examples
 from fedray.federation.client import Outcome
 from fedray.federation.pool import LocalPool

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fedray.config import yaml_text
-from fedray.config.overrides import Tree
 from fedray.config.run_config import RunConfig
+from fedray.config.trees import Tree
 from fedray.errors import ConfigError
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool

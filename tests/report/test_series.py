@@ -38,6 +38,18 @@ def labels_of(tmp_path, *changes):
         ),
         # where a run is computed and kept does not matter
         ([{}, {"tracking.uri": "x", "clients.actors": 2, "data.root": "y"}], ["fedavg (t0)", "fedavg (t1)"]),
+        (
+            [{"clients.resources": {"gpu": gpu, "by_device": {}}} for gpu in (0, 1)],
+            ["fedavg (t0)", "fedavg (t1)"],
+        ),
+        # but which clients are folded together does
+        (
+            [
+                {"clients.resources": {"by_device": by}}
+                for by in ({"phone": {"cpu": 1}}, {"phone": {"cpu": 2}})
+            ],
+            ["cpu=1", "cpu=2"],
+        ),
         ([staged(stages=[1, 2]), staged(stages=None)], ["stages=1,2", "stages=none"]),
     ],
 )
