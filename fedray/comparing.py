@@ -1,4 +1,4 @@
-"""NaN is the worst value. Whatever compares losses or gains asks here, so that no NaN decides by accident.
+"""NaN is the worst value. Every comparison of losses or gains uses this module, so that no NaN wins.
 
 Every comparison with NaN is false in Python, `max` and `min` return whichever argument came first, and
 numpy's `argmax` returns the place of the NaN. A model that diverged would thus be kept or preferred.

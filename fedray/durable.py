@@ -1,10 +1,10 @@
-"""Files that survive a crash, a full disk and a second process: each mechanism once.
+"""Files that survive a crash, a full disk and a second process.
 
     replacing, replace    a file takes the place of another as a whole, or not at all
     append, scan_lines    JSON lines, of which only the last can be torn
     keep_newest           the newest few of a series of files
-    on_disk               what the operating system refused, as a RunError with path, reason and advice
-    local_path            a path that a user gave: `~` expanded, absolute
+    on_disk               an OSError becomes a RunError with path, reason and advice
+    local_path            a user's path: `~` expanded, absolute
 
 A write is on the disk when its call returns: contents first, then the name.
 """
@@ -26,10 +26,10 @@ REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def local_path(path: str | Path) -> Path:
-    """Return a path that a user gave as an absolute one, so that it never looks like a URI.
+    """Return a user's path as an absolute one, so that it never looks like a URI.
 
     Raises:
-        ConfigError: if it names nobody's home, or cannot be a path.
+        ConfigError: if it names an unknown user's home, or cannot be a path.
     """
     try:
         text = os.fspath(path)
@@ -51,8 +51,8 @@ def on_disk(path: Path, then: str = "run the command again") -> Iterator[None]:
     """Turn an OSError of the block into a RunError.
 
     Args:
-        path: what the block writes.
-        then: what the user does when the cause is mended.
+        path: the file or folder that the block writes.
+        then: advice for the user once the cause is mended.
 
     Raises:
         RunError: with path, reason and advice.
@@ -89,7 +89,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except BaseException:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)  # half a file may be what fills the disk
+            partial.unlink(missing_ok=True)  # a partial file may fill the disk
         raise
     sync(path.parent)
 
@@ -108,7 +108,7 @@ def replace(path: Path, data: bytes) -> None:
     """Write a file as a whole.
 
     Raises:
-        OSError: if it cannot be written; the file is then as it was.
+        OSError: if it cannot be written; then the file has not changed.
     """
     with replacing(path) as file:
         file.write(data)
@@ -118,7 +118,7 @@ def append(path: Path, text: str) -> None:
     """Add text to the end of a file.
 
     Raises:
-        OSError: if it cannot be written; a part of it may then be there.
+        OSError: if it cannot be written; then a part of the text may be in the file.
     """
     is_new = not path.exists()
     with open(path, "ab") as file:
@@ -130,20 +130,20 @@ def append(path: Path, text: str) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Give a file or a folder another name, for good.
+    """Rename a file or a folder, and flush the new name to disk.
 
     Raises:
-        OSError: if that cannot be done.
+        OSError: if the system refuses.
     """
     old.rename(new)
     sync(new.parent)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Give a finished folder the name of another, which goes; `restore_folder` mends what a crash leaves.
+    """Replace a folder by a finished one; `restore_folder` repairs the state after a crash.
 
     Raises:
-        OSError: if that cannot be done.
+        OSError: if the system refuses.
     """
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -154,7 +154,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Bring back what `replace_folder` was about to replace when its process died."""
+    """Restore a folder that `replace_folder` was replacing when its process died."""
     old = folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():
         rename(old, folder)
@@ -167,7 +167,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def sync(folder: Path) -> None:
-    """See the names in a folder onto the disk, where the file system can do that."""
+    """Flush the names in a folder to disk, if the file system can."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -187,7 +187,7 @@ def scan_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """Read a file of JSON lines up to the first that is damaged; a torn last line is left out.
 
     Returns:
-        A mapping for each line, none for a missing file; and what is wrong with the next line, if anything.
+        A mapping for each line, none for a missing file; and the fault of the next line, if any.
 
     Raises:
         RunError: if the file cannot be read.

@@ -25,7 +25,7 @@ def write_table(path: Path, columns: Mapping[str, Any]) -> None:
 
 
 def read_table(path: Path) -> "pd.DataFrame | None":
-    """Read a table, or a folder of its parts in the order of their names; None if there is nothing.
+    """Read a table, or a folder of its parts in the order of their names; None if it is missing.
 
     Raises:
         RunError: if a file is damaged, with its name.

@@ -1,10 +1,11 @@
-"""One root seed, and a generator of its own for every purpose.
+"""One root seed, and a separate generator for every purpose.
 
-A generator depends on (seed, purpose, keys) alone, e.g. on the round and the client, never on who draws from
-it or on what was drawn before: that is why a run has the same bits on any number of workers, and after any
-retry. Nothing in the package draws from the global generators of Python, numpy and torch, but what it calls
-may: `nn.Dropout`, a random augmentation, a method's `np.random.rand`. Whatever calls such code borrows the
-global generators, seeds them for this very call, and gives them back as they were.
+A generator depends on (seed, purpose, keys) alone, e.g. on the round and the client, never on the process or
+on earlier draws: that is why a run has the same bits on any number of workers, and after any retry.
+
+The package never draws from the global generators of Python, numpy and torch, but a user's code may:
+`nn.Dropout`, a random augmentation, a method's `np.random.rand`. The caller of such code borrows the global
+generators, seeds them for this call, and restores them.
 """
 
 import random
@@ -52,7 +53,7 @@ def seed_sequence(seed: int, purpose: Purpose, *keys: int) -> np.random.SeedSequ
     Args:
         seed: the run's root seed, ≥ 0.
         purpose: one of PURPOSES; append new ones at the end, since the position is the key.
-        keys: what the stream is for beyond that, e.g. round and client, each ≥ 0.
+        keys: further keys of the stream, e.g. round and client, each ≥ 0.
     """
     return np.random.SeedSequence([seed, PURPOSES.index(purpose), *keys])
 
@@ -74,7 +75,7 @@ def borrowed(seed: int, *keys: int) -> Iterator[None]:
 
     Args:
         seed: the run's root seed.
-        keys: what the code is called for, e.g. the round and the hook, each ≥ 0.
+        keys: keys of the call, e.g. the round and the hook, each ≥ 0.
     """
     with _BORROWED:
         python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
@@ -145,7 +146,7 @@ class Watch:
             python.seed(0)
 
     def drawn(self) -> bool:
-        """Tell whether anybody drew since the last call, or since the start."""
+        """Tell whether code drew numbers since the last call, or since the start."""
         numpy = np.random.random_sample() != self._numpy.random_sample()
         python = random.random() != self._python.random()
         return numpy or python

@@ -145,7 +145,7 @@ def test_run_into_a_directory_of_its_own(fedray, in_tmp):
     before = tiny.listing(in_tmp)
     again = fedray("run", "x.yaml", "rounds=1", "--out", "mine")
     assert (again.status, again.out) == (2, "")
-    assert "cannot run: mine is not empty: a run needs a directory of its own; choose a new one" in again.err
+    assert "cannot run: mine is not empty: a run needs an empty directory; choose another one" in again.err
     assert tiny.listing(in_tmp) == before
 
 

@@ -1,4 +1,4 @@
-"""ASHA as a sweep needs it: NaN is the worst value, and what it knew before an interruption comes back.
+"""ASHA for resumable sweeps: NaN is the worst value, and a resumed sweep restores the rungs.
 
     scheduler = Rungs(tune.metric, tune.direction, ...)
     scheduler.recall("00-lr=0.1", rounds)     # a trial's rounds from before, finished, stopped or interrupted
@@ -17,7 +17,7 @@ from fedray.comparing import worth
 from fedray.types import Direction
 
 WORST = -1e300
-"""What a diverged trial is worth at a rung: finite, since Ray interpolates between the values of a rung."""
+"""Worth of a diverged trial at a rung: finite, since Ray interpolates between the values of a rung."""
 
 OnStop = Callable[[str, int], None]
 """Called with the trial that ASHA stops, and the round."""
@@ -34,7 +34,7 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
     """ASHA over rounds.
 
     Args:
-        metric: what is compared; a round without it decides nothing.
+        metric: the compared metric; a round without it decides nothing.
         direction: whether more of it is better.
         first: round of the first rung.
         last: round of the longest trial.
@@ -83,7 +83,7 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
         super().on_trial_add(tune_controller, _named(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        """Decide whether a trial goes on after a round."""
+        """Decide whether a trial continues after a round."""
         decision: str = super().on_trial_result(tune_controller, _named(trial), self._compared(result))
         if decision == self.STOP and self.on_stop is not None:
             self.on_stop(trial.config["name"], result["round"])

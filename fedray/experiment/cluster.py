@@ -2,8 +2,8 @@
 
     RAY_ADDRESS → is it a Ray of our version, and does it take our token? → ray.init, watched → connected
 
-Ray itself waits minutes for a cluster that is not there, and ends the process in the end. So the address is
-asked first, with a deadline, and `ray.init` is watched from outside: whatever fails is one RunError.
+Ray itself waits minutes for a missing cluster, and then ends the process. So the address is
+asked first, with a deadline, and `ray.init` is watched from outside: every failure is one RunError.
 """
 
 import atexit
@@ -26,11 +26,11 @@ from urllib.parse import urlsplit
 from fedray.errors import RunError
 
 ASK_S = 5.0
-"""How long a cluster may take to say that it is there, in seconds."""
+"""Seconds that a cluster has to answer."""
 CONNECT_S = 20.0
-"""How long connecting to a cluster may take after that, in seconds."""
+"""Seconds that connecting may take after the answer."""
 START_S = 120.0
-"""How long a local Ray may take to start, in seconds, while its processes live; a few on an idle machine."""
+"""Seconds that a local Ray has to start, as long as its processes live; a few on an idle machine."""
 _DEAD_S = 2.0
 _FORMS = "an address is HOST:PORT, e.g. 127.0.0.1:6379, or ray://HOST:PORT, or auto"
 
@@ -59,7 +59,7 @@ def start_ray() -> None:
 
 
 def import_ray() -> Any:
-    """Import Ray, with what it reads at that moment settled; return the module."""
+    """Import Ray, after setting the variables that it reads on import; return the module."""
     if _address() == "local" and "ray" not in sys.modules:
         _private_token()
     import ray
@@ -96,7 +96,7 @@ def _address() -> str:
 
 
 def _private_token() -> None:
-    """Give a local Ray a token of its own, unless that is settled: by default it writes one into the home."""
+    """Give a local Ray a private token, unless one is configured: by default Ray writes one into the home."""
     if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
     handle, path = tempfile.mkstemp(prefix="fedray-token-")  # readable by this user alone
@@ -176,7 +176,7 @@ def _host_and_port(address: str, rest: str, default: int | None = None) -> tuple
 def _ask(address: str, resolved: str) -> None:
     """Make sure that a Ray of our version answers, and that it takes our token.
 
-    It is asked by gRPC from Python, which keeps to its deadline and says what is wrong.
+    gRPC for Python asks, since it keeps its deadline and reports the reason.
 
     Raises:
         RunError: if not.
@@ -248,14 +248,14 @@ def _cannot_start(why: str) -> RunError:
 
 
 def _watched(init: Callable[[], object], limit_s: float, failed: Callable[[str], RunError]) -> None:
-    """Call `ray.init` in a thread of its own, and stop waiting when it takes too long or its processes die.
+    """Call `ray.init` in a separate thread, and stop waiting when it takes too long or its processes die.
 
-    Called in the main thread it could not be interrupted, and would replace our handler of SIGTERM.
+    In the main thread it could not be interrupted, and would replace our handler of SIGTERM.
 
     Raises:
-        RunError: what `failed` makes of the reason; what was started has been ended by then.
+        RunError: as `failed` words the reason; by then the started processes have ended.
     """
-    for name in ("node", "services", "worker"):  # they log tracebacks of what is raised all the same
+    for name in ("node", "services", "worker"):  # they log the tracebacks of exceptions that they raise
         logging.getLogger(f"ray._private.{name}").setLevel(logging.CRITICAL)
     start = _Start(init)
     try:
@@ -282,7 +282,7 @@ class _Start:
         threading.Thread(target=self._call, name="fedray-ray-init", daemon=True).start()
 
     def wait(self, limit_s: float) -> str | None:
-        """Wait until Ray is there, at most `limit_s` seconds; return what is wrong, or None."""
+        """Wait until Ray is ready, at most `limit_s` seconds; return the reason of a failure, or None."""
         end = time.monotonic() + limit_s
         while not self._is_over.wait(0.1):
             name = self._dead()
@@ -293,7 +293,7 @@ class _Start:
         return None if self.error is None else _line(self.error)
 
     def end(self) -> None:
-        """End what was started, and do not let it hold up the end of this process."""
+        """End the started processes, and do not let them delay the end of this process."""
         import ray
 
         for child in self._started():
@@ -319,7 +319,7 @@ class _Start:
             threading.Event().wait()  # the kernel ends Ray's processes with the thread that started them
 
     def _started(self) -> list[Any]:
-        """Return the children that came since; what runs below an older child is not ours to end."""
+        """Return the children that started since. Processes below an older child are not ours to end."""
         return [child for child in self._me.children() if child.pid not in self._others]
 
     def _dead(self) -> str | None:

@@ -1,4 +1,4 @@
-"""How data reaches the clients: loaded, split and dealt; tried for all configs of a sweep beforehand."""
+"""How data reaches the clients: load, split, partition. A sweep checks all its configs beforehand."""
 
 from collections.abc import Iterable
 
@@ -13,10 +13,10 @@ from fedray.randomness import borrowed, generator, seed_sequence
 
 
 def check_data(configs: Iterable[RunConfig]) -> None:
-    """Deal out the data of several configs, each as its run will; of those that are dealt alike, once.
+    """Partition the data of several configs as their runs will; equal partitions once.
 
     Raises:
-        DataError: if data is missing, or cannot be dealt as a config asks.
+        DataError: if data is missing, or cannot be partitioned as a config asks.
         ConfigError: if a config's batches are too small for its model.
     """
     datasets: dict[object, Dataset] = {}
@@ -44,15 +44,15 @@ def loaded(config: RunConfig) -> Dataset:
     Raises:
         DataError: if it is missing or unreadable.
     """
-    with borrowed(0):  # a data set is the same whatever the run's seed
+    with borrowed(0):  # a data set does not depend on the run's seed
         return DATASETS[config.data.name].load(config.data.root)
 
 
 def dealt(config: RunConfig, dataset: Dataset) -> tuple[Splits, Partition]:
-    """Set validation and server data aside, and give the rest to the clients.
+    """Set validation and server data aside, and partition the rest among the clients.
 
     Raises:
-        DataError: if the data cannot be dealt as asked.
+        DataError: if the data cannot be partitioned as the config asks.
     """
     seed, data = config.seed, config.data
     splits = split(dataset, data.validation_fraction, data.server_fraction, generator(seed, "split"))
@@ -68,7 +68,7 @@ def dealt(config: RunConfig, dataset: Dataset) -> tuple[Splits, Partition]:
 
 
 def check_pairs(config: RunConfig, model: ModelSpec, partition: Partition) -> None:
-    """Refuse clients that a model which needs two examples cannot be trained on.
+    """Refuse clients with too few examples for a model that needs two per batch.
 
     Raises:
         ConfigError: if batches are of one example.

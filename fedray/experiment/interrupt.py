@@ -1,7 +1,7 @@
 """What SIGTERM, SIGINT and SIGHUP do while a run, a sweep or a training works.
 
-The first signal ends the work in good order: a round that is being made is dropped, what is complete is
-written, and the tracking runs end as KILLED. The second ends the process at once.
+The first signal ends the work in good order: the round in progress is dropped, complete rounds are on disk,
+and the MLflow runs end as KILLED. The second signal ends the process at once.
 
     with signals() as stop:
         for … :
@@ -25,7 +25,7 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
-"""What ends a run that could have gone on: a signal, or `sys.exit` in a callback."""
+"""Exceptions that interrupt a run which can be resumed: a signal, or `sys.exit` in a callback."""
 
 _active: "Stop | None" = None
 
@@ -39,7 +39,7 @@ class Stop:
 
     @contextmanager
     def cuts(self) -> Iterator[None]:
-        """Let a signal raise inside, wherever the work is; what was begun there must not matter."""
+        """Let a signal raise anywhere inside. The caller must be able to drop the work in progress."""
         self.check()
         try:
             self._raises_now = True
@@ -59,7 +59,7 @@ class Stop:
 
     @property
     def error(self) -> BaseException:
-        """What the signal that came raises."""
+        """The exception of the signal that has come."""
         assert self.signal is not None
         return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
@@ -77,7 +77,7 @@ class Stop:
 
 @contextmanager
 def signals() -> Iterator[Stop]:
-    """Handle the signals inside, and give them back as they were.
+    """Handle the signals inside; restore their handlers at the end.
 
     A handler that the user has installed stays, and so does a signal that is ignored (`nohup`). Nothing is
     handled outside the main thread, nor in a worker of Ray, where signals mean something else. Inside another
@@ -99,7 +99,7 @@ def signals() -> Iterator[Stop]:
             signal.signal(number, stop.receive)
         yield stop
     except BaseException as error:
-        # whatever broke then broke by the signal, which Ray's processes may have got too
+        # an error after a signal is due to it: Ray's processes may have received it too
         if stop.signal is not None and not isinstance(error, type(stop.error)):
             raise stop.error from error
         raise
@@ -110,7 +110,7 @@ def signals() -> Iterator[Stop]:
 
 
 def _is_default(handler: Callable[[int, FrameType | None], Any] | int | None) -> bool:
-    """Tell a handler that nobody chose: Python's, or the one that Ray leaves behind."""
+    """Tell whether a handler is a default: Python's, or the one that Ray leaves behind."""
     by_ray = (getattr(handler, "__module__", None) or "").startswith("ray.")
     return handler in (signal.SIG_DFL, signal.default_int_handler) or by_ray
 

@@ -2,7 +2,7 @@
 
     config → groups of actors, and what each asks of Ray → pool of clients
 
-Ray is imported only where it is needed: a run in process never loads it.
+Only runs with client actors import Ray.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from fedray.shares import floor_of
 
 
 def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
-    """Return what makes the pool that a config asks for.
+    """Return a factory of the pool that a config asks for.
 
     Args:
         config: its `clients.actors` and `clients.resources` are read.
-        cpus: CPUs that may be used; None: all of the cluster's. Starts a local Ray if there is none.
+        cpus: CPUs to use; None: all of the cluster's. Starts a local Ray if there is none.
     """
     if config.clients.actors == 0:
         return LocalPool
@@ -37,7 +37,7 @@ def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
 
 
 def reach(config: RunConfig) -> None:
-    """Connect to Ray, or start it, if a run's clients train there: before the run leaves anything on disk.
+    """Connect to Ray, or start it, if a run's clients train there. Called before the run writes to disk.
 
     Raises:
         RunError: as `start_ray`.
@@ -49,14 +49,14 @@ def reach(config: RunConfig) -> None:
 
 
 def _cpus(config: RunConfig) -> float:
-    """Return the CPUs to share out; there may be none yet if the config says what each actor asks for."""
+    """Return the CPUs to share out; none are needed yet if the config sets the CPUs of each actor."""
     clients = config.clients
     shares = clients.actors == "auto" or clients.resources.cpu is None
     return cluster_cpus(at_least_one=shares)
 
 
 def actors_for(config: RunConfig, cpus: float) -> list[ActorOptions]:
-    """Return what each client actor of a trial asks of Ray; in process, what the trial itself does."""
+    """Return the resources of each client actor of a trial; in process, those of the trial itself."""
     if config.clients.actors == 0:
         return [ActorOptions(cpu=min(1.0, cpus))]
     return [group.options for group in groups_for(config, cpus) for _ in range(group.actors)]
@@ -66,11 +66,11 @@ def check_room(groups: Sequence[Group], who: str) -> None:
     """Refuse client actors for which the cluster, to which this process is connected, has no room at all.
 
     Args:
-        groups: of actors.
-        who: asks for them, for the message.
+        groups: groups of actors.
+        who: the run or trial, for the message.
 
     Raises:
-        ConfigError: with what is asked for, and what the cluster has.
+        ConfigError: with the resources asked for and those of the cluster.
     """
     nodes = cluster_nodes()
     have = {name: sum(node.get(name, 0.0) for node in nodes) for node in nodes for name in node}
@@ -107,7 +107,7 @@ def _shown(resources: Mapping[str, float]) -> str:
 
 
 def groups_for(config: RunConfig, cpus: float) -> list[Group]:
-    """Return how many actors there are, and what each asks of Ray.
+    """Return the groups of actors: how many, and the resources of each.
 
     One group, and one for each device with its own.
     """

@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: what is recorded beside them, and by which runs are found again."""
+"""Where a run's numbers come from: the tags and the declared settings that are recorded with them."""
 
 import subprocess
 from importlib import metadata
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def declared(config: "RunConfig") -> dict[str, str | float]:
-    """Return what else must be known to compare two runs; in `result.json`, and among the tags.
+    """Return the further settings that matter in comparisons; in `result.json`, and among the tags.
 
     `norm`, the policy for batch normalisation; `zero_policy`, what clients do with pruned weights;
     `server_data`, the share of the training examples that the server trains on.
@@ -24,14 +24,14 @@ def declared(config: "RunConfig") -> dict[str, str | float]:
 
 
 def run_tags(*, method: str, dataset: str, model: str, digest: str, **more: object) -> dict[str, str]:
-    """Return the tags by which runs are found and told apart; `git_revision` only where there is one.
+    """Return the tags that identify a run; `git_revision` only inside a git checkout.
 
     Args:
         method: name of the method.
         dataset: name of the data set.
         model: name of the model.
-        digest: the config's own, `RunConfig.digest`, as in `result.json`.
-        **more: what was `declared`.
+        digest: `RunConfig.digest`, as in `result.json`.
+        **more: the result of `declared`.
     """
     tags = {"method": method, "dataset": dataset, "model": model, "config_digest": digest}
     tags |= {name: str(value) for name, value in more.items()}
@@ -45,7 +45,7 @@ def git_revision() -> str | None:
 
     Ends in `-dirty` if tracked files have changed since.
     """
-    # of the commit, never of a tag; and without git's lock, for another git may be at work here
+    # of the commit, never of a tag; without git's lock, since another git may be at work here
     command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     for folder in (Path(__file__).parent, Path.cwd()):
         try:

@@ -1,8 +1,8 @@
-"""Whether a run can be resumed: config, checkpoint and model belong together, and what may change does.
+"""Whether a run can be resumed: config, checkpoint and model belong together, and only allowed keys change.
 
-    config.yaml (as it was written) → overrides (of what may change) → checkpoint (of this config and model)
+    config.yaml (as written) → overrides (of keys that may change) → checkpoint (of this config and model)
 
-Nothing is written here. Whatever does not belong together is refused with the values that differ.
+Nothing is written here. A mismatch is refused with the values that differ.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,27 +23,27 @@ MAY_CHANGE = ", ".join(
     f"{key} without by_device" if key == "clients.resources" else key for key in ("rounds", *INDECISIVE)
 )
 REGISTERED = "registered.json"
-"""Names of tables that this run uses, with their modules, where `imports` could not record a file."""
+"""Table entries that this run uses, with their modules, where `imports` could not record a file."""
 
 SHOWN = 6
-"""Differences that a message names."""
+"""A message names at most this many differences."""
 
 
 def resumed_config(
     files: RunFiles, changes: Sequence[str] | Mapping[str, Any] = ()
 ) -> tuple[Tree, RunConfig]:
-    """Return a run's config as it was, which may name files that have moved, and as it is to be.
+    """Return a run's config before and after the changes. The first may name files that have moved.
 
     Raises:
         ConfigError: if `changes` are not allowed.
-        RunError: if `config.yaml` is not as it was written.
+        RunError: if `config.yaml` has changed since the run wrote it.
     """
     path = files.path / "config.yaml"
     _check_registered(files)
     problem = sealed.fault(path)
     if problem is not None:
         if not files.checkpoints():
-            RunConfig.from_tree(files.read_config(), str(path))  # it may be the config of something else
+            RunConfig.from_tree(files.read_config(), str(path))  # of a sweep or a training, perhaps
         raise RunError(f"{path}: {problem}{_against_checkpoint(files)}")
     before = files.read_config()
     given = dict(changes) if isinstance(changes, Mapping) else parse_overrides(changes)
@@ -59,10 +59,10 @@ def resumed_config(
 
 
 def _check_registered(files: RunFiles) -> None:
-    """Refuse to resume what the tables lack, since no file can be imported for it.
+    """Refuse to resume a run whose methods, models, … no importable file provides.
 
     Raises:
-        ConfigError: with the module that had added it.
+        ConfigError: with the module that had added them.
     """
     for key, (name, module) in (files.read_json(REGISTERED) or {}).items():
         if name not in TABLES.get(key, (name,)):
@@ -89,7 +89,7 @@ def check_origin(files: RunFiles, found: Stored, config: RunConfig, layout: Layo
 
 
 def check_rounds(found: Stored, config: RunConfig) -> None:
-    """Refuse another number of rounds where the rounds so far depend on it.
+    """Refuse another number of rounds where the completed rounds depend on it.
 
     Raises:
         ConfigError: with the reason, and what to do.

@@ -1,9 +1,9 @@
-"""From a config to a run: build the federation, make the rounds, keep what came of them.
+"""From a config to a run: build the federation, run its rounds, keep the results.
 
     config → data, partition, devices, model → pool of clients → server → rounds → result
 
-`run` makes a new one, `resume` continues one that ended early, or that is given more rounds. Either leaves
-the same files, and the same weights.
+`run` starts a run. `resume` continues one that was interrupted, or adds rounds. Both end with the same files
+and the same weights.
 """
 
 import logging
@@ -51,19 +51,19 @@ logger = logging.getLogger(__name__)
 OnRound = Callable[[RoundReport], None]
 
 RUNS = Path("runs")
-"""Where runs go that are not told otherwise."""
+"""Default parent directory of runs."""
 
 ACCURACY_CLIENTS = 200
-"""The final model is tried on the own examples of at most so many clients, drawn by seed."""
+"""At most this many clients, sampled by seed, evaluate the final model on their own examples."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What a run left.
+    """The result of a run.
 
     Args:
-        path: its directory.
-        rounds: a mapping of metric → value for each round, `round` among them; round 0 is the set-up.
+        path: the run's directory.
+        rounds: for each round, metric → value, `round` among them; round 0 is the set-up.
         result: every final metric by name, `weights_sha256` and `status`.
     """
 
@@ -94,10 +94,10 @@ class Federation:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Federation":
-        """Load the data and deal it out.
+        """Load the data set and partition it.
 
         Raises:
-            DataError: if the data is missing, or cannot be dealt as asked.
+            DataError: if the data is missing, or cannot be partitioned as the config asks.
         """
         seed, clients = config.seed, config.clients
         dataset = loaded(config)
@@ -120,7 +120,7 @@ class Federation:
 
     @property
     def schedule(self) -> Schedule:
-        """How long, how many, how often."""
+        """Rounds, cohort size and evaluation interval."""
         clients = self.config.clients
         return Schedule(
             rounds=self.config.rounds,
@@ -133,12 +133,12 @@ class Federation:
 
     @property
     def side(self) -> ServerSide:
-        """What the server itself has."""
+        """The data and the clock of the server."""
         validation = _rows(self.dataset.train, self.splits.validation)
         return ServerSide(devices.DEVICES["server"], self.splits.server, validation)
 
     def sampled_clients(self) -> list[int]:
-        """Draw the clients whose own examples the final model is tried on."""
+        """Sample the clients that evaluate the final model on their own examples."""
         population = len(self.place.population)
         rng = generator(self.config.seed, "evaluate")
         return sorted(rng.choice(population, min(population, ACCURACY_CLIENTS), replace=False).tolist())
@@ -152,18 +152,18 @@ def run(
     pool: PoolFactory | None = None,
     tracking: Tracking | None = None,
 ) -> History:
-    """Make a run.
+    """Run a federation.
 
     Args:
-        config: what to run; already validated.
-        out: its directory, which must be empty or absent; None: the next free one under `runs/`.
+        config: a validated config.
+        out: the run's directory, which must be empty or absent; None: the next free one under `runs/`.
         on_round: called after each round, for progress and Tune.
-        pool: what makes the pool of clients; None: as `clients.actors` says.
-        tracking: where it is tracked; None: as the config's `tracking` says.
+        pool: makes the pool of clients; None: as `clients.actors` says.
+        tracking: where to track the run; None: as the config's `tracking` says.
 
     Raises:
-        ConfigError, DataError: if it cannot run; nothing was started then, and nothing is left on disk.
-        RunError, ClientError, MethodError: if it broke; `resume` may go on.
+        ConfigError, DataError: if the config cannot run; then nothing has started, and nothing is on disk.
+        RunError, ClientError, MethodError: if the run failed; `resume` may continue it.
     """
     _expect_config(config)
     if out is not None:
@@ -201,23 +201,23 @@ def resume(
     tracking: Tracking | None = None,
     patience_s: float = 0.0,
 ) -> History:
-    """Resume a run from its last checkpoint; the weights end up as if it had never stopped.
+    """Resume a run from its last checkpoint. It ends with the weights of an uninterrupted run.
 
-    A finished run is only read, unless it is given more rounds.
+    A finished run is only read, unless `overrides` add rounds.
 
     Args:
-        path: its directory.
-        overrides: what changes: `["rounds=200"]` or `{"rounds": 200}`. Only `rounds`, where the method's
-            schedule does not depend on it, and keys that do not change results.
+        path: the run's directory.
+        overrides: changes of the config: `["rounds=200"]` or `{"rounds": 200}`. Allowed are `rounds`, where
+            the method's schedule does not depend on it, and keys that do not change results.
         on_round: as for `run`.
         pool: as for `run`.
         tracking: as for `run`.
-        patience_s: how long to wait for another process that is about to leave the run.
+        patience_s: seconds to wait for a process that is leaving the run.
 
     Raises:
         ConfigError, DataError, ClientError, MethodError: as for `run`.
-        RunError: if it broke; or if it cannot be resumed: another process works on it, its config, model or
-            version is not that of its checkpoint, or no checkpoint can be read. Nothing was changed then.
+        RunError: if the run failed; or if it cannot be resumed: another process works on it, or no sound
+            checkpoint of its config, model and version exists. Nothing has changed then.
     """
     files = RunFiles.open(path)
     before, config = resumed_config(files, overrides)
@@ -227,7 +227,7 @@ def resume(
         return History(files.path, _history(files), result)
     federation = Federation.of(config)
     with Lock(files.path, patience_s=patience_s):
-        result = finished_result(files, config)  # another process may have ended it meanwhile
+        result = finished_result(files, config)  # another process may have finished it meanwhile
         if result is not None:
             return History(files.path, _history(files), result)
         if pool is None:
@@ -243,10 +243,10 @@ def resume(
 
 
 def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None:
-    """Return `result.json` if all rounds of a config are made; None if there is something to do.
+    """Return `result.json` if the run has all rounds of its config; otherwise None.
 
     Raises:
-        ConfigError: if more rounds are made than the config has.
+        ConfigError: if the run has more rounds than the config.
     """
     result = files.read_json("result.json")
     if result is None or result.get("status") != "finished":
@@ -258,7 +258,7 @@ def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None
 
 
 def _change(files: RunFiles, before: Tree, after: RunConfig, found: Stored | None) -> None:
-    """Record what a resumed run changes; set the end of a finished run aside."""
+    """Record the changes of a resumed run; set the results of a finished run aside."""
     done = found.done if found is not None else 0
     is_extended = after.rounds != before["rounds"]
     if is_extended:
@@ -297,11 +297,11 @@ def _go(
                     result = _finish(federation, server, files)
             status = "FINISHED"
         except BaseException as error:
-            # what breaks after a signal breaks by it: Ray's processes may have got it too
+            # an error after a signal is due to it: Ray's processes may have received it too
             if isinstance(error, INTERRUPTS) or stop.signal is not None:
                 status = "KILLED"
             elif isinstance(error, FedrayError):
-                with suppress(RunError):  # the disk may be what failed
+                with suppress(RunError):  # the disk may have failed
                     files.warn([f"failed: {error}"])
             raise
         finally:
@@ -313,9 +313,10 @@ def _go(
 
 
 def _rounds(server: Server, files: RunFiles, config: RunConfig, stop: Stop) -> Generator[RoundReport]:
-    """Make the rounds that are left, the set-up first if it was not made yet, and write each down.
+    """Run the set-up, unless it is done, and the remaining rounds, and write each to disk.
 
-    However it ends, the last complete round has a checkpoint then; one that was begun is dropped.
+    At the end, also after an error or a signal, the last complete round has a checkpoint. A round in progress
+    is dropped.
     """
     tree = config.to_tree()
     unsaved: Checkpoint | None = None
@@ -334,7 +335,7 @@ def _rounds(server: Server, files: RunFiles, config: RunConfig, stop: Stop) -> G
             stop.check()
     finally:
         if unsaved is not None:
-            with suppress(Exception):  # what ended the run matters more
+            with suppress(Exception):  # the error that ended the run matters more
                 files.save(unsaved, tree)
 
 
@@ -343,12 +344,12 @@ def _opened(pool: ClientPool) -> Iterator[ClientPool]:
     try:
         yield pool
     finally:
-        with suppress(Exception):  # what went wrong before matters more
+        with suppress(Exception):  # an earlier error matters more
             pool.close()
 
 
 def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str, Any]:
-    """Read the test set, once; try the model on clients' own examples; write what the run came to."""
+    """Read the test set, once; evaluate the model on clients' own examples; write the result."""
     test = server.evaluate(federation.dataset.test)
     clients = federation.sampled_clients()
     partition = federation.place.population.partition
@@ -385,7 +386,7 @@ def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str
 def _own_accuracy(
     federation: Federation, server: Server, clients: Sequence[int], rows: Sequence[np.ndarray]
 ) -> list[float]:
-    """Return the model's accuracy on the examples of each client, with the norms it keeps if it keeps any."""
+    """Return the model's accuracy on each client's examples, with the client's own norms if it has any."""
     train = federation.dataset.train
     if federation.place.model.norms.private:
         return [server.evaluate(_rows(train, r), k).accuracy for k, r in zip(clients, rows, strict=True)]

@@ -1,6 +1,6 @@
-"""What a sweep tries.
+"""The points of a sweep.
 
-`base`, `space` and `tune` of a YAML file, turned into points that are all known to be valid.
+`base`, `space` and `tune` of a YAML file become a list of points. Every point is validated.
 
     space:
       method.threshold: {grid: [0.2, 0.5, 1.0]}      crossed with the other grids
@@ -41,22 +41,22 @@ VERBS = (
     "lograndint",
     "randn",
 )
-"""What a key of `space` may be drawn by: Tune's own names, `grid` for `grid_search`."""
+"""Verbs of `space`, by Tune's names; `grid` is `grid_search`."""
 
 SHARED = {
     "tracking": "all trials are tracked in one store, as children of one run",
     "imports": "all trials choose from the same tables",
 }
-"""Sections that are the same for all points of a sweep, and why."""
+"""Sections that all points of a sweep share, and why."""
 
 
 OnPoint = Callable[[int, int], None]
-"""Called while points are validated: how many are done, of how many."""
+"""Called during validation with the number of validated points and of all points."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One trial: its name, what it changes, and the config that comes of it."""
+    """One trial: its name, its changes to the base, and the resulting config."""
 
     name: str
     changes: Mapping[str, Any]
@@ -65,12 +65,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose points are all known to be valid.
+    """A sweep of validated points.
 
     Args:
-        name: of the file it came from.
-        tree: the file, overrides applied; what is written to `sweep.yaml`.
-        tune: how the points are tried.
+        name: name of the sweep's file.
+        tree: the file with overrides applied, as `sweep.yaml` stores it.
+        tune: how the points are run.
         points: the trials.
     """
 
@@ -90,12 +90,12 @@ class Sweep:
         called as points are validated.
 
         Raises:
-            ConfigError: with every problem found, in whichever point.
+            ConfigError: with every problem of every point.
         """
         tree, changes = yaml_text.load(path), parse_overrides(overrides)
         where = origin(path, changes)
         base, space, options = base_of(tree, path), _part(tree, "space", where), _part(tree, "tune", where)
-        given = dict(space)  # before an override fixes what would be drawn
+        given = dict(space)  # before an override fixes a drawn key
         for key, value in changes.items():
             section, _, rest = key.partition(".")
             if section in ("space", "tune"):
@@ -220,7 +220,7 @@ def check_samples(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> N
 
 
 def _located(tree: Mapping[str, Any], configs: Sequence[RunConfig], above: str = "") -> Tree:
-    """Return a tree of dotted keys with its paths made absolute, as the configs that come of it have them."""
+    """Return a tree of dotted keys with absolute paths, as its configs have them."""
     return {key: _absolute(value, configs, above + key) for key, value in tree.items()}
 
 
@@ -235,7 +235,7 @@ def _absolute(value: Any, configs: Sequence[RunConfig], key: str) -> Any:
 
 
 def _values(config: RunConfig, key: str) -> Iterator[Any]:
-    """Yield what a config holds at a dotted key; each of several."""
+    """Yield the value of a config at a dotted key; each of several."""
     found: Any = config
     for part in key.split("."):
         found = getattr(getattr(found, "options", found), part, None)
@@ -243,7 +243,7 @@ def _values(config: RunConfig, key: str) -> Iterator[Any]:
 
 
 def _part(tree: Mapping[str, Any], section: str, where: Where) -> Tree:
-    """Return a section of a sweep, empty if it is not there."""
+    """Return a section of a sweep; empty if it is missing."""
     part = tree.get(section)
     if part is not None and not isinstance(part, Mapping):
         raise ConfigError(line(section, f"got {shortened(part)}; must be a mapping of keys to values", where))
@@ -251,7 +251,7 @@ def _part(tree: Mapping[str, Any], section: str, where: Where) -> Tree:
 
 
 def _fix(space: Tree, key: str) -> None:
-    """Take a key that is overridden out of the space; with `method.name`, a choice among methods."""
+    """Remove an overridden key from the space; `method.name` removes a choice among methods."""
     space.pop(key, None)
     section, _, last = key.rpartition(".")
     if CHOICES.get(section) == last:
@@ -259,7 +259,7 @@ def _fix(space: Tree, key: str) -> None:
 
 
 def _of_points(problem: str, labels: Sequence[str], points: int) -> str:
-    """Say which points have a problem, unless all have it."""
+    """Name the points that have a problem, unless all have it."""
     if len(labels) == points:
         return problem
     more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
@@ -285,7 +285,7 @@ def _verb(key: str, spec: Any, where: Where) -> tuple[str, list[Any]]:
 
 
 def _dotted(key: str, spec: Any) -> list[str]:
-    """Return the entries of a key of `space` that is a section: each as it is to be written."""
+    """Return the entries of a key of `space` that is a section, as `sweep.yaml` stores them."""
     found = []
     for name, inner in spec.items() if isinstance(spec, Mapping) and not set(spec) & set(VERBS) else ():
         dotted = f"{key}.{name}"
@@ -300,7 +300,7 @@ def _dotted(key: str, spec: Any) -> list[str]:
 
 
 def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:
-    """Return Tune's domain, which is known to be drawn from."""
+    """Return the domain of Tune, after one trial draw."""
     import_ray()
     from ray import tune
 
@@ -314,7 +314,7 @@ def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:
 
 
 def _label(changes: Mapping[str, Any]) -> str:
-    """Name a point by what it changes: `staged,threshold=0.5,seed=1`."""
+    """Name a point by its changes: `staged,threshold=0.5,seed=1`."""
     parts = []
     for key, value in changes.items():
         if key in CHOICES and isinstance(value, Mapping):

@@ -1,8 +1,8 @@
 """Sweeps: the points of a `Sweep` as trials of Ray Tune, each of which is `run()`.
 
-A trial is a server; its client actors live in its placement group, so that two trials on two cores cannot
-wait for each other's actors. What matters is in the trials' own directories: a sweep that was interrupted
-goes on with the very points that are missing.
+A trial is a server. Its client actors live in its placement group, so that two trials on two cores cannot
+wait for each other's actors. All results are in the trials' own directories: a resumed sweep runs exactly
+the missing points.
 """
 
 import logging
@@ -43,14 +43,14 @@ from fedray.types import Direction, RoundReport
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0
-"""How long a trial that is tried again waits for the process of the try before."""
+"""Seconds that a retried trial waits for the process of its earlier try."""
 
 Status = Literal["finished", "stopped", "failed", "missing"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a point."""
+    """One point and its outcome."""
 
     point: Point
     path: Path
@@ -60,7 +60,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep left: its directory, what became of each point, and what its trials are compared by."""
+    """The result of a sweep: its directory, its trials, and the metric that compares them."""
 
     path: Path
     trials: tuple[Trial, ...]
@@ -71,7 +71,7 @@ class SweepResult:
     def best(self) -> tuple[Trial, float] | None:
         """The finished trial whose final model is best by the sweep's metric, and the value of the metric.
 
-        None where no finished trial has the metric. NaN is the worst value.
+        None if no finished trial has the metric. NaN is the worst value.
         """
         found = []
         for trial in self.trials:
@@ -83,7 +83,7 @@ class SweepResult:
 
     @property
     def failed(self) -> tuple[Trial, ...]:
-        """Trials that broke."""
+        """Trials that failed."""
         return tuple(trial for trial in self.trials if trial.status in ("failed", "missing"))
 
 
@@ -92,15 +92,15 @@ OnTrialRound = Callable[[str, Mapping[str, Any]], None]
 
 
 def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound | None = None) -> SweepResult:
-    """Try all points of a sweep.
+    """Run all points of a sweep.
 
     Args:
         plan: a validated sweep.
-        out: its directory, empty or absent; None: the next free one under `runs/`.
-        on_round: called as the trials report evaluated rounds.
+        out: the sweep's directory, empty or absent; None: the next free one under `runs/`.
+        on_round: called for each evaluated round that a trial reports.
 
     Raises:
-        ConfigError, DataError: if a point cannot run; nothing was started then, and nothing is left on disk.
+        ConfigError, DataError: if a point cannot run; then nothing has started, and nothing is on disk.
     """
     if not isinstance(plan, Sweep):
         raise ConfigError(f"sweep takes a Sweep, not {shortened(plan)}: Sweep.load(FILE) reads one")
@@ -121,10 +121,10 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
 
 
 def load_sweep(path: str | Path, on_point: OnPoint | None = None) -> Sweep:
-    """Read the directory of a sweep, and validate its points anew; `on_point` is called as they are.
+    """Read the directory of a sweep and validate its points again, calling `on_point` for each.
 
     Raises:
-        ConfigError: if it is not one, or a point cannot run any more.
+        ConfigError: if it is not the directory of a sweep, or a point cannot run any more.
     """
     written = local_path(path) / "sweep.yaml"
     tree = sealed.load(written)
@@ -141,8 +141,8 @@ def resume_sweep(
     """Resume a sweep: finished and stopped trials stay, the others continue from their checkpoints.
 
     Args:
-        path: of the sweep.
-        plan: what `load_sweep` read there; None: read it now.
+        path: the sweep's directory.
+        plan: the sweep, as `load_sweep` returns it; None: read it now.
         on_round: as of `sweep`.
     """
     place = local_path(path)
@@ -152,7 +152,7 @@ def resume_sweep(
 
 
 def _written(plan: Sweep) -> Tree:
-    """Return what `sweep.yaml` holds: the points as they were drawn, and paths that hold from anywhere."""
+    """Return the content of `sweep.yaml`: the points as drawn, with absolute paths."""
     imports = dict.fromkeys(str(path) for point in plan.points for path in point.config.imports)
     paths: Tree = {"tracking.uri": plan.points[0].config.tracking.uri}
     base = override_tree(plan.tree["base"], paths | ({"imports": list(imports)} if imports else {}))
@@ -171,7 +171,7 @@ def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
 def _try(
     plan: Sweep, waiting: Sequence[Point], path: Path, on_round: OnTrialRound | None, stop: Stop
 ) -> dict[str, str]:
-    """Run the points that wait, and tell MLflow how it ended, however it does; return errors by name."""
+    """Run the remaining points and record the sweep's outcome in MLflow; return errors by name."""
     if waiting:
         with stop.cuts():
             start_ray()
@@ -230,7 +230,7 @@ def _fit(
 
 @dataclass(frozen=True)
 class _Job:
-    """What a trial's process is sent: plain values, from which it builds what it needs.
+    """The message to a trial's process: plain values, from which it builds its config.
 
     Args:
         trees: name of each trial → its config.
@@ -239,7 +239,7 @@ class _Job:
         path: the sweep's directory.
         cpus: that a trial may use.
         tracking: where trials are tracked.
-        metric: what is compared.
+        metric: the metric that is compared.
         needed_by: the round by which the metric must have been reported; None: never.
     """
 
@@ -253,7 +253,7 @@ class _Job:
     needed_by: int | None
 
     def check(self, seen: Mapping[str, Any], round: int) -> None:
-        """Refuse to go on without the metric when it must be compared.
+        """Fail when the metric is due and has not been reported.
 
         Raises:
             RunError: if none of the metrics `seen` is the one to compare, and it is needed by this round.
@@ -269,9 +269,9 @@ class _Job:
 
 
 def _trial(job: _Job, name: str) -> None:
-    """Be the server of one trial: start or resume it, and tell Tune about its rounds.
+    """Run the server of one trial: start or resume it, and report its rounds to Tune.
 
-    The last round is reported when everything is written: a scheduler may end the trial with any report.
+    The last round is reported after all files are written: a scheduler may end the trial with any report.
     """
     from ray import tune
 
@@ -300,14 +300,14 @@ def _trial(job: _Job, name: str) -> None:
         # the process of an earlier try may take a moment to die
         resume(place, on_round=report, pool=pool, tracking=tracking, patience_s=PATIENCE_S)
     else:
-        shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
+        shutil.rmtree(place, ignore_errors=True)  # it failed before it began
         run(config, out=place, on_round=report, pool=pool, tracking=tracking)
     if last:
         tune.report(last)
 
 
 def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:
-    """Return what configs choose that no file can bring to another process; it is pickled by value."""
+    """Return the entries of tables that configs use and that no file provides; they are pickled by value."""
     import ray
 
     found: dict[tuple[str, str], Any] = {}
@@ -319,7 +319,7 @@ def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:
         }
     for entry in found.values():
         module = plugins.home(entry)
-        if module is not None and module.__name__ != "__main__":  # whose classes Ray takes along by itself
+        if module is not None and module.__name__ != "__main__":  # Ray pickles their classes by itself
             ray.cloudpickle.register_pickle_by_value(module)
     return found
 
@@ -348,10 +348,9 @@ def _check_rooms(plan: Sweep) -> None:
 
 
 def _scheduler(plan: Sweep, path: Path) -> Any:
-    """Return ASHA, which knows what the trials reported before; it writes down which trials it stops.
+    """Return ASHA, with the rounds that the trials reported earlier. It writes down which trials it stops.
 
-    A trial that ended without finishing may also have been cut short with the whole sweep, for Tune catches
-    signals; from outside the two look alike.
+    Without that note, a stopped trial looks like an interrupted one: Tune catches signals.
     """
     from fedray.experiment.asha import Rungs
 
@@ -378,7 +377,7 @@ def _configs(plan: Sweep) -> list[RunConfig]:
     return [point.config for point in plan.points]
 
 
-# ── what is on disk
+# ── files of a sweep
 # ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -401,21 +400,21 @@ def _status(place: Path) -> Status:
 
 
 def _rounds(place: Path) -> list[dict[str, Any]]:
-    """Return `round` and metrics of each round that a trial has made."""
+    """Return `round` and metrics of each complete round of a trial."""
     if not (place / "config.yaml").exists():
         return []
     return [{"round": line["round"], **line["metrics"]} for line in RunFiles(place).rounds()]
 
 
 def _compared(place: Path) -> list[dict[str, Any]]:
-    """Return the rounds of a trial that the scheduler compared: a stopped one makes some more."""
+    """Return the rounds of a trial that the scheduler compared. A stopped trial completes a few more."""
     stopped = RunFiles(place).read_json(STOPPED)
     rounds = _rounds(place)
     return [line for line in rounds if stopped is None or line["round"] <= stopped["round"]]
 
 
 def _conclude(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | None) -> None:
-    """Write down, and tell MLflow, what became of every trial and of the sweep.
+    """Record the outcome of every trial and of the sweep, on disk and in MLflow.
 
     Args:
         plan: the sweep.
@@ -438,7 +437,7 @@ def _conclude(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | No
 
 
 def _settle(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> None:
-    """Write down what a trial came to that could not do so itself; `cut` is how one ended that was cut."""
+    """Record the outcome of a trial that could not; `cut` is the outcome of an interrupted one."""
     files, status = RunFiles(place), _status(place)
     if status == "finished":
         mend(files, point.config, tracking)
@@ -452,7 +451,7 @@ def _settle(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> No
 
 
 def _untold(plan: Sweep, path: Path) -> bool:
-    """Tell whether MLflow may not know how a sweep ended that has nothing left to try."""
+    """Tell whether MLflow may lack the outcome of a sweep whose points are all done."""
     if plan.points[0].config.tracking.uri == "none":
         return False
     places = [path, *(_place(path, point) for point in plan.points)]

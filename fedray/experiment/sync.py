@@ -29,12 +29,12 @@ from fedray.storage.run_files import RunFiles
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
-"""How long the store may take to answer, in seconds: whoever calls this wants it done."""
+"""Timeout in seconds for the store: long, since the user asked for the transfer."""
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What was done for one directory.
+    """The transfer of one directory.
 
     Args:
         path: of the run or the sweep.
@@ -59,7 +59,7 @@ def sync(path: str | Path, uri: str | None = None, experiment: str | None = None
 
     Raises:
         ConfigError: if `path` is neither, or there is no store.
-        RunError: if the run still goes on, or the store did not take everything.
+        RunError: if the run is still running, or the store did not take everything.
     """
     place = Path(path).expanduser().resolve()
     if (place / "sweep.yaml").is_file():
@@ -89,7 +89,7 @@ def sync_run(
 
 
 def mend(files: RunFiles, config: RunConfig, tracking: Tracking) -> None:
-    """Bring MLflow up to a finished run's files, if it did not take them then; a failure is a warning."""
+    """Bring MLflow up to a finished run's files, if it lacks any; a failure is a warning."""
     known = files.read_json("mlflow.json") or {}
     if config.tracking.uri == "none" or known.get("is_complete"):
         return
@@ -101,7 +101,7 @@ def mend(files: RunFiles, config: RunConfig, tracking: Tracking) -> None:
 
 
 def ended_as(files: RunFiles) -> RunStatus:
-    """Tell from a run's files how it ended; one that was killed without a word is KILLED."""
+    """Tell from a run's files how it ended; one without a result is KILLED."""
     result = files.read_json("result.json")
     if result is not None:
         return "FINISHED" if result.get("status") == "finished" else "KILLED"
@@ -111,7 +111,7 @@ def ended_as(files: RunFiles) -> RunStatus:
 
 
 def sweep_status(statuses: Sequence[RunStatus | None]) -> RunStatus:
-    """Return how a sweep ended, from its trials: None is a trial that never began."""
+    """Return the outcome of a sweep from those of its trials; None is a trial that never began."""
     if "FAILED" in statuses or None in statuses:
         return "FAILED"
     return "FINISHED"

@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Tracking:
-    """Where a run is tracked beside its own files.
+    """Where MLflow tracks a run.
 
     Args:
         store: a prepared MLflow store; None: prepare the one of the config.
         parent: MLflow's run id of the sweep.
         name: name of the run in MLflow.
-        answer_s: how long to wait for the store, in seconds; None: as `MLflowTracker`.
+        answer_s: seconds to wait for the store; None: as `MLflowTracker`.
     """
 
     store: Store | None = None
@@ -38,9 +38,9 @@ class Tracking:
 
 
 def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTracker:
-    """Return what tells MLflow: the MLflow run of this directory if the store has it, else a new one.
+    """Return a run's tracker: of this directory's MLflow run if the store has one, else of a new one.
 
-    What the files have and the store lacks is logged: rounds that an earlier try could not deliver.
+    Rounds that the store lacks are logged now: an earlier process could not deliver them.
     """
     store = tracking.store or prepare_store(config.tracking.uri, config.tracking.experiment)
     known = files.read_json("mlflow.json") or {}
@@ -69,7 +69,7 @@ def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLfl
 
 
 def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, status: RunStatus) -> None:
-    """End the MLflow run; if it is finished, with its final metrics, its files and the model."""
+    """End the MLflow run; a finished one gets its final metrics, its files and the model."""
     artifacts: Sequence[Path] = []
     model = None
     if status == "FINISHED":
@@ -78,7 +78,7 @@ def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, st
         artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
         model = lambda: load_module(config, files)  # noqa: E731
     tracker.finish(status, artifacts, model)
-    with suppress(RunError):  # the disk may be what failed
+    with suppress(RunError):  # the disk may have failed
         files.warn(tracker.warnings)
         if tracker.is_complete:
             files.write_json("mlflow.json", {**(files.read_json("mlflow.json") or {}), "is_complete": True})
@@ -93,7 +93,7 @@ def as_report(line: Mapping[str, Any]) -> RoundReport:
 
 
 def final(result: Mapping[str, Any]) -> RoundReport:
-    """Return the final metrics of `result.json`, those of no round, as a report of the last one."""
+    """Return the final metrics of `result.json`, which belong to no round, as a report of the last round."""
     prefixes = ("test/", "clients/")
     own = {name: value for name, value in result.items() if name.startswith(prefixes) and value is not None}
     return RoundReport(int(result.get("rounds", 0)), own)

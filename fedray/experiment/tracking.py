@@ -2,7 +2,7 @@
 
 `prepare_store` is called once, in the driver; the `Store` that it returns goes to the trials, and each of
 them opens an `MLflowTracker`. A run's own files are written elsewhere and are always complete: tracking never
-stops a run. All calls to MLflow are made by a thread of their own, so that a server which fails or does not
+stops a run. A separate thread makes all calls to MLflow, so that a server which fails or does not
 answer costs a few seconds at the start and at the end, and nothing in between.
 
 Nothing here touches MLflow's global state (tracking URI, active run): client and run id are explicit.
@@ -40,11 +40,11 @@ from fedray.types import RoundReport
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
-"""How long a run waits for a server when it starts, and for what MLflow has still to take when it ends."""
+"""Timeout in seconds for connecting at the start and for flushing at the end."""
 OPEN_S = 60.0
-"""How long an SQLite file may take to be made or opened: a second of this machine's own, busy or not."""
+"""Timeout in seconds for creating or opening an SQLite file; it takes about a second on an idle machine."""
 PROBE_S = 3.0
-"""How long a server may take to say that it is there, in seconds."""
+"""Timeout in seconds for a server's first answer."""
 SHIPPED_BYTES_PER_S = 1e6
 """Artifacts lengthen the wait at the end by their size over this rate."""
 
@@ -165,7 +165,7 @@ class MLflowTracker:
 
         now_ms, step = time.time_ns() // 1_000_000, report.round
         finite = {_name(key): value for key, value in report.metrics.items() if math.isfinite(value)}
-        # MLflow keys its metrics by time too: what is logged twice is there twice
+        # MLflow keys its metrics by time too: a value logged twice appears twice
         new = {key: value for key, value in finite.items() if step not in self._steps.get(key, ())}
         batch = [Metric(key, float(value), now_ms, step) for key, value in new.items()]
         if batch:
@@ -191,7 +191,7 @@ class MLflowTracker:
         Args:
             status: how it ended.
             artifacts: files, and folders with all that is in them; those that do not exist are passed over.
-            model: called only if the run is tracked; `mlflow.pytorch.load_model` loads the module from
+            model: called only for a tracked run; `mlflow.pytorch.load_model` loads the module from
                 `runs:/<run_id>/model`.
         """
         if self._is_on:
@@ -364,7 +364,7 @@ def finish_parent(
     artifacts: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
 ) -> bool:
-    """End a run that is in MLflow, with artifacts and with tags that say what became of it.
+    """End a run in MLflow, with artifacts and with tags of its outcome.
 
     Returns:
         Whether MLflow took all of it.
@@ -381,7 +381,7 @@ def ui_command(uri: str, port: int) -> list[str]:
     """Return the command that shows a store in the browser, at http://127.0.0.1:<port>.
 
     Args:
-        uri: an SQLite store; a server has a UI of its own.
+        uri: an SQLite store; a server has its own UI.
         port: in [1, 65535].
 
     Raises:
@@ -393,7 +393,7 @@ def ui_command(uri: str, port: int) -> list[str]:
     database = database_of(uri).expanduser().resolve()
     if not database.is_file():
         raise ConfigError(f"tracking.uri: {uri!r}: there is no {database}; run something first")
-    # it would also start eight processes of its own for jobs that nobody gives it, about 1 GB in all
+    # otherwise it starts eight worker processes for jobs that we never submit, about 1 GB in all
     command = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", sys.executable, "-m", "mlflow", "server"]
     command += ["--backend-store-uri", sqlite_uri(database)]
     command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
@@ -404,7 +404,7 @@ def ui_command(uri: str, port: int) -> list[str]:
 
 
 class _Lane:
-    """One thread that makes calls in their order: whoever waits for one may stop waiting.
+    """One thread that makes calls in order. A caller that waits for one may stop waiting.
 
     An executor of the standard library would do, but would also keep the interpreter from ending as long
     as a server does not answer.
@@ -440,7 +440,7 @@ def _import_mlflow(uri: str) -> None:
 
 
 def _import_quietly(*modules: str) -> None:
-    """Import modules of MLflow 3.17 without what it warns of on the way. Not for other threads."""
+    """Import modules of MLflow 3.17 without its import warnings. Call from the main thread only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
@@ -449,7 +449,7 @@ def _import_quietly(*modules: str) -> None:
 
 
 def _is_not_ours(record: logging.LogRecord) -> bool:
-    """Drop what MLflow says while it works for us: a failure is told once, by us."""
+    """Drop MLflow's log records in our threads: we report a failure once."""
     return record.threadName != _THREAD
 
 
@@ -464,14 +464,14 @@ def _client(uri: str) -> Any:
 
 
 def _reach(uri: str) -> None:
-    """Make sure that the store is there, for MLflow would try a dead server for four minutes.
+    """Check that the store answers; MLflow itself would retry a dead server for four minutes.
 
     Raises:
         ConnectionError: if it is not.
     """
     if uri.startswith(SQLITE):
         if not database_of(uri).is_file():
-            # a trial on another machine would otherwise quietly make a database of its own there
+            # or a trial on another machine would quietly create another database there
             raise ConnectionError("is not on this machine; trials on several machines need a server")
         return
     from mlflow.utils.credentials import get_default_host_creds
@@ -484,7 +484,7 @@ def _reach(uri: str) -> None:
 
 
 def _open_experiment(uri: str, name: str, artifacts: str | None) -> str:
-    """Return the id of the experiment, made if it is not there."""
+    """Return the id of the experiment; create it if it is missing."""
     if artifacts is not None:
         _create_database(database_of(uri), artifacts)
     _reach(uri)
@@ -494,7 +494,7 @@ def _open_experiment(uri: str, name: str, artifacts: str | None) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=artifacts))
         except Exception:
-            # somebody else may have made it in between
+            # another process may have created it in between
             if (found := client.get_experiment_by_name(name)) is None:
                 raise
     if found.lifecycle_stage != "active":
@@ -548,7 +548,7 @@ def _name(key: str) -> str:
 
 
 def _told(uri: str, reason: str) -> str:
-    """Name a store and what is wrong with it, in a line and without the password that a URI may hold."""
+    """Name a store and its problem, in one line and without the password that a URI may hold."""
     return f"({without_password(uri)}) {_line(without_password(uri, reason))}"
 
 

@@ -1,6 +1,6 @@
 """Trials of Ray Tune: one way to run them, for sweeps and for trainings.
 
-All that matters is in the trials' own directories. Tune's is removed at the end.
+All results are in the trials' own directories. Tune's folder is removed at the end.
 """
 
 import logging
@@ -21,12 +21,12 @@ TRACEBACK = "error.txt"
 """File in the directory of a trial: the traceback of the error that ended it."""
 
 GRACE_S = 5.0
-"""How long after a signal trials may take to end by themselves, in seconds."""
+"""Seconds that trials have to end by themselves after a signal."""
 
 Body = Callable[[str], None]
-"""What a trial does, in a process of its own, given its name. Pickles."""
+"""Body of a trial, called with its name in a separate process. It can be pickled."""
 OnResult = Callable[[str, Any], None]
-"""Called in the driver with the name of a trial and what it reported."""
+"""Called in the driver with the name of a trial and its reported metrics."""
 
 
 def fit(
@@ -41,21 +41,21 @@ def fit(
     scheduler: Any = None,
     on_result: OnResult | None = None,
 ) -> dict[str, str]:
-    """Run trials. A signal ends them after the rounds that they are making, or `GRACE_S` later.
+    """Run trials. A signal ends them after their current rounds, or after `GRACE_S`.
 
     Args:
-        body: what each does; it calls `tune.report`.
+        body: the body of each trial; it calls `tune.report`.
         places: name of each trial → its directory.
         rooms: name of each trial → its placement group, a `tune.PlacementGroupFactory`.
         folder: where Tune may keep its own files.
         concurrent: trials at once; None: as many as the cluster has room for.
-        max_failures: how often a trial that broke is tried again.
+        max_failures: how often a failed trial is retried.
         stop: whether a signal has come.
         scheduler: Tune's; None runs every trial to the end.
-        on_result: called as trials report.
+        on_result: called with each report.
 
     Returns:
-        Name → why the trial broke, of those that did.
+        Name → reason, for each failed trial.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -63,7 +63,7 @@ def fit(
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what breaks is reported at the end, once
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are reported at the end, once
 
     def trial(sample: Mapping[str, str]) -> None:
         if not _ending(folder.parent).exists():
@@ -106,7 +106,7 @@ def room(actors: Sequence[ActorOptions]) -> Any:
 
 
 def attempt(body: Body, name: str, place: Path) -> None:
-    """Run a trial; of an error, keep the traceback in its directory.
+    """Run a trial; write the traceback of an error into its directory.
 
     Raises:
         RunError: for any error; a line that names file and line of the user's own code.
@@ -116,7 +116,7 @@ def attempt(body: Body, name: str, place: Path) -> None:
     try:
         body(name)
     except SystemExit:
-        return  # it was asked to end, and did so in good order
+        return  # it ended in good order, as asked
     except Exception as error:
         place.mkdir(parents=True, exist_ok=True)
         kept.write_text(traceback.format_exc(), encoding="utf-8")
@@ -124,7 +124,7 @@ def attempt(body: Body, name: str, place: Path) -> None:
 
 
 def end_if_asked(folder: Path) -> None:
-    """Called by a trial after each round: end it if a signal has come to the driver.
+    """End the calling trial if the driver has received a signal. Trials call this after each round.
 
     Args:
         folder: of all trials, the parent of Tune's.
@@ -141,7 +141,7 @@ def _ending(folder: Path) -> Path:
 
 
 def _stopper(stop: Stop, folder: Path) -> Any:
-    """Return what ends all trials after a signal: they are asked first, by a file, and then made to."""
+    """Return a stopper that ends all trials after a signal: it asks by a file first, then forces them."""
     from ray import tune
     from ray.tune.stopper import NoopStopper
 
@@ -168,7 +168,7 @@ def _stopper(stop: Stop, folder: Path) -> Any:
 
 
 def described(error: Exception) -> str:
-    """Return what an error says; with its type, file and line unless fedray raised it on purpose."""
+    """Return the message of an error; with type, file and line unless fedray raised it on purpose."""
     if isinstance(error, FedrayError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,6 +1,6 @@
-"""What the pictures of a report are drawn on: paper and axes, lines and their key, units and footnotes.
+"""The canvas of a report's figures: figure and axes, lines and their labels, units and footnotes.
 
-Settings keep their colour and stroke in all pictures. pyplot's global state is not used.
+A setting has the same colour and stroke in all figures. pyplot's global state is not used.
 """
 
 import io
@@ -85,7 +85,7 @@ def log_axis(axes: Axes, which: str) -> None:
 
 
 def key_of_lines(figure: Figure, axes: Axes, curves: Sequence[Curve]) -> None:
-    """Name the lines at the right, the highest end first, each as near its end as there is room."""
+    """Label the lines at the right, the highest end first, each as near its end as there is room."""
     named = sorted((c for c in curves if c.look.name is not None), key=lambda c: -c.mean[-1])
     looks = [(c.look.name or "", c.look) for c in named]
     if len(curves) > len(named):
@@ -115,7 +115,7 @@ def key_of_lines(figure: Figure, axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def spread(wanted: Sequence[float], sizes: Sequence[float], room: float) -> list[float]:
-    """Return centres near the wanted ones, ascending like them, where things of these sizes do not overlap.
+    """Return ascending centres near the given ones, such that items of these sizes do not overlap.
 
     Args:
         wanted: ascending positions, at least one.
@@ -142,7 +142,7 @@ def widen_left(figure: Figure, axes: Axes) -> None:
 
 
 def footnote(figure: Figure, axes: Axes, curves: Sequence[Curve], *more: str) -> None:
-    """Say what a band and an open circle are, where there is one."""
+    """Explain bands and open circles, if the figure has any."""
     named = [c.look.setting for c in curves if c.look.name is not None]
     parts = list(more)
     if any(len(setting.runs) > 1 for setting in named):

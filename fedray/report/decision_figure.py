@@ -1,4 +1,4 @@
-"""The picture of what somebody decided along a run: density by round, and the action at each stage."""
+"""Figure of a policy's decisions: density per round, action per stage."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,14 @@ from fedray.report.reading import RunData
 DECISIONS = "decisions.png"
 FACTOR, ACTION, ASKED = "method/factor", "method/action", "method/asked"
 MOST_RUNS = 5
-"""Seeds of a setting that are drawn; more would be a thicket."""
+"""At most this many seeds of a setting are drawn."""
 
 
 def draw_decisions(looks: Sequence[Look]) -> Figure | None:
-    """Draw each run in which a policy decided, a line for each seed; None where there is none.
+    """Draw each run with a policy, a line per seed; None if there is none.
 
-    A triangle points down where weights were pruned, up where some were brought back, and a dot is a hold;
-    it is hollow where something milder was done than what was asked for.
+    A triangle points down where the policy pruned, up where it restored weights; a dot is a hold.
+    A hollow one marks a decision that was carried out in part only.
     """
     curves: list[Curve] = []
     figure, axes = paper()
@@ -44,7 +44,7 @@ def draw_decisions(looks: Sequence[Look]) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("round")
     axes.set_ylabel("density (share of prunable weights kept)")
-    marks = "▼ pruned · ▲ brought back · ● held · hollow: milder than asked · a line for each seed"
+    marks = "▼ pruned · ▲ restored · ● held · hollow: carried out in part · a line per seed"
     footnote(figure, axes, [], marks)
     key_of_lines(figure, axes, curves)
     return figure

@@ -1,6 +1,6 @@
-"""The pictures of a report: one line, or one strip, per setting.
+"""The figures of a report: one line, or one strip, per setting.
 
-Settings keep their colour and stroke in all pictures; FedAvg beside others is black. Up to `MAX_NAMED` are
+A setting has the same colour and stroke in all figures; FedAvg beside others is black. Up to `MAX_NAMED` are
 drawn in colour (FedAvg and those of the best final accuracy), further lines in grey.
 """
 
@@ -44,14 +44,14 @@ BY_TIME = "accuracy_by_time.png"
 DENSITY = "density_by_round.png"
 CLIENTS = "client_accuracy.png"
 NAMES = (BY_ROUND, BY_BYTES, BY_TIME, DENSITY, CLIENTS, DECISIONS)
-"""Every file that may be drawn."""
+"""Files that a report may contain."""
 
 
 def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, bytes]:
-    """Return file name (of NAMES) → PNG, for what the runs have data for.
+    """Return file name (of NAMES) → PNG, for each figure that the runs have data for.
 
     Args:
-        settings: what is to be compared.
+        settings: the settings to compare.
         target: a validation accuracy in (0, 1] to mark.
     """
     looks = looks_of(settings)
@@ -67,7 +67,7 @@ def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, 
 
 
 def looks_of(settings: Sequence[Setting]) -> list[Look]:
-    """Give the settings their colours; those in grey come first, so that they lie below."""
+    """Assign colours to the settings; grey ones come first, so that they lie below."""
 
     def rank(setting: Setting) -> tuple[bool, float]:
         final = np.nan_to_num([run.last("val/accuracy") for run in setting.runs])
@@ -77,7 +77,7 @@ def looks_of(settings: Sequence[Setting]) -> list[Look]:
     often = Counter(_name(setting) for setting in named)
 
     def name(setting: Setting) -> str:
-        """Return the name, whole where a shorter one would be another setting's too."""
+        """Return a short name, or the whole one where the short one is ambiguous."""
         short = _name(setting)
         return short if often[short] == 1 else _name(setting, cut=False)
 
@@ -198,7 +198,7 @@ def density_of_clients(server: Curve) -> Curve | None:
 
 
 def _accuracy_range(curves: Sequence[Curve], target: float | None) -> tuple[float, float]:
-    """Return the ends of an axis of accuracy: how the first rounds went is not what is compared."""
+    """Return the limits of an accuracy axis, which leave out the first rounds."""
     ends = [float(c.mean[-1]) for c in curves]
     done = [float(c.mean[-1]) for c in curves if c.look.setting.status == "finished"] or ends
     enough = min(done) - max(0.2, 1.5 * (max(done) - min(done)))

@@ -1,9 +1,8 @@
-"""What the files of a run say: the reading side of `files.py`, for reports.
+"""Reads the files of runs for reports; `storage/run_files.py` writes them.
 
     directories → find_runs → load_run → RunData
 
-Runs may be finished, stopped, going on or broken. Nothing is written here, and neither torch nor a server is
-loaded.
+Runs may be finished, stopped, running or broken. This module writes nothing and needs no torch.
 """
 
 import os
@@ -24,17 +23,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Status = Literal["finished", "stopped", "unfinished"]
-"""At its last round; ended early by a scheduler; going on, or broken."""
+"""At its last round; ended early by a scheduler; running, or broken."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """What the files of a run say.
+    """The contents of a run's files.
 
     Args:
         path: the run's directory.
         name: the directory's name.
-        label: what tells it from the runs beside it; its name until `label_runs` has seen them.
+        label: distinguishes the run from those beside it; its name until `label_runs` sets it.
         config: the nested config, empty where there is none.
         rounds: a row per round, ascending; `round` and a column per metric, NaN where it was not measured.
         client_accuracy: client, device, num_examples and accuracy of the final model; finished runs only.
@@ -56,19 +55,19 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds were made and the final model was tested."""
+        """Whether all rounds are complete and the final model was tested."""
         return self.status == "finished"
 
     @property
     def status(self) -> Status:
-        """What became of the run."""
+        """Outcome of the run."""
         if self.result is None:
             return "unfinished"
         return "stopped" if self.result.get("status") == "stopped" else "finished"
 
     @property
     def last_round(self) -> int | None:
-        """Number of rounds made; None before the first is written."""
+        """Number of complete rounds; None before the first."""
         return int(self.rounds["round"].iloc[-1]) if len(self.rounds) else None
 
     @property
@@ -77,7 +76,7 @@ class RunData:
         return self.config.get("seed", self.name)
 
     def last(self, metric: str) -> float:
-        """Return a metric as it was last measured, or NaN."""
+        """Return the last value of a metric, or NaN."""
         value = (self.result or {}).get(metric)
         if value is None and metric in self.rounds:
             measured = self.rounds[metric].dropna()
@@ -106,7 +105,7 @@ def load_run(path: str | Path) -> RunData:
 
 
 def store_of(path: Path) -> str | None:
-    """Return the URI of the store where a run or a sweep is tracked; None where it is not.
+    """Return the URI of the store that tracks a run or a sweep; None if none does.
 
     Raises:
         ConfigError, RunError: if a file of it cannot be read.
@@ -124,7 +123,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Return the run directories among `paths` and below them, each once, `x-2` before `x-10`.
 
     Raises:
-        ConfigError: if one of `paths` holds no run, with what was looked at.
+        ConfigError: if one of `paths` holds no run.
     """
     given = [local_path(path) for path in paths]
     found = {path: list(_runs_below(path)) for path in given}
@@ -166,7 +165,7 @@ def scan_rounds(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """Read `rounds.jsonl` as far as it is sound: round 0, 1, 2 and so on.
 
     Returns:
-        Its rounds; and what is wrong with the next line, None if there is none or it is torn and the last.
+        The rounds; and the fault of the next line, None if there is none or it is torn and the last.
 
     Raises:
         RunError: if the file cannot be read.

@@ -1,7 +1,6 @@
-"""What tells runs apart: the keys in which their configs differ, and the settings that they are seeds of.
+"""Runs grouped by setting: the seeds of one config, labelled by the keys in which configs differ.
 
-Nothing is mixed in silence: runs that stopped early, or made another number of rounds, are a setting of their
-own.
+Nothing is mixed in silence: runs that stopped early, or have another number of rounds, are another setting.
 """
 
 import json
@@ -18,10 +17,10 @@ Flat = dict[str, Any]
 """Dotted key → value."""
 
 NAMING = {f"{section}.": f"{section}.{key}" for section, key in CHOICES.items()}
-"""How the keys of a section begin → its key that decides which others there are."""
+"""Prefix of a section's keys → its key that decides which other keys exist."""
 
 VALUE_ALONE = (*NAMING.values(), "model", "data.name")
-"""Keys whose values speak for themselves."""
+"""Keys whose values need no name in a label."""
 
 OPEN_SECTIONS = ("clients.devices",)
 """Sections whose keys are data: they are one value."""
@@ -29,12 +28,12 @@ OPEN_SECTIONS = ("clients.devices",)
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Runs that differ in nothing but the seed, and are equally far.
+    """Runs that differ in the seed only, with equally many rounds.
 
     Args:
-        label: what tells this setting from the others.
+        label: distinguishes this setting from the others.
         runs: one per seed, at least one.
-        notes: what a reader should know of how they were gathered.
+        notes: remarks for the reader on how the runs were grouped.
     """
 
     label: str
@@ -48,7 +47,7 @@ class Setting:
 
     @property
     def status(self) -> Status:
-        """What became of the runs."""
+        """Outcome of the runs."""
         return self.runs[0].status
 
     @property
@@ -65,7 +64,7 @@ class Setting:
 
     @cached_property
     def flat(self) -> Flat:
-        """The config, flattened, without the seed and what does not matter."""
+        """The flattened config, without the seed and keys that do not change results."""
         return _without_seed(self.runs[0])
 
 
@@ -73,7 +72,7 @@ def label_runs(runs: Sequence[RunData]) -> list[RunData]:
     """Return the runs with labels made of the config keys in which they differ.
 
     `method.name` stands as its value alone, `seed` as s0, any other key by its last part, e.g.
-    `staged threshold=0.5 s0`. Equal labels are told apart by the name of the directory.
+    `staged threshold=0.5 s0`. Equal labels get the name of the directory.
     """
     labels = _told_apart(_labels([_flatten(run.config) for run in runs], [run.name for run in runs]), runs)
     return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
@@ -93,10 +92,10 @@ def _home(run: RunData, homes: Mapping[str, int]) -> str:
 
 
 def settings(runs: Sequence[RunData]) -> list[Setting]:
-    """Gather runs that differ in the seed only and are equally far; in order of first appearance.
+    """Group runs that differ in the seed only and have equally many rounds, in order of first appearance.
 
     Two runs of one seed are the same run twice: only the last counts. Of two settings whose configs differ no
-    label is the other's; two that differ only in how far they are may share one, and their status differs.
+    label is the other's; two that differ in their rounds only may share one, and their status differs.
     """
     groups: dict[str, list[RunData]] = {}
     for run in runs:
@@ -134,7 +133,7 @@ def _labels(flats: Sequence[Flat], names: Sequence[str]) -> list[str]:
     keys.sort(key=lambda key: (not key.startswith("method."), key == "seed"))  # stable: else as in the config
     last_parts = Counter(key.rpartition(".")[2] for key in keys)
     labels: list[str] = []
-    for exact in (False, True):  # all digits only where six do not tell two apart
+    for exact in (False, True):  # all digits only where six do not distinguish two values
         labels = []
         for flat, name in zip(flats, names, strict=True):
             parts = [_part(key, flat[key], last_parts, exact) for key in keys if key in flat]
@@ -150,10 +149,10 @@ def _same(flat: Flat) -> str:
 
 
 def _differs(key: str, flats: Sequence[Flat]) -> bool:
-    """Tell whether a key tells runs apart; an option of one method is compared within that method."""
+    """Tell whether runs differ in a key; an option of one method is compared within that method."""
     choice = next((c for above, c in NAMING.items() if key.startswith(above) and key != c), None)
     values: dict[str, set[str]] = {}
-    for flat in flats:  # an option that a config lacks, as older ones do, is not one that it has
+    for flat in flats:  # an older config may lack an option
         of = "" if choice is None or all(key in flat for flat in flats) else str(flat.get(choice))
         values.setdefault(of, set()).add(repr(flat[key]) if key in flat else "absent")
     return any(len(different) > 1 for different in values.values())

@@ -1,8 +1,8 @@
-"""Runs → tables and pictures, from the files of their directories alone.
+"""Runs → tables and figures, from the files of their directories alone.
 
     directory → RunData → Setting (the seeds of one config) → a row of a table, a line in a picture
 
-Nothing is mixed in silence: runs that stopped early, or made another number of rounds, get a row of their own
+Nothing is mixed in silence: runs that stopped early, or have another number of rounds, get a separate row
 that says so; a mean is only taken over runs that all have the number; a comparison with FedAvg needs a FedAvg
 whose other settings agree.
 """
@@ -32,7 +32,7 @@ MEGA, TERA = 1e6, 1e12
 
 @dataclass(frozen=True)
 class Reached:
-    """What had been spent when a run first reached an accuracy; all from the start of the run.
+    """Costs of a run from its start until it first reached an accuracy.
 
     Args:
         round: number of the round after which it was measured.
@@ -46,7 +46,7 @@ class Reached:
 
 
 def accuracy_at(run: RunData, target: float) -> Reached | None:
-    """Return what it took until validation accuracy was first measured at `target` (in (0, 1]) or above.
+    """Return the costs until validation accuracy was first `target` (in (0, 1]) or above.
 
     None where that never happened: the run is censored, not infinitely slow.
     """
@@ -70,7 +70,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     heavy-tailed ones in 93 to 96. (A percentile bootstrap of five covers it in 83 to 85, their interquartile
     mean's in 89 to 91.) All intervals of reports and judgements are of this kind.
 
-    One missing value (NaN) makes both NaN: a mean over what happens to be there would compare unlike things.
+    One missing value (NaN) makes both NaN: a mean over the available values would compare unlike things.
     """
     if not values or not all(map(isfinite, values)):
         return nan, nan
@@ -90,7 +90,7 @@ MEASURES = {
     "client TFLOP": ("total/flops/clients", TERA),
     "simulated s": ("total/time/simulated_s", 1.0),
 }
-"""Column of the table → metric, and what it is divided by."""
+"""Column of the table → metric and divisor."""
 
 AGAINST_FEDAVG = {
     "up MB": "up × FedAvg",
@@ -102,11 +102,11 @@ DIFFERENCE = "test − FedAvg"
 """Column of the table: points of test accuracy, paired by seed."""
 
 Cells = dict[str, Any]
-"""Column → what stands there, for one row."""
+"""Column → value, for one row."""
 
 
 def comparison(runs: Sequence[RunData], target: float | None = None) -> "pd.DataFrame":
-    """Return a table with a row per setting: final accuracies, density, and what all rounds cost together.
+    """Return a table with a row per setting: final accuracies, density, and the costs of all rounds.
 
     Each measure has its mean over seeds and, beside it in `… ±`, half of the 95 % t-interval (NaN for one
     seed). `… × FedAvg` divides by the FedAvg row whose settings outside `method` agree (if there are several,
@@ -162,7 +162,7 @@ def _differences(row: Setting, reference: Setting) -> list[float]:
 
 
 def _until(row: Setting, reference: Setting | None, target: float) -> Cells:
-    """Return what it took to reach the target, on average over runs that all did."""
+    """Return the mean costs of reaching the target, if all runs did."""
 
     def reached(setting: Setting) -> list[Reached]:
         found = [accuracy_at(run, target) for run in setting.runs]
@@ -187,7 +187,7 @@ UNTIL: dict[str, Callable[[Reached], float]] = {
     "up MB": lambda reached: reached.up_bytes / MEGA,
     "seconds": lambda reached: reached.simulated_s,
 }
-"""Column of a target → what it holds."""
+"""Column of a target → its value."""
 
 
 def _fedavg_for(row: Setting, rows: Sequence[Setting]) -> Setting | None:
@@ -215,7 +215,7 @@ def _fedavg_for(row: Setting, rows: Sequence[Setting]) -> Setting | None:
 
 
 VALUES = ("method.uplink_values", "method.downlink_values")
-"""Options that say how values are written; FedAvg with coarse ones is a row to compare, not the reference."""
+"""Options of the number format; FedAvg with a coarse format is a row to compare, not the reference."""
 
 
 # ── showing
@@ -288,7 +288,7 @@ def to_markdown(frame: "pd.DataFrame") -> str:
 
 
 def _shown(frame: "pd.DataFrame", *, intervals: bool = False) -> dict[str, list[str]]:
-    """Return header → cells as text: interval and ratio stand in the cell of what they belong to."""
+    """Return header → cells as text: interval and ratio stand in the cell of their value."""
     shown: dict[str, list[str]] = {}
     beside = {*AGAINST_FEDAVG.values(), DIFFERENCE}
     for column in map(str, frame.columns):
@@ -369,7 +369,7 @@ seed (with how many did), or nothing to compare with.
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """The files of a report.
 
     Args:
         path: the folder.
@@ -383,14 +383,14 @@ class Report:
 def write_report(
     paths: Sequence[str | Path], out: str | Path | None = None, *, target: float | None = None
 ) -> Report:
-    """Write the pictures and tables of runs and sweeps.
+    """Write the figures and tables of runs and sweeps.
 
     Files of an earlier report in the same folder are replaced; others are left alone.
 
     Args:
         paths: directories of runs and sweeps.
         out: the folder; by default `report` in the one directory given, or beside the first of several.
-        target: as for `comparison`; pictures of accuracy get a line there.
+        target: as for `comparison`; figures of accuracy get a line there.
 
     Raises:
         ConfigError: if there is no run, or the folder cannot be written.

@@ -1,1 +1,1 @@
-"""The directory of a run, and what is kept in it: whole files, checkpoints, one process at a time."""
+"""The directory of a run on disk: whole files, checkpoints, one process at a time."""

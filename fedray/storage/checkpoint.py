@@ -1,4 +1,4 @@
-"""A checkpoint as a file: what a run must know to go on, and what the file belongs to.
+"""A checkpoint as a file: all state that a run needs to continue, and the run that it belongs to.
 
     fedray checkpoint 1 <SHA-256> <length of the JSON>              the first line
     {"fedray": …, "config": …, "state": …, "buffers": …}        the JSON
@@ -33,12 +33,12 @@ _ZIP = b"PK\x03\x04"
 
 
 class Damaged(RunError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose bytes have changed since it was written."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint that was read, and what it belongs to.
+    """A checkpoint that was read, and the config that it belongs to.
 
     Args:
         path: its file.
@@ -52,7 +52,7 @@ class Stored:
 
     @property
     def done(self) -> int:
-        """The last round that was made; 0 is the set-up."""
+        """The last complete round; 0 is the set-up."""
         return self.checkpoint.state.round - 1
 
 
@@ -62,15 +62,15 @@ def name_of(round: int) -> str:
 
 
 def check(checkpoint: Checkpoint, method: str, clients: Collection[int] | None = None) -> None:
-    """Refuse memories that could not be written.
+    """Refuse memories that a checkpoint cannot hold.
 
     Args:
         checkpoint: as it is after a round.
         method: name of the method, for the message.
-        clients: whose memories are looked at; None: everybody's.
+        clients: ids of the clients whose memories are checked; None: all.
 
     Raises:
-        MethodError: with the place and the type of what cannot be written.
+        MethodError: with the position and the type of the offending value.
     """
     _encode(Checker(), checkpoint, method, clients)
 
@@ -131,7 +131,7 @@ def read(path: Path) -> Stored:
     """Read a checkpoint and check every byte of it.
 
     Raises:
-        Damaged: if it is not what was written.
+        Damaged: if a byte has changed.
         RunError: if it is whole, but of another version, or a class is not there any more; or if the file
             cannot be read.
     """
@@ -161,7 +161,7 @@ def _read(path: Path, file: BinaryIO) -> Stored:
         data = bytearray(length)
         file.seek(starts[number])
         if file.readinto(data) != length or sha256(data).hexdigest() != digest:  # type: ignore[attr-defined]
-            raise Damaged(f"{path}: is damaged: its contents are not what was written")
+            raise Damaged(f"{path}: is damaged: its SHA-256 does not match")
         return data
 
     reader = Reader(buffer)
@@ -183,7 +183,7 @@ def _head(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     given, length = int(match[1]), int(match[3])
     head = file.read(min(length, path.stat().st_size))
     if _digest(given, head) != match[2].decode():
-        raise Damaged(f"{path}: is damaged: its contents are not what was written")
+        raise Damaged(f"{path}: is damaged: its SHA-256 does not match")
     if given != FORMAT:
         raise RunError(f"{path}: has format {given}, and this version reads {FORMAT}")
     return json.loads(head), len(first) + len(head)

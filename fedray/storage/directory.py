@@ -1,4 +1,4 @@
-"""A directory that one run, sweep or training has for itself: how it is taken, and who works in it now.
+"""The directory of a run, sweep or training: how it is created, and which process holds it.
 
 `take` and `take_next` make a new one; of several that try at once, one gets it. `Lock` keeps a second process
 out of one that is in use, and ends with its process, however that dies.
@@ -21,7 +21,7 @@ from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
 
 LOCK = ".lock"
-"""The file whose lock says that somebody works in a directory."""
+"""The file whose lock says that a process works in the directory."""
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 _held: dict[tuple[int, str], str] = {}
@@ -29,22 +29,22 @@ _guard = threading.Lock()
 
 
 def check_free(path: Path) -> None:
-    """Raise ConfigError if nothing can have `path` for itself; writes nothing."""
+    """Raise ConfigError unless `path` is free for a run; writes nothing."""
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
-                f"{shown(path)} is not empty: a run needs a directory of its own; choose a new one with --out"
+                f"{shown(path)} is not empty: a run needs an empty directory; choose another one with --out"
             )
     except OSError as error:
         raise _refused(path, error) from None
 
 
 def take(path: Path, inner: str, what: str) -> None:
-    """Make a directory with one folder in it, or take an empty one.
+    """Create a directory with one folder in it, or take an empty one.
 
     Args:
         path: the directory.
-        inner: the folder; who makes it has the directory.
+        inner: name of the folder; the process that creates it has the directory.
         what: the directory's kind, for the message.
 
     Raises:
@@ -63,7 +63,7 @@ def take(path: Path, inner: str, what: str) -> None:
 
 
 def take_next(folder: Path, stem: str, inner: str, what: str) -> Path:
-    """Make the first of `folder/stem-001`, `-002`, … that is not there; of several at once, each gets one.
+    """Create the first of `folder/stem-001`, `-002`, … that does not exist. Concurrent callers get one each.
 
     Raises:
         ConfigError: if none can be made.
@@ -94,15 +94,15 @@ def _refused(path: Path, error: OSError) -> ConfigError:
 
 
 class Lock:
-    """One process at a time in a directory, over NFS and across hosts too; a context.
+    """A context that lets one process at a time work in a directory, also over NFS and across hosts.
 
     Args:
         path: the directory.
-        what: its kind, for the message.
-        patience_s: how long to wait for another that is about to end.
+        what: the directory's kind, for the message.
+        patience_s: seconds to wait for a process that is about to end.
 
     Raises:
-        RunError: on entering, if another works there: its process, host and since when.
+        RunError: on entering, if another process works there: with its id, host and start time.
     """
 
     def __init__(self, path: Path, what: str = "run", patience_s: float = 0.0) -> None:
@@ -156,7 +156,7 @@ class Lock:
             return None
 
     def _sign(self, me: dict[str, Any]) -> None:
-        """Say in the file who has the lock; a full disk does not matter here."""
+        """Write the holder of the lock into the file; a full disk does not matter here."""
         assert self._file is not None
         try:
             self._file.truncate(0)

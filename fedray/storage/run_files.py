@@ -1,4 +1,4 @@
-"""The files of a run, written so that a crash at any moment leaves a directory to read and to resume.
+"""The files of a run. A crash at any moment leaves a directory that can be read and resumed.
 
     config.yaml              the whole config, defaults included
     rounds.jsonl             one line a round; only the last line can be torn
@@ -7,11 +7,11 @@
     checkpoints/             the newest two; the older one is for the case that the newer is damaged
     model.safetensors        the final model, by name
     result.json              every final metric under its name, `weights_sha256`, `status`: written last
-    warnings.txt, mlflow.json   if there is something to say
-    ended-000100/            result, model and accuracies of round 100, if the run was then given more rounds
+    warnings.txt, mlflow.json   if there are warnings; if MLflow tracks the run
+    ended-000100/            result, model and accuracies after round 100, if a resume then added rounds
     .lock                    locked while a process works here
 
-What is not appended to is written beside its place and renamed (`fedray.durable`).
+A file that is not appended to is written under another name and renamed (`fedray.durable`).
 """
 
 import json
@@ -45,7 +45,7 @@ class RunFiles:
     """One run's directory.
 
     Args:
-        path: the directory; use `create` for a new one, `open` for one that is there.
+        path: the directory; use `create` for a new one, `open` for an existing one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,10 +54,10 @@ class RunFiles:
 
     @classmethod
     def create(cls, path: Path) -> "RunFiles":
-        """Make a directory that no other run has, or take an empty one.
+        """Create a directory for one run, or take an empty one.
 
         Raises:
-            ConfigError: if there is something in it.
+            ConfigError: if it is not empty.
         """
         take(local_path(path), "checkpoints", "run")
         return cls(path)
@@ -67,14 +67,14 @@ class RunFiles:
         """Open the directory of an earlier run.
 
         Raises:
-            ConfigError: if it is not one.
+            ConfigError: if it is not the directory of a run.
         """
         place = local_path(path)
         if not (place / "config.yaml").is_file():
             raise ConfigError(f"{shown(place)} is not the directory of a run: it has no config.yaml")
         return cls(place)
 
-    # ── while the run goes on
+    # ── during the run
     # ────────────────────────────────────────────────────────────────────────────────
 
     def write_config(self, tree: Mapping[str, Any]) -> None:
@@ -83,11 +83,11 @@ class RunFiles:
             sealed.write(path, tree)
 
     def read_config(self) -> Tree:
-        """Read `config.yaml`, sound or not."""
+        """Read `config.yaml` without checking its seal."""
         return yaml_text.load(self.path / "config.yaml")
 
     def append(self, report: RoundReport) -> None:
-        """Add a round, and see it onto the disk; its client records wait for the next checkpoint."""
+        """Add a round and flush it to disk; its client records are written with the next checkpoint."""
         line = {"round": report.round, "metrics": _plain(report.metrics), "notes": list(report.notes)}
         with self._writing("rounds.jsonl") as path:
             durable.append(path, durable.as_lines([line]))
@@ -98,7 +98,7 @@ class RunFiles:
 
         Args:
             checkpoint: after a round.
-            config: the run's whole config, to which it belongs.
+            config: the run's whole config, to which the checkpoint belongs.
         """
         self._write_rows()
         with self._writing(f"checkpoints/{stored.name_of(checkpoint.state.round)}") as path:
@@ -106,7 +106,7 @@ class RunFiles:
             durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """Record what a reader of the run should know."""
+        """Record warnings for readers of the run."""
         text = "".join(f"{warning}\n" for warning in warnings)
         if text:
             with self._writing("warnings.txt") as path:
@@ -118,7 +118,7 @@ class RunFiles:
             durable.replace(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file; None if it is not there, or damaged, which is logged."""
+        """Read a JSON file; None if it is missing, or damaged, which is logged."""
         try:
             return read_mapping(self.path / name)
         except RunError as error:
@@ -145,7 +145,7 @@ class RunFiles:
     # ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def load(self) -> Stored | None:
-        """Read the newest checkpoint that is whole, of rounds that `rounds.jsonl` has; None if there is none.
+        """Read the newest sound checkpoint of a round that `rounds.jsonl` has; None if there is none.
 
         Nothing is changed.
 
@@ -171,7 +171,7 @@ class RunFiles:
         return None
 
     def _newest(self) -> tuple[Stored | None, list[str]]:
-        """Return the checkpoint to use, and what is wrong with the newer ones."""
+        """Return the checkpoint to use, and the faults of the newer ones."""
         rounds, hole = scan_rounds(self.path / "rounds.jsonl")
         problems: list[str] = []
         for path in self.checkpoints():
@@ -186,7 +186,7 @@ class RunFiles:
         return None, problems
 
     def rewind(self, found: Stored | None) -> None:
-        """Go back to a checkpoint, or to before the set-up: what came later is made again.
+        """Go back to a checkpoint, or to before the set-up. Later rounds will run again.
 
         Newer checkpoints, which cannot be used, are renamed and stay.
         """
@@ -208,7 +208,7 @@ class RunFiles:
         self._unwritten = []
 
     def _rewind_part(self, part: Path, done: int) -> None:
-        """Remove clients' rows that are made again; set damaged ones aside, with a warning."""
+        """Remove the clients' rows of rounds that will run again; set damaged files aside, with a warning."""
         first, last = map(int, part.stem.split("-")[1:])
         if last > done:
             part.unlink()
@@ -220,7 +220,7 @@ class RunFiles:
             self.warn([f"the clients' rows of rounds {first} to {last} are lost: {error}"])
 
     def set_end_aside(self, round: int) -> None:
-        """Move what a run leaves at its end to `ended-…/`, since it gets more rounds; the result first."""
+        """Move a finished run's results to `ended-…/` before it gets more rounds; `result.json` first."""
         names = ("result.json", "client_accuracy.parquet", "model.safetensors")
         with self._writing(f"ended-{round:06d}") as folder:
             for name in names:
@@ -242,7 +242,7 @@ class RunFiles:
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """Yield the path of a file that is written.
+        """Yield the path of a file for writing.
 
         Raises:
             RunError: if the disk refuses.

@@ -1,7 +1,7 @@
-"""YAML files that a run or a sweep reads back: a line at their top has the SHA-256 of their values.
+"""YAML files that a run or a sweep reads back. Their first line has the SHA-256 of their values.
 
-A file that was cut, or whose values were changed, is refused where it is read back. Comments and order do not
-count, and whoever only wants the values reads it as any YAML file.
+A reader refuses a truncated file and one whose values have changed. Comments and order do not count. To any
+other program it is plain YAML.
 """
 
 import json
@@ -32,7 +32,7 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def fault(path: Path) -> str | None:
-    """Return what is wrong with a file, or None if it is as it was written.
+    """Return the fault of a file, or None if its values are as written.
 
     Raises:
         ConfigError: if it cannot be read, or is not YAML.
@@ -47,11 +47,11 @@ def fault(path: Path) -> str | None:
 
 
 def load(path: Path) -> Tree:
-    """Read a file that is as it was written.
+    """Read a file and check its seal.
 
     Raises:
         ConfigError: if it cannot be read, or is not YAML.
-        RunError: if it was changed.
+        RunError: if its values have changed.
     """
     problem = fault(path)
     if problem is not None:

@@ -1,12 +1,12 @@
-"""Values as JSON and raw bytes, without pickle: what the memories of methods and clients are written as.
+"""Values as JSON and raw bytes, without pickle: the format of the memories of methods and clients.
 
     None, bool, int, float, str     JSON's own; NaN and infinity by their bits
     dict with str keys              a JSON mapping
-    everything else                 a list whose first entry says what it is: ["tensor", …], ["tuple", …]
+    everything else                 a list whose first entry is the kind: ["tensor", …], ["tuple", …]
 
-An object that stands in several places is written once (["same", n]), and is one object again when it is
-read. Equal contents of different tensors share their bytes in the file. A dataclass, a named tuple or an enum
-is written by the name of its class, and read into the class of that name: no constructor is called.
+An object that occurs several times is written once (["same", n]), and is one object again after reading.
+Equal contents of different tensors share their bytes in the file. A dataclass, a named tuple or an enum is
+written by the name of its class, and read into the class of that name: no constructor is called.
 """
 
 import base64
@@ -33,10 +33,10 @@ from fedray.errors import FedrayError
 from fedray.types import Layout, Mask, Params
 
 PLUGIN = "fedray_import_"
-"""Begins the module names of `imports:` files; what follows the file's stem depends on its place."""
+"""Prefix of the module names of `imports:` files; the part after the file's stem depends on its folder."""
 
 INLINE = 256
-"""Bytes up to this length stand in the JSON."""
+"""Byte strings up to this length are stored in the JSON."""
 
 KINDS = (
     "None, bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, range, deque, Path, "
@@ -45,19 +45,19 @@ KINDS = (
 
 
 class Unwritable(FedrayError):
-    """A value that cannot be written; the message begins with its place."""
+    """A value that cannot be written; the message begins with its position."""
 
 
 class Unreadable(FedrayError):
-    """Written values whose class is not there any more, or has changed."""
+    """Stored values whose class no longer exists, or has changed."""
 
 
 Read = Callable[[int], bytearray]
-"""Number of a buffer → its bytes, checked, in memory that nobody else has."""
+"""Number of a buffer → its checked bytes, in fresh memory."""
 
 
 class Writer:
-    """Turns values into JSON, and collects the bytes that stand beside it.
+    """Turns values into JSON, and collects the bytes of the buffers.
 
     Attributes:
         buffers: the different contents, in the order of their numbers.
@@ -74,7 +74,7 @@ class Writer:
         self._layouts: dict[Layout, Layout] = {}
 
     def encode(self, value: Any, at: str) -> Any:
-        """Return a value as JSON; `at` is its place in messages.
+        """Return a value as JSON; `at` is its position, for messages.
 
         Raises:
             Unwritable: if it is of another kind than KINDS, or holds itself.
@@ -182,7 +182,7 @@ class Writer:
 
 
 class Checker(Writer):
-    """A writer that only finds out what could not be written: it reads no contents."""
+    """A writer that only checks whether values can be written; it does not read contents."""
 
     def buffer(self, data: memoryview) -> int:
         """Return any number."""
@@ -190,7 +190,7 @@ class Checker(Writer):
 
 
 class Reader:
-    """Turns what a Writer wrote back into values.
+    """Restores the values that a Writer wrote.
 
     Args:
         read: number of a buffer → its bytes, checked.
@@ -201,10 +201,10 @@ class Reader:
         self._done: list[Any] = []
 
     def decode(self, node: Any) -> Any:
-        """Return the value that a node stands for.
+        """Return the value of a node.
 
         Raises:
-            Unreadable: if a class is not there, or has other fields.
+            Unreadable: if a class is missing, or has other fields.
         """
         if node is None or isinstance(node, bool | int | float | str):
             return node
@@ -301,7 +301,7 @@ def _class(name: str) -> type:
     """Return the class of a name.
 
     Raises:
-        Unreadable: if it is not there.
+        Unreadable: if it is missing.
     """
     place, _, qualname = name.partition(":")
     try:

@@ -88,7 +88,7 @@ def test_files_are_rewound_and_a_torn_line_is_passed_over(tmp_path):
     rows, place = files.rewind()
     assert rows == files.progress() and len(rows) == 2
     assert place == files.checkpoints()[0]
-    with pytest.raises(ConfigError, match="is not empty: a run needs a directory of its own"):
+    with pytest.raises(ConfigError, match="is not empty: a run needs an empty directory"):
         TrainFiles.create(tmp_path / "t", small())
     with pytest.raises(ConfigError, match=r"not the directory of a training: it has no config\.yaml"):
         TrainFiles.open(tmp_path)

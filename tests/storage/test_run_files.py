@@ -70,7 +70,7 @@ def test_a_directory_that_holds_something_is_refused(tmp_path, what):
             path.write_text("all of it")
     before = tiny.listing(tmp_path)
     for refuse in (check_free, RunFiles.create):
-        with pytest.raises(ConfigError, match=r"taken is not empty: .*; choose a new one with --out$"):
+        with pytest.raises(ConfigError, match=r"taken is not empty: .*; choose another one with --out$"):
             refuse(path)
     assert tiny.listing(tmp_path) == before
 
