@@ -14,24 +14,11 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from struct import unpack
 from threading import RLock
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-PURPOSES = (
-    "init",
-    "split",
-    "partition",
-    "devices",
-    "sample",
-    "client",
-    "fate",
-    "server",
-    "method",
-    "evaluate",
-    "wait",
-)
 Purpose = Literal[
     "init",
     "split",
@@ -45,6 +32,7 @@ Purpose = Literal[
     "evaluate",
     "wait",
 ]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 def seed_sequence(seed: int, purpose: Purpose, *keys: int) -> np.random.SeedSequence:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field
 from fedray.policies import rate_search
 from fedray.policies.line_search import scan
 from fedray.policies.rate_search import RateSearch
+from fedray.policies.trained import PolicyInterface
 from fedray.types import NonNegativeFloat, PositiveInt
 from rllib_pruner.rate_search.curves import FAMILIES, SPAN, Family, held_out
 from rllib_pruner.rate_search.env import RateSearchEnv
@@ -26,19 +27,13 @@ Acts = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
 class Process(Protocol):
-    """What the training of an agent needs to know of a decision process.
+    """A decision process that an agent can be trained for.
 
     Attributes:
-        name: as in PROCESSES and `policy.json`.
-        version: of what the observations mean.
-        features: numbers in an observation.
-        actions: names, by index.
+        interface: name, observations and actions; written to `policy.json`.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    features: ClassVar[int]
-    actions: ClassVar[tuple[str, ...]]
+    interface: ClassVar[PolicyInterface]
 
     def prepare(self, say: Callable[[str], None]) -> None:
         """Make what training needs and what is not there yet, e.g. logs; go on with what was begun.
@@ -73,10 +68,7 @@ class RateSearchProcess:
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    name: ClassVar[str] = rate_search.PROCESS
-    version: ClassVar[int] = rate_search.OBSERVATION_VERSION
-    features: ClassVar[int] = rate_search.FEATURES
-    actions: ClassVar[tuple[str, ...]] = rate_search.ACTIONS
+    interface: ClassVar[PolicyInterface] = rate_search.INTERFACE
 
     states: Annotated[int, Field(ge=2)] = 100
     families: dict[Family, NonNegativeFloat] = field(default_factory=lambda: dict.fromkeys(FAMILIES, 1.0))
@@ -127,4 +119,4 @@ def walk_together(searches: Sequence[RateSearch], acts: Acts, stride: int = 10) 
         going = [search for search in going if not search.is_done]
 
 
-PROCESSES: dict[str, type[Any]] = {"rate_search": RateSearchProcess, "stages": StageProcess}
+PROCESSES: dict[str, type[Any]] = {kind.interface.process: kind for kind in (RateSearchProcess, StageProcess)}

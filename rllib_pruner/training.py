@@ -8,6 +8,7 @@ RLlib's checkpoints: DQN fills it anew before it learns on, so the result is not
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +215,8 @@ def _build(config: TrainConfig) -> Any:
 
 def _about(config: TrainConfig, env_steps: int) -> dict[str, Any]:
     """Return what `policy.json` says, beside what `save` adds; nothing of the machine."""
-    process = config.process.options
     return {
-        "process": process.name,
-        "version": process.version,
-        "features": process.features,
-        "actions": list(process.actions),
+        **asdict(config.process.options.interface),
         "algorithm": config.algorithm.name,
         "seed": config.seed,
         "env_steps": env_steps,

@@ -11,6 +11,7 @@ Source: Jiang et al. (PruneFL), TNNLS 2022, and its repository (jiangyuang/Prune
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ class Measured:
     per_weight_s: Mapping[str, float]
 
 
-MEASURED: dict[str, Measured] = {
+MeasuredName = Literal["vgg11_cifar10", "conv2_femnist"]
+MEASURED: Mapping[str, Measured] = {
     "vgg11_cifar10": Measured(
         17.36990105989628,
         {

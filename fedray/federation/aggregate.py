@@ -25,6 +25,9 @@ Vector = NDArray[np.float32]
 Masks = Mapping[bytes, Mask]
 """Masks by digest: what a digest in a partial refers to."""
 
+Weight = Literal["examples", "uniform"]
+CountedBy = Literal["mask", "nonzero", "everyone"]
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -39,8 +42,8 @@ class Fold:
             client.
     """
 
-    weight: Literal["examples", "uniform"] = "examples"
-    by: Literal["mask", "nonzero", "everyone"] = "mask"
+    weight: Weight = "examples"
+    by: CountedBy = "mask"
     keep_updates: bool = False
 
     def bounds(self, sizes: NDArray[np.int64]) -> "Bounds":

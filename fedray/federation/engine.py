@@ -55,6 +55,7 @@ class Step:
 
 
 Loss = Callable[[Step], Tensor]
+Optimizer = Literal["sgd", "adam"]
 
 
 class Training(Protocol):
@@ -71,7 +72,7 @@ class Training(Protocol):
     @property
     def batch_size(self) -> int: ...
     @property
-    def optimizer(self) -> Literal["sgd", "adam"]: ...
+    def optimizer(self) -> Optimizer: ...
     @property
     def momentum(self) -> float: ...
     @property

@@ -15,11 +15,12 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from fedray.costs.codec import Codec
+from fedray.costs.codec import Codec, ValueKind
 from fedray.costs.flops import FlopModel
 from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client, ClientFunction
+from fedray.federation.engine import Optimizer
 from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import removed_entries
 from fedray.types import (
@@ -37,7 +38,8 @@ from fedray.types import (
     Task,
 )
 
-Values = Literal["fp32", "fp16", "int8"]
+ZeroPolicy = Literal["enforce", "regrow", "reprune"]
+"""What clients do with pruned weights."""
 
 MOST_RATE = 1e18
 """The product of two such numbers is still a float32."""
@@ -176,13 +178,13 @@ class Method:
     steps: PositiveInt | None = None
     lr: Annotated[PositiveFloat, Field(le=MOST_RATE)] = 0.05
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Optimizer = "sgd"
     batch_size: PositiveInt = 20
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[NonNegativeFloat, Field(le=MOST_RATE)] = 0.0
     min_layer: NonNegativeInt = 1
-    uplink_values: Values = "fp32"
-    downlink_values: Values = "fp32"
+    uplink_values: ValueKind = "fp32"
+    downlink_values: ValueKind = "fp32"
 
     @property
     def uplink(self) -> Codec:
@@ -200,7 +202,7 @@ class Method:
         return Fold()
 
     @property
-    def zero_policy(self) -> Literal["enforce", "regrow", "reprune"]:
+    def zero_policy(self) -> ZeroPolicy:
         """What clients do with pruned weights; recorded with the run."""
         return "enforce"
 

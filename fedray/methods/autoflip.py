@@ -35,7 +35,7 @@ from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import channel_mask, removed_entries
 from fedray.pruning.masks import filled
 from fedray.pruning.schedules import part_of
-from fedray.pruning.scores import above_quantile, loss_deviation, scaled_per_layer
+from fedray.pruning.scores import Scaling, above_quantile, loss_deviation, scaled_per_layer
 from fedray.types import (
     ClientUpdate,
     Density,
@@ -93,7 +93,7 @@ class AutoFLIP(Method):
     explore_epochs: PositiveInt | None = None
     patience: PositiveInt = 40
     scouts: Literal["independent", "aliased"] = "independent"
-    scaling: Literal["minmax", "robust"] = "minmax"
+    scaling: Scaling = "minmax"
     threshold: Share = 0.3
     quantile: Literal["global", "layer"] = "global"
     structured: bool = True

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedray.federation.aggregate import Fold
+from fedray.federation.aggregate import Fold, Weight
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.models import MODELS
@@ -76,7 +76,7 @@ class FedLP(Method):
     mode: Literal["homo", "hetero"] = "homo"
     preserve: Annotated[float, Field(gt=0, le=1)] = 0.5
     unit: Literal["layer", "tensor"] = "layer"
-    weighting: Literal["uniform", "examples"] = "uniform"
+    weighting: Weight = "uniform"
     complexity: Literal["uniform", "device"] | PositiveInt = "uniform"
     preference: Fraction = 0.6
     heads: Literal["kept", "restarted", "shared"] = "kept"

@@ -24,11 +24,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedray.federation.aggregate import CohortUpdate, Fold
+from fedray.federation.aggregate import CohortUpdate, CountedBy, Fold
 from fedray.federation.client import Client
-from fedray.federation.method import Method, ServerContext, Setting
+from fedray.federation.method import Method, ServerContext, Setting, ZeroPolicy
 from fedray.policies.line_search import Solver, solve
-from fedray.policies.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
+from fedray.policies.rate_search import INTERFACE, RateSearch
 from fedray.policies.trained import policy_problem
 from fedray.pruning.masks import support, top_k
 from fedray.pruning.schedules import events, no_event
@@ -103,11 +103,11 @@ class FRLP(Method):
     finetune_epochs: NonNegativeInt = 1
     broadcast_finetuned: bool = True
     winit: Literal["random", "pretrained", "preprune"] = "random"
-    zeros: Literal["enforce", "regrow", "reprune"] = "enforce"
-    aggregation: Literal["mask", "nonzero", "everyone"] = "mask"
+    zeros: ZeroPolicy = "enforce"
+    aggregation: CountedBy = "mask"
 
     @property
-    def zero_policy(self) -> Literal["enforce", "regrow", "reprune"]:
+    def zero_policy(self) -> ZeroPolicy:
         """What `zeros` says."""
         return self.zeros
 
@@ -139,7 +139,7 @@ class FRLP(Method):
         if fault := self.never(setting.rounds):
             return fault
         if self.solver == "dqn":
-            problem = policy_problem(self.policy, PROCESS, OBSERVATION_VERSION, FEATURES)
+            problem = policy_problem(self.policy, INTERFACE)
             return problem and f"method.policy: {problem}"
         if self.policy is not None:
             return f"method.policy is the agent of method.solver=dqn, but the solver is {self.solver}"

@@ -24,10 +24,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedray.costs.codec import Codec
+from fedray.costs.codec import Codec, ValueKind
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
-from fedray.federation.method import Method, ServerContext, Setting, Values
+from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.channels import (
     best_channels,
     cannot_narrow,
@@ -83,8 +83,8 @@ class PQSU(Method):
     needs: ClassVar[str] = "a model with channels"
     uses_server_data: ClassVar[bool] = True
 
-    uplink_values: Values = "int8"
-    downlink_values: Values = "int8"
+    uplink_values: ValueKind = "int8"
+    downlink_values: ValueKind = "int8"
     channels: Density = 0.5
     density: Density | None = None
     pretrain_epochs: NonNegativeInt = 6

@@ -24,12 +24,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from fedray.costs.layer_times import MEASURED, LayerTimes, mean_steps, mismatch, of_devices, published
+from fedray.costs.layer_times import (
+    MEASURED,
+    LayerTimes,
+    MeasuredName,
+    mean_steps,
+    mismatch,
+    of_devices,
+    published,
+)
 from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext, Setting
 from fedray.pruning.greedy import rebuild, settled
+from fedray.pruning.masks import RegrowFrom
 from fedray.pruning.schedules import due, events
 from fedray.types import (
     ClientInfo,
@@ -98,9 +107,9 @@ class PruneFL(Method):
     half_life: PositiveFloat = 10_000.0
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     gather: Literal["interval", "round"] = "interval"
-    regrow_value: Literal["shadow", "zero"] = "shadow"
+    regrow_value: RegrowFrom = "shadow"
     max_density: Density | None = None
-    time_model: Literal["profile", "vgg11_cifar10", "conv2_femnist"] = "profile"
+    time_model: Literal["profile", MeasuredName] = "profile"
     layer_times_s: Mapping[str, PositiveFloat] | None = None
     constant_s: PositiveFloat | None = None
     initial_client: NonNegativeInt | None = None

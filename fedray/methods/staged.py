@@ -22,12 +22,12 @@ from torch import Tensor
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
-from fedray.policies.decider import DECIDED, Decider, decided
+from fedray.policies.decider import DECIDED, Decider, PolicyName, decided
 from fedray.policies.observation import Journey
 from fedray.policies.situation import MOVED, distance, travelled
-from fedray.policies.stages import FACTORS
-from fedray.pruning.masks import at_least, top_k
-from fedray.pruning.schedules import SCHEDULES, due, spread
+from fedray.policies.stages import MILDEST
+from fedray.pruning.masks import RegrowFrom, at_least, top_k
+from fedray.pruning.schedules import SCHEDULES, ScheduleName, due, spread
 from fedray.pruning.scores import in_units_of_layer, magnitude, sensitivity
 from fedray.types import (
     ClientInfo,
@@ -103,14 +103,14 @@ class Staged(Method):
     min_density: Density = 0.01
     initial_density: Density = 1.0
     importance: Literal["magnitude", "gradient"] = "magnitude"
-    schedule: Literal["linear", "cubic", "cosine", "geometric"] = "cubic"
-    policy: Literal["schedule", "agent", "bandit"] = "schedule"
+    schedule: ScheduleName = "cubic"
+    policy: Literal["schedule", PolicyName] = "schedule"
     agent: LocalPath | None = None
     preference: PositiveFloat = 0.1
     budget: Density | None = None
     rollback: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
     steepest: Fraction = 0.0
-    regrow_from: Literal["zero", "shadow"] = "zero"
+    regrow_from: RegrowFrom = "zero"
     stages: Annotated[PositiveInt, Field(le=100_000)] | None = None
     start: Fraction | None = None
     until: Fraction | None = None
@@ -189,10 +189,10 @@ class Staged(Method):
                 f"method.min_density={self.min_density} is not below method.initial_density="
                 f"{self.initial_density}, so that nothing can be pruned; lower it"
             )
-        if self.decider and self.steepest > FACTORS[1]:
+        if self.decider and self.steepest > MILDEST:
             return (
                 f"method.steepest={self.steepest} lets a policy prune nothing: its mildest action keeps "
-                f"{FACTORS[1]} of what is held; lower it to that, or further"
+                f"{MILDEST} of what is held; lower it to that, or further"
             )
         return None
 

@@ -16,10 +16,10 @@ from fedray.policies import observation, stages
 from fedray.policies.observation import Journey, Situation
 from fedray.policies.situation import look
 from fedray.policies.trained import TrainedPolicy, policy_problem
+from fedray.pruning.masks import RegrowFrom
 from fedray.types import Mask, ServerState
 
-PROCESS = "stages"
-"""Name of the process among trained policies."""
+PolicyName = Literal["agent", "bandit"]
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Decider:
         min_layer: weights that each layer keeps at least.
     """
 
-    policy: Literal["agent", "bandit"]
+    policy: PolicyName
     agent: Path | None
     preference: float
     budget: float | None
     min_density: float
     rollback: float
     steepest: float
-    regrow_from: Literal["zero", "shadow"]
+    regrow_from: RegrowFrom
     min_layer: int = 0
 
     def problem(self) -> str | None:
         """Return why the agent cannot be used, or None; costs no process."""
         if self.policy == "bandit":
             return None
-        return policy_problem(self.agent, PROCESS, observation.VERSION, len(observation.FEATURES))
+        return policy_problem(self.agent, stages.INTERFACE)
 
     def decide(
         self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext, journey: Journey, left: float
@@ -87,7 +87,7 @@ class Decider:
         if self.policy == "bandit":
             possible = stages.possible(now.density, self.min_density, self.steepest)
             return stages.bandit(journey.tried, possible)
-        agent = TrainedPolicy.load(self.agent, PROCESS, observation.VERSION, len(observation.FEATURES))
+        agent = TrainedPolicy.load(self.agent, stages.INTERFACE)
         seen = observation.observe(now, journey, journey.preference)
         return agent.act(seen, stages.allowed(self.steepest))
 

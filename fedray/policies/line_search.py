@@ -9,17 +9,20 @@ Source: Nie et al., "Distributed model pruning by federated reinforcement learni
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedray.errors import ConfigError, unknown
-from fedray.policies.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS
-from fedray.policies.rate_search import RateSearch as RateSearch
+from fedray.policies.rate_search import INTERFACE, RateSearch
 from fedray.policies.trained import TrainedPolicy
 
-Solver = Literal["dqn", "scan", "bisect"]
+LineSearch = Literal["scan", "bisect"]
+Solver = Literal["dqn", LineSearch]
+"""Names of what can solve the process."""
+
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 Agent = Callable[[NDArray[np.float32]], int]
 """Observation (FEATURES,) → index of an action."""
@@ -71,7 +74,6 @@ def walk(search: RateSearch, agent: Agent, stride: int = 10) -> int:
 
 
 LINE_SEARCHES: dict[str, Callable[[RateSearch, int], int]] = {"scan": scan, "bisect": bisect}
-SOLVERS = ("dqn", *LINE_SEARCHES)
 
 
 def solve(search: RateSearch, solver: str, stride: int = 10, policy: Path | None = None) -> float:
@@ -87,7 +89,7 @@ def solve(search: RateSearch, solver: str, stride: int = 10, policy: Path | None
         ConfigError: if the solver is unknown, or the policy cannot be used.
     """
     if solver == "dqn":
-        agent = TrainedPolicy.load(policy, PROCESS, OBSERVATION_VERSION, FEATURES)
+        agent = TrainedPolicy.load(policy, INTERFACE)
         return search.density(walk(search, agent.act, stride))
     if solver not in LINE_SEARCHES:
         raise ConfigError(f"method.solver: {unknown('solver', solver, SOLVERS)}")

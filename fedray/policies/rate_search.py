@@ -25,14 +25,21 @@ from numpy.typing import NDArray
 
 from fedray.comparing import as_loss
 from fedray.errors import MethodError
+from fedray.policies.trained import PolicyInterface
 
 PROCESS = "rate_search"
-"""What the process is called in `policy.json`."""
+"""Name of the process among trained policies."""
 OBSERVATION_VERSION = 1
-"""Raised whenever `RateSearch.observation` comes to mean something else: older policies are then refused."""
+"""Raise it when `RateSearch.observation` changes its meaning: older policies are then refused."""
 FEATURES = 1
-ACTIONS = ("increase", "decrease")
+
+MOVES = {"increase": 1, "decrease": -1}
+"""The actions: the sign of a step of the pruning rate. Their order is the order of a policy's outputs."""
+
+ACTIONS = tuple(MOVES)
 """Names of the actions, by index."""
+
+INTERFACE = PolicyInterface(PROCESS, OBSERVATION_VERSION, FEATURES, ACTIONS)
 
 Outcome = Literal["end", "above", "below", "step limit"]
 """Why an episode is over: an end state, out of the range on either side, or too many steps."""
@@ -144,7 +151,7 @@ class RateSearch:
             over. It also ends after `step_limit` steps: an agent that has jumped over the window may
             otherwise walk up and down for ever.
         """
-        up = 1 if action == ACTIONS.index("increase") else -1
+        up = MOVES[ACTIONS[action]]
         self.state += up * self._stride
         self._steps += 1
         if not 0 <= self.state <= self.limit:

@@ -15,33 +15,64 @@ from math import exp
 import numpy as np
 
 from fedray.comparing import as_gain, no_worse
-from fedray.policies.observation import PREFERENCES, Journey, Situation
+from fedray.policies.observation import FEATURES, PREFERENCES, VERSION, Journey, Situation
+from fedray.policies.trained import PolicyInterface
 from fedray.pruning.masks import grow, top_k
 from fedray.pruning.scores import magnitude
 from fedray.types import Mask, Params
 
-FACTORS = (1.0, 0.9, 0.75, 0.5, 0.3)
-"""What the first actions multiply the density with, the milder one first."""
+PROCESS = "stages"
+"""Name of the process among trained policies."""
 
-GROWTH = 1.25
-"""What the last action multiplies the density with."""
+FACTORS = (1.0, 0.9, 0.75, 0.5, 0.3, 1.25)
+"""The actions: factors of the density. Their order is the order of a policy's outputs; 1 holds."""
 
-ACTIONS = ("hold", "×0.9", "×0.75", "×0.5", "×0.3", "×1.25")
-REGROW = len(FACTORS)
+ACTIONS = tuple("hold" if factor == 1 else f"×{factor:g}" for factor in FACTORS)
+"""Names of the actions, by index."""
+
+HOLD = FACTORS.index(1.0)
+MILDEST = max(factor for factor in FACTORS if factor < 1)
+"""Factor of the action that prunes least."""
+
+INTERFACE = PolicyInterface(PROCESS, VERSION, len(FEATURES), ACTIONS)
+
+
+def prunes(action: int) -> bool:
+    """Whether an action lowers the density."""
+    return FACTORS[action] < 1
+
+
+def grows(action: int) -> bool:
+    """Whether an action raises the density."""
+    return FACTORS[action] > 1
+
+
+def milder(action: int, steepest: float) -> list[int]:
+    """Return the actions that prune at most as much as `action` and keep at least `steepest`; hardest first.
+
+    Args:
+        action: one that prunes.
+        steepest: smallest factor of the density, in [0, 1].
+    """
+    least = max(FACTORS[action], steepest)
+    found = [other for other in range(len(FACTORS)) if prunes(other) and FACTORS[other] >= least]
+    return sorted(found, key=lambda other: FACTORS[other])
 
 
 def allowed(steepest: float) -> tuple[int, ...]:
-    """Return the actions that keep at least `steepest` of what is held: the others are never carried out."""
-    return (*(action for action, factor in enumerate(FACTORS) if factor >= steepest), REGROW)
+    """Return the actions that keep at least `steepest` of the weights held; no other is carried out."""
+    return tuple(a for a, factor in enumerate(FACTORS) if factor >= min(steepest, 1.0))
 
 
 def possible(density: float, min_density: float, steepest: float) -> tuple[int, ...]:
-    """Return the allowed actions that could move a mask of such a density, and holding.
+    """Return HOLD and the allowed actions that can change a mask of this density.
 
-    Nothing is pruned at `min_density` or below it, and nothing comes back to a mask that holds everything.
+    No action prunes at or below `min_density`, and none grows a mask that holds every weight.
     """
-    prunes, grows = density > min_density, density < 1
-    return tuple(a for a in allowed(steepest) if a == 0 or (grows if a == REGROW else prunes))
+    can_prune, can_grow = density > min_density, density < 1
+    return tuple(
+        a for a in allowed(steepest) if a == HOLD or (prunes(a) and can_prune) or (grows(a) and can_grow)
+    )
 
 
 def reward(before: Situation, now: Situation, preference: float, flops_weight: float = 0.25) -> float:
@@ -85,9 +116,9 @@ def wanted(action: int, params: Params, mask: Mask, min_density: float, min_laye
         min_layer: entries that each layer keeps at least.
     """
     scores, layout = magnitude(params), mask.layout
-    if action == REGROW:
+    if grows(action):
         held = round(mask.density * layout.prunable_count)
-        return grow(scores, max(1, round((GROWTH - 1) * held)), layout, within=mask)
+        return grow(scores, max(1, round((FACTORS[action] - 1) * held)), layout, within=mask)
     target = max(mask.density * FACTORS[action], min(min_density, mask.density))
     if target >= mask.density:
         return mask
@@ -121,19 +152,17 @@ def safe(
         steepest: smallest factor of the density at once, in [0, 1].
         min_layer: as in `wanted`.
     """
-    if action in (0, REGROW):
+    if not prunes(action):
         moved = wanted(action, params, mask, min_density)
-        return (action, moved) if moved.count != mask.count else (0, mask)
-    while FACTORS[action] < steepest:
-        action -= 1
+        return (action, moved) if moved.count != mask.count else (HOLD, mask)
     bound = rollback * loss(mask)
-    for milder in range(action, 0, -1):
-        moved = wanted(milder, params, mask, min_density, min_layer)
+    for candidate in milder(action, steepest):
+        moved = wanted(candidate, params, mask, min_density, min_layer)
         if moved.count == mask.count:
             break
         if no_worse(loss(moved), bound):
-            return milder, moved
-    return 0, mask
+            return candidate, moved
+    return HOLD, mask
 
 
 def regrown(params: Params, before: Mask, after: Mask) -> Params:

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from importlib import metadata
@@ -36,6 +37,23 @@ _NEEDED = {"process": str, "version": int, "features": int, "actions": list, "al
 _ALGORITHMS = ("dqn", "ppo")
 
 
+@dataclass(frozen=True)
+class PolicyInterface:
+    """The inputs and outputs of a policy; a trained one is used only where they are the process's own.
+
+    Args:
+        process: name of the decision process.
+        version: number of the observation's meaning; a change of meaning raises it.
+        features: numbers in an observation.
+        actions: names of the actions, by index.
+    """
+
+    process: str
+    version: int
+    features: int
+    actions: tuple[str, ...]
+
+
 class TrainedPolicy:
     """A policy as `rllib_pruner.train` wrote it. Make one by `load`.
 
@@ -48,23 +66,21 @@ class TrainedPolicy:
         self._module, self._is_dqn = module, about["algorithm"] == "dqn"
 
     @classmethod
-    def load(cls, folder: Path | None, process: str, version: int, features: int) -> "TrainedPolicy":
-        """Read a policy; the second time from memory.
+    def load(cls, folder: Path | None, interface: PolicyInterface) -> "TrainedPolicy":
+        """Read a policy; a second call returns the same object.
 
         Args:
-            folder: written by `rllib_pruner.train`; None: the one that ships for the process.
-            process: name of the decision process.
-            version: of what its observations mean.
-            features: numbers in an observation.
+            folder: written by `rllib_pruner.train`; None: the policy that ships for the process.
+            interface: of the process that will use the policy.
 
         Raises:
-            ConfigError: if it cannot be used there; the message says how to train another.
+            ConfigError: if the policy does not fit the process; the message says how to train one that does.
         """
-        problem = policy_problem(folder, process, version, features)
+        problem = policy_problem(folder, interface)
         if problem is not None:
             raise ConfigError(problem)
-        place = (folder or shipped(process)).resolve()
-        return _load(place, (place / "policy.json").read_text(encoding="utf-8"))
+        folder = (folder or shipped(interface.process)).resolve()
+        return _load(folder, (folder / "policy.json").read_text(encoding="utf-8"))
 
     def act(self, observation: NDArray[np.float32], allowed: Sequence[int] | None = None) -> int:
         """Return the index of the greedy action for an observation of shape (features,).
@@ -105,21 +121,23 @@ def shipped(process: str) -> Path:
     return Path(__file__).parent / "shipped" / process
 
 
-def policy_problem(folder: Path | None, process: str, version: int, features: int) -> str | None:
-    """Return why a policy cannot be used for a process, or None. Reads a few kB, and imports nothing heavy.
+def policy_problem(folder: Path | None, interface: PolicyInterface) -> str | None:
+    """Return why a process cannot use a policy, or None; reads a few kB and imports nothing heavy.
 
-    Args: as `TrainedPolicy.load`.
+    Args:
+        folder: as for `TrainedPolicy.load`.
+        interface: as for `TrainedPolicy.load`.
     """
-    place = folder or shipped(process)
-    told = f"policy {place}"
+    folder = folder or shipped(interface.process)
     try:
-        about = json.loads((place / "policy.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
     except OSError:
-        return f"{told}: there is no policy.json in it; {_retrain(process)}"
+        reason: str | None = "there is no policy.json in it"
     except ValueError:
-        return f"{told}: policy.json is not JSON; {_retrain(process)}"
-    reason = _damage(place, about) or _stranger(about, process, version, features)
-    return f"{told}: {reason}; {_retrain(process)}" if reason else None
+        reason = "policy.json is not JSON"
+    else:
+        reason = _damage(folder, about) or _mismatch(about, interface)
+    return f"policy {folder}: {reason}; {_retrain(interface.process)}" if reason else None
 
 
 def save(module: Any, folder: Path, about: Mapping[str, Any]) -> None:
@@ -191,16 +209,20 @@ def _damage(place: Path, about: Any) -> str | None:
     return None
 
 
-def _stranger(about: Mapping[str, Any], process: str, version: int, features: int) -> str | None:
-    """Return why a policy that is whole was made for something else."""
-    if about["process"] != process:
-        return f"it decides in the process {about['process']!r}, not in {process!r}"
-    if about["version"] != version:
+def _mismatch(about: Mapping[str, Any], wants: PolicyInterface) -> str | None:
+    """Return why an undamaged policy does not fit a process or the installed Ray."""
+    if about["process"] != wants.process:
+        return f"it decides in the process {about['process']!r}, not in {wants.process!r}"
+    if about["version"] != wants.version:
+        return f"it reads observations of version {about['version']}, and {wants.process} has {wants.version}"
+    if about["features"] != wants.features:
         return (
-            f"its observations are of version {about['version']}, those of {process} now of version {version}"
+            f"it reads {about['features']} number(s), and an observation of {wants.process} has "
+            f"{wants.features}"
         )
-    if about["features"] != features:
-        return f"it looks at {about['features']} number(s), and an observation of {process} has {features}"
+    if about["actions"] != list(wants.actions):
+        theirs, ours = (", ".join(map(str, actions)) for actions in (about["actions"], wants.actions))
+        return f"its actions are {theirs or 'none'}, and those of {wants.process} are {ours}"
     if about["algorithm"] not in _ALGORITHMS:
         return f"its algorithm is {about['algorithm']!r}, and only {' and '.join(_ALGORITHMS)} can be used"
     installed = metadata.version("ray")
@@ -210,7 +232,7 @@ def _stranger(about: Mapping[str, Any], process: str, version: int, features: in
 
 
 def _retrain(process: str) -> str:
-    """Return how to get another policy."""
+    """Return how to get a policy that fits."""
     command = f"python -m rllib_pruner.train tune_configs/rl_{process}.yaml --out DIR"
     return f"train one with `{command}`, then give the folder DIR/policy"
 

@@ -11,6 +11,7 @@ where the minima add up to more is more kept, which `lowest_density` tells befor
 
 from collections.abc import Mapping
 from math import prod
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from fedray.errors import MethodError
 from fedray.types import Layout, Mask, Params
+
+RegrowFrom = Literal["zero", "shadow"]
+"""Value of a weight that a mask holds again: zero, or its last value, from behind the mask."""
 
 
 def top_k(

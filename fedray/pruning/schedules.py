@@ -4,8 +4,9 @@ A schedule goes from `initial` at progress 0 to `final` at progress 1. Progress 
 phase that has passed, clipped to [0, 1]. All schedules are monotone and end exactly at `final`.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import cos, pi
+from typing import Literal
 
 from fedray.shares import ceil_of, floor_of
 
@@ -117,7 +118,8 @@ def _clip(progress: float) -> float:
     return min(1.0, max(0.0, progress))
 
 
-SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+ScheduleName = Literal["linear", "cubic", "cosine", "geometric"]
+SCHEDULES: Mapping[ScheduleName, Callable[[float, float, float], float]] = {
     "linear": linear,
     "cubic": cubic,
     "cosine": cosine,

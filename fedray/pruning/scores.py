@@ -9,6 +9,8 @@ from torch import Tensor
 from fedray.shares import floor_of
 from fedray.types import Layout, Mask, Params
 
+Scaling = Literal["minmax", "robust"]
+
 
 def magnitude(params: Params) -> Tensor:
     """Return |w|."""
@@ -49,7 +51,7 @@ def loss_deviation(before: Params, after: Params) -> Tensor:
     return (after.flat - before.flat).square()
 
 
-def scaled_per_layer(scores: Tensor, layout: Layout, scaling: Literal["minmax", "robust"]) -> Tensor:
+def scaled_per_layer(scores: Tensor, layout: Layout, scaling: Scaling) -> Tensor:
     """Bring the scores of each prunable tensor to a common range.
 
     A tensor whose scores are all equal, as in a layer that did not move, gets infinity: nothing tells its

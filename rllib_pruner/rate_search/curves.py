@@ -8,25 +8,27 @@ A curve is a callable density → D(p)/D(p_0), as `RateSearch` wants it. There a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Family = Literal["monotone", "noisy", "overshooting"]
-FAMILIES: tuple[Family, ...] = ("monotone", "noisy", "overshooting")
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 EDGE = 0.035
 """Growth at which the window of the paper (1.05 ± 0.015) begins."""
 SPAN = 0.5
 """Width of the range of rates, FRLP's default `single_shot`."""
 
+Measured = Literal["lenet5", "cnn"]
+
 # D(p)/D(0) − 1 over the rate p, on Fashion-MNIST from the random initialisation, after one masked epoch
-_MEASURED = {
+_MEASURED: dict[Measured, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "lenet5": ((0.0, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9), (0.0, 0.004, 0.016, 0.041, 0.078, 0.20, 0.38)),
     "cnn": ((0.0, 0.2, 0.25, 0.3, 0.5), (0.0, 0.026, 0.051, 0.086, 0.36)),
 }
-Shape = float | Literal["lenet5", "cnn"]
+Shape = float | Measured
 """A power, or a measured curve by the name of its model."""
 
 
@@ -99,7 +101,7 @@ def held_out(family: Family, count: int, seed: int = 0) -> list[Curve]:
     return [draw(family, rng) for _ in range(count)]
 
 
-def measured(model: Literal["lenet5", "cnn"]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def measured(model: Measured) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return (rates, D(p)/D(0) − 1) as measured."""
     rates, growths = _MEASURED[model]
     return np.array(rates), np.array(growths)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from fedray.methods.frlp import FRLP
 from fedray.policies.line_search import bisect, scan
-from fedray.policies.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
-from fedray.policies.trained import TrainedPolicy
+from fedray.policies.rate_search import INTERFACE, RateSearch
+from fedray.policies.trained import PolicyInterface, TrainedPolicy
 from rllib_pruner.processes import Acts, walk_together
 from rllib_pruner.rate_search.curves import FAMILIES, SPAN, Curve, Family, held_out
 from rllib_pruner.rate_search.server_cost import FineTune
@@ -62,7 +62,7 @@ def tables(policy: Path | None, curves: int, with_cost: bool, root: Path | None 
         with_cost: also measure what a server's fine-tune takes, which is minutes of training.
         root: folder of data sets; not used, for curves need none.
     """
-    agent = TrainedPolicy.load(policy, PROCESS, OBSERVATION_VERSION, FEATURES)
+    agent = TrainedPolicy.load(policy, INTERFACE)
     table = TabularQ()
     steps = table.learn(TABULAR_EPISODES)
     strides = (1, FRLP().stride)
@@ -129,10 +129,11 @@ _TIMED = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from fedray.policies.trained import TrainedPolicy
+from fedray.policies.trained import PolicyInterface, TrainedPolicy
 started = time.perf_counter()
-folder, process, version, features = json.loads(sys.argv[1])
-agent = TrainedPolicy.load(folder and Path(folder), process, version, features)
+folder, process, version, features, actions = json.loads(sys.argv[1])
+interface = PolicyInterface(process, version, features, tuple(actions))
+agent = TrainedPolicy.load(folder and Path(folder), interface)
 loaded_s = time.perf_counter() - started
 observations = np.linspace(0, 1, 1000 * features, dtype=np.float32).reshape(1000, features)
 seconds = []
@@ -144,11 +145,9 @@ print(json.dumps([loaded_s, *np.percentile(seconds[10:], [50, 95]).tolist()]))
 """
 
 
-def decision_seconds(
-    policy: Path | None, process: str, version: int, features: int
-) -> tuple[float, float, float]:
+def decision_seconds(policy: Path | None, interface: PolicyInterface) -> tuple[float, float, float]:
     """Return seconds to load a policy in a fresh process, and median and 95th percentile of a decision."""
-    given = json.dumps([policy and str(policy.resolve()), process, version, features])
+    given = json.dumps([policy and str(policy.resolve()), *astuple(interface)])
     command = [sys.executable, "-c", _TIMED, given]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     load_s, median_s, p95_s = json.loads(done.stdout.splitlines()[-1])
@@ -156,7 +155,7 @@ def decision_seconds(
 
 
 def _decision_time(policy: Path | None) -> Table:
-    load_s, median_s, p95_s = decision_seconds(policy, PROCESS, OBSERVATION_VERSION, FEATURES)
+    load_s, median_s, p95_s = decision_seconds(policy, INTERFACE)
     return Table(
         "What a decision of the agent takes",
         ("", "load s", "decision ms, median", "95th percentile"),

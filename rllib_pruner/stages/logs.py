@@ -21,7 +21,7 @@ from fedray.errors import RunError
 from fedray.parquet import read_table, write_table
 from fedray.policies import observation
 from fedray.policies.observation import FEATURES
-from fedray.policies.stages import ACTIONS, FACTORS, GROWTH
+from fedray.policies.stages import ACTIONS, FACTORS, HOLD
 from fedray.pruning.schedules import cubic
 from fedray.storage import sealed
 from fedray.storage.directory import Lock
@@ -59,7 +59,7 @@ def scheduled(final: float, until: int, whims: float, rng: np.random.Generator) 
         whims: probability of any action instead.
         rng: where whims come from.
     """
-    factors = np.log((*FACTORS, GROWTH))
+    factors = np.log(FACTORS)
 
     def choose(stage: int, seen: NDArray[np.float32]) -> int:
         if rng.random() < whims:
@@ -75,7 +75,7 @@ def eager(rng: np.random.Generator) -> Choose:
     """Return somebody who prunes in their own way for some stages, and mostly holds from then on."""
     until = int(rng.integers(0, STAGES + 1))
     early, late = rng.dirichlet(np.full(len(ACTIONS), 0.5)), rng.dirichlet(np.full(len(ACTIONS), 0.5))
-    late = 0.5 * late + 0.5 * np.eye(len(ACTIONS))[0]
+    late = 0.5 * late + 0.5 * np.eye(len(ACTIONS))[HOLD]
     uniform = np.full(len(ACTIONS), 1 / len(ACTIONS))
 
     def choose(stage: int, _: NDArray[np.float32]) -> int:
@@ -141,6 +141,7 @@ def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
         {
             "process": {"federations": dict(federations), "first": seed},
             "observation": observation.VERSION,
+            "actions": ACTIONS,
             "columns": COLUMNS,
             "shard": SHARD,
         }
@@ -155,6 +156,7 @@ def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
         with on_disk(place):
             sealed.write(place, origin)
     written, asked = flat_text(sealed.load(place)), flat_text(origin)
+    written.setdefault("actions", asked["actions"])  # an earlier version did not write them
     differ = [
         f"{key}: {written.get(key, 'absent')} in the log, {asked.get(key, 'absent')} now"
         for key in dict.fromkeys((*written, *asked))

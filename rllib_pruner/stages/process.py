@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from fedray.policies import observation, stages
+from fedray.policies import stages
+from fedray.policies.trained import PolicyInterface
 from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.env import StageEnv
@@ -39,10 +40,7 @@ class StageProcess:
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    name: ClassVar[str] = "stages"
-    version: ClassVar[int] = observation.VERSION
-    features: ClassVar[int] = len(observation.FEATURES)
-    actions: ClassVar[tuple[str, ...]] = stages.ACTIONS
+    interface: ClassVar[PolicyInterface] = stages.INTERFACE
 
     federations: Federations = field(default_factory=Federations)
     replay: bool = True

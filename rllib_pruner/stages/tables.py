@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedray.methods.staged import Staged
-from fedray.policies.decider import PROCESS
-from fedray.policies.observation import FEATURES, VERSION
-from fedray.policies.stages import REGROW
+from fedray.policies.observation import FEATURES
+from fedray.policies.stages import ACTIONS, HOLD, INTERFACE
 from fedray.policies.trained import TrainedPolicy
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.env import StageEnv
+from rllib_pruner.stages.federations import STAGES
 from rllib_pruner.stages.process import HELD_OUT, StageProcess
 from rllib_pruner.tables import Table
 
@@ -26,25 +26,33 @@ PREFERENCES = (0.03, 0.1, 0.3)
 Choose = logs.Choose
 
 
-def in_order(*actions: int) -> Choose:
-    """Return somebody who takes these actions and then holds."""
-    return lambda stage, _: actions[stage] if stage < len(actions) else 0
+def in_order(*names: str) -> Choose:
+    """Return a policy that takes the actions of these names in order and then holds."""
+    actions = [ACTIONS.index(name) for name in names]
+    return lambda stage, _: actions[stage] if stage < len(actions) else HOLD
 
 
-def cubic(density: float) -> Choose:
-    """Return somebody who follows a cubic schedule over the first eight stages, as the actions allow."""
-    return logs.scheduled(density, 8, 0.0, np.random.default_rng(0))
+def cubic(density: float, *last: str) -> Choose:
+    """Return a policy that follows a cubic schedule over eight stages as closely as the actions allow.
+
+    Args:
+        density: at the end of the schedule.
+        last: names of the actions of the last stages.
+    """
+    follow = logs.scheduled(density, 8, 0.0, np.random.default_rng(0))
+    actions = dict(zip(range(STAGES - len(last), STAGES), map(ACTIONS.index, last), strict=True))
+    return lambda stage, seen: actions[stage] if stage in actions else follow(stage, seen)
 
 
 FIXED: dict[str, Choose] = {
     "dense": in_order(),
-    "0.09 at the first two stages": in_order(4, 4),
-    "0.1 in eight stages": in_order(2, 2, 2, 2, 2, 2, 2, 2),
+    "0.09 at the first two stages": in_order("×0.3", "×0.3"),
+    "0.1 in eight stages": in_order(*8 * ["×0.75"]),
     "cubic to 0.02": cubic(0.02),
     "cubic to 0.05": cubic(0.05),
     "cubic to 0.1": cubic(0.1),
     "cubic to 0.2": cubic(0.2),
-    "cubic to 0.1, regrown at the end": lambda stage, seen: cubic(0.1)(stage, seen) if stage < 10 else REGROW,
+    "cubic to 0.1, regrown at the end": cubic(0.1, "×1.25", "×1.25"),
 }
 
 
@@ -70,7 +78,7 @@ def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | Non
         with_cost: also measure what a decision takes.
         root: folder with the data sets that are downloaded; None: the default cache.
     """
-    trained = TrainedPolicy.load(policy, PROCESS, VERSION, len(FEATURES))
+    trained = TrainedPolicy.load(policy, INTERFACE)
     found = [comparison(trained, process_of(trained, root), problems)]
     return [*found, _decision(trained)] if with_cost else found
 

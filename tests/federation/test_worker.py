@@ -4,18 +4,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
-from fedray.costs.codec import Codec
+from fedray.costs.codec import Codec, ValueKind
 from fedray.data.datasets import Examples
 from fedray.errors import ClientError, MethodError
 from fedray.federation.aggregate import merge_all
 from fedray.federation.client import Client, ClientFunction
-from fedray.federation.method import Method, Values
+from fedray.federation.method import Method
 from fedray.federation.worker import (
     EVALUATION_SHARD,
     Answer,
@@ -36,7 +36,7 @@ from tests import small
 BYTES_DOWN = 100
 WEIGHTS = 163
 LONG_AGO = Rules(deadline_s=0.01)
-VALUES: tuple[Values, ...] = ("fp32", "fp16", "int8")
+VALUES: tuple[ValueKind, ...] = get_args(ValueKind)
 
 
 def honest(task: Task, client: Client) -> ClientUpdate:
@@ -203,7 +203,7 @@ def test_nobody_is_late_or_drops_out_of_what_is_asked_beside_the_round():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["params", "sums", "each"])
 @pytest.mark.parametrize("values", VALUES)
-def test_what_is_not_finite_is_left_out(value: float, where: str, values: Values):
+def test_what_is_not_finite_is_left_out(value: float, where: str, values: ValueKind):
     def spoil(update: ClientUpdate) -> ClientUpdate:
         if where == "params":
             update.params.flat[7] = value
@@ -217,7 +217,7 @@ def test_what_is_not_finite_is_left_out(value: float, where: str, values: Values
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_what_lies_behind_the_mask_need_not_be_finite(values: Values):
+def test_what_lies_behind_the_mask_need_not_be_finite(values: ValueKind):
     place = small.workplace(Method(uplink_values=values))
     held = half(place.model.layout)
     hidden = (~held.flat).nonzero().flatten().tolist()
@@ -289,7 +289,7 @@ def beside() -> dict[str, Any]:
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("held", ["full", "the task's", "another", "none"])
 @pytest.mark.parametrize("fate", ["folded", "late", "non-finite"])
-def test_the_bytes_sent_are_the_length_of_the_payload(values: Values, held: str, fate: Fate):
+def test_the_bytes_sent_are_the_length_of_the_payload(values: ValueKind, held: str, fate: Fate):
     place = small.workplace(Method(uplink_values=values), rules=LONG_AGO if fate == "late" else Rules())
     layout = place.model.layout
     task = task_of(place, half(layout))
@@ -325,7 +325,7 @@ def test_a_mask_that_the_server_holds_is_only_named():
 
 
 @pytest.mark.parametrize("values", ["fp16", "int8"])
-def test_what_is_folded_is_what_arrived(values: Values):
+def test_what_is_folded_is_what_arrived(values: ValueKind):
     place = small.workplace(Method(uplink_values=values))
     layout = place.model.layout
     task = task_of(place, half(layout))
@@ -424,7 +424,7 @@ def test_an_error_of_ours_arrives_as_its_message():
     ],
     ids=str,
 )
-def test_what_cannot_be_sent_is_an_error_of_that_client(values: Values, beside: dict[str, Any], told: str):
+def test_what_cannot_be_sent_is_an_error_of_that_client(values: ValueKind, beside: dict[str, Any], told: str):
     place = small.workplace(Method(uplink_values=values))
     with pytest.raises(ClientError, match=told) as caught:
         train(place, replying(lambda update: replace(update, **beside)), id=3, round=2)

@@ -336,7 +336,7 @@ def test_an_agent_that_cannot_be_used_is_refused_before_anything_starts(tmp_path
     about = json.loads((stranger / "policy.json").read_text())
     (stranger / "policy.json").write_text(json.dumps(about | {"version": OBSERVATION_VERSION + 1}))
     refused(
-        "its observations are of version 2, those of rate_search now of version 1",
+        "it reads observations of version 2, and rate_search has 1",
         solver="dqn",
         policy=str(stranger),
     )

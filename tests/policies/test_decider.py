@@ -12,9 +12,10 @@ from fedray.errors import ConfigError
 from fedray.federation.server import Schedule, Server
 from fedray.methods.staged import Staged
 from fedray.policies import observation, stages
-from fedray.policies.stages import FACTORS, REGROW
+from fedray.policies.stages import ACTIONS, FACTORS
 from tests import small
 
+GROW = ACTIONS.index("×1.25")
 WEIGHTS = 128
 """Prunable weights of small.MLP."""
 TWELVE = Schedule(rounds=12, cohort=6)
@@ -164,7 +165,7 @@ def test_a_bandit_never_asks_for_what_is_too_steep(steepest: float) -> None:
     )
     server = small.server(method, schedule=Schedule(rounds=40, cohort=4))
     found = decisions(server)
-    allowed = [a for a, factor in enumerate(FACTORS) if factor >= steepest] + [REGROW]
+    allowed = [a for a, factor in enumerate(FACTORS) if factor >= steepest]
     assert {asked for asked, _ in found} == set(allowed), "and it has tried all that it may"
     assert all(done in (asked, 0) for asked, done in found), "0: there was nothing left to prune"
 
@@ -180,8 +181,8 @@ def test_a_bandit_asks_for_nothing_that_cannot_move_the_mask() -> None:
     ]
     assert min(density for density, _ in seen) == 0.25 and max(density for density, _ in seen) == 1.0
     for density, action in seen:
-        assert action in (0, REGROW) or density > 0.25
-        assert action != REGROW or density < 1
+        assert action in (0, GROW) or density > 0.25
+        assert action != GROW or density < 1
 
 
 def test_a_bandit_whose_every_wish_is_refused_does_not_repeat_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_an_agent_is_told_what_is_allowed(agent: Fixed, steepest: float, allowed
 
 
 def test_to_regrow_a_whole_model_and_to_prune_at_the_floor_is_to_hold(agent: Fixed) -> None:
-    agent.actions = [REGROW, 4, 4, 1, REGROW, 0]
+    agent.actions = [GROW, 4, 4, 1, GROW, 0]
     method = Staged(policy="agent", stages=6, start=1 / 12, until=0.5, min_density=0.25, rollback=1e9)
     assert decisions(small.server(method, schedule=TWELVE)) == [
         (5, 0),

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from fedray.policies import observation, stages
 from fedray.policies.observation import FEATURES, Journey, Situation, observe
-from fedray.policies.stages import ACTIONS, REGROW, reward, safe, wanted
+from fedray.policies.stages import ACTIONS, reward, safe, wanted
 from fedray.pruning.masks import top_k
 from fedray.types import Layout, Mask, Params
 
+GROW = ACTIONS.index("×1.25")
 LAYOUT = Layout(("a", "b", "bias"), ((10, 8), (20,), (4,)), (True, True, False), (True, True, True))
 PRUNABLE = 100
 PARAMS = Params(torch.arange(1.0, 105.0), LAYOUT)  # a holds the smaller ones
@@ -145,7 +146,7 @@ def test_spread_and_ratio() -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "density"), [(0, 1.0), (1, 0.9), (2, 0.75), (3, 0.5), (4, 0.3), (REGROW, 1.0)]
+    ("action", "density"), [(0, 1.0), (1, 0.9), (2, 0.75), (3, 0.5), (4, 0.3), (GROW, 1.0)]
 )
 def test_actions_on_a_dense_model(action: int, density: float) -> None:
     mask = wanted(action, PARAMS, FULL, 0.01)
@@ -157,14 +158,14 @@ def test_actions_on_a_dense_model(action: int, density: float) -> None:
 
 def test_regrowing_takes_the_largest_behind_the_mask() -> None:
     half = wanted(3, PARAMS, FULL, 0.01)
-    grown = wanted(REGROW, PARAMS, half, 0.01)
+    grown = wanted(GROW, PARAMS, half, 0.01)
     new = PARAMS.flat[grown.flat & ~half.flat]
     assert sorted(new.tolist()) == list(range(39, 51))  # a quarter of 50, rounded to even
 
 
 def test_what_comes_back_starts_from_zero() -> None:
     half = wanted(3, PARAMS, FULL, 0.01)
-    grown = wanted(REGROW, PARAMS, half, 0.01)
+    grown = wanted(GROW, PARAMS, half, 0.01)
     after = stages.regrown(PARAMS, half, grown)
     back = grown.flat & ~half.flat
     assert after.flat[back].tolist() == [0.0] * 12
@@ -179,11 +180,11 @@ def test_nothing_is_pruned_below_the_floor() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, REGROW), st.floats(0.02, 1.0), st.floats(0.01, 1.0))
+@given(st.integers(0, GROW), st.floats(0.02, 1.0), st.floats(0.01, 1.0))
 def test_the_density_moves_as_asked(action, density, floor):
     mask = top_k(PARAMS.flat, density, LAYOUT)
     moved = wanted(action, PARAMS, mask, floor)
-    if action == REGROW:
+    if action == GROW:
         assert mask.density <= moved.density <= max(1.25 * mask.density, mask.density + 0.01) + 0.005
     else:
         assert moved.density <= mask.density
@@ -223,7 +224,7 @@ def test_a_model_that_diverged_already_is_pruned_only_if_that_mends_it() -> None
         assert safe(4, PARAMS, FULL, losses(table), min_density=0.01, rollback=1.5)[0] == done
 
 
-@pytest.mark.parametrize("action", [0, REGROW])
+@pytest.mark.parametrize("action", [0, GROW])
 def test_holding_and_regrowing_cost_no_look_at_the_data(action: int) -> None:
     def never(mask: Mask) -> float:
         raise AssertionError("validated")
@@ -232,9 +233,7 @@ def test_holding_and_regrowing_cost_no_look_at_the_data(action: int) -> None:
     assert safe(action, PARAMS, half, never, min_density=0.01, rollback=1.5)[0] == action
 
 
-@pytest.mark.parametrize(
-    ("action", "density", "floor"), [(REGROW, 1.0, 0.01), (4, 0.2, 0.2), (1, 0.01, 0.001)]
-)
+@pytest.mark.parametrize(("action", "density", "floor"), [(GROW, 1.0, 0.01), (4, 0.2, 0.2), (1, 0.01, 0.001)])
 def test_what_leaves_the_mask_as_it_is_is_holding(action: int, density: float, floor: float) -> None:
     mask = top_k(PARAMS.flat, density, LAYOUT)
     done, moved = safe(action, PARAMS, mask, lambda _: 1.0, min_density=floor, rollback=1.5)
@@ -254,6 +253,27 @@ def test_what_leaves_the_mask_as_it_is_is_holding(action: int, density: float, f
 )
 def test_what_is_possible(density: float, floor: float, steepest: float, found: tuple[int, ...]) -> None:
     assert stages.possible(density, floor, steepest) == found
+
+
+def test_names_are_derived_from_the_table_of_factors() -> None:
+    assert ACTIONS == ("hold", "×0.9", "×0.75", "×0.5", "×0.3", "×1.25")
+    assert stages.INTERFACE.actions is ACTIONS
+
+
+def test_another_table_of_actions_may_have_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "FACTORS", (1.0, 0.5, 1.25, 0.75, 1.5, 0.1))
+    half = top_k(PARAMS.flat, 0.5, LAYOUT)
+    assert stages.allowed(0.5) == (0, 1, 2, 3, 4)
+    assert stages.possible(1.0, 0.01, 0.0) == (0, 1, 3, 5)
+    assert [round(wanted(a, PARAMS, half, 0.01).count - 4, 1) for a in (2, 4)] == [62, 75]
+    refused: list[float] = []
+
+    def loss(mask: Mask) -> float:
+        refused.append(mask.density)
+        return 9.0 if mask.density < 0.7 else 1.0
+
+    assert safe(5, PARAMS, FULL, loss, min_density=0.01, rollback=1.5)[0] == 3
+    assert refused == pytest.approx([1.0, 0.1, 0.5, 0.75])
 
 
 def test_what_was_asked_for_and_what_was_done_learn_from_one_reward() -> None:

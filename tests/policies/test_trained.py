@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -15,12 +15,22 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 from fedray.errors import ConfigError
-from fedray.policies.rate_search import ACTIONS, FEATURES, OBSERVATION_VERSION, PROCESS
-from fedray.policies.trained import PARTS, TrainedPolicy, policy_problem, quiet, save, shipped
+from fedray.policies import rate_search, stages
+from fedray.policies.rate_search import ACTIONS, PROCESS
+from fedray.policies.trained import (
+    PARTS,
+    PolicyInterface,
+    TrainedPolicy,
+    policy_problem,
+    quiet,
+    save,
+    shipped,
+)
 
 ROOT = Path(__file__).parents[2]
 OBSERVATIONS = np.linspace(0, 1, 50, dtype=np.float32).reshape(-1, 2)
-ABOUT = {"process": "made up", "version": 3, "features": 2, "actions": ["a", "b", "c"]}
+MADE_UP = PolicyInterface("made up", 3, 2, ("a", "b", "c"))
+ABOUT = asdict(MADE_UP)
 
 
 def network(algorithm: str) -> Any:
@@ -65,10 +75,10 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def problem(folder: Path) -> str:
     """Return why a policy cannot be used; loading it must say the same."""
-    found = policy_problem(folder, "made up", 3, 2)
+    found = policy_problem(folder, MADE_UP)
     assert found is not None
     with pytest.raises(ConfigError) as raised:
-        TrainedPolicy.load(folder, "made up", 3, 2)
+        TrainedPolicy.load(folder, MADE_UP)
     assert str(raised.value) == found
     assert "python -m rllib_pruner.train tune_configs/rl_made up.yaml --out DIR" in found
     return found
@@ -86,7 +96,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 def test_what_is_loaded_decides_as_what_was_saved(algorithm: str, tmp_path: Path) -> None:
     module, about = network(algorithm), {**ABOUT, "algorithm": algorithm}
     save(module, tmp_path / "policy", about)
-    loaded = TrainedPolicy.load(tmp_path / "policy", "made up", 3, 2)
+    loaded = TrainedPolicy.load(tmp_path / "policy", MADE_UP)
     actions = loaded.acts(OBSERVATIONS)
     assert actions.shape == (25,) and actions.dtype == np.int64 and set(actions) <= {0, 1, 2}
     np.testing.assert_array_equal(actions, TrainedPolicy(module, about).acts(OBSERVATIONS))
@@ -95,10 +105,10 @@ def test_what_is_loaded_decides_as_what_was_saved(algorithm: str, tmp_path: Path
 
 
 def test_a_policy_is_loaded_once_unless_it_has_changed(folder: Path) -> None:
-    first = TrainedPolicy.load(folder, "made up", 3, 2)
-    assert TrainedPolicy.load(folder, "made up", 3, 2) is first
+    first = TrainedPolicy.load(folder, MADE_UP)
+    assert TrainedPolicy.load(folder, MADE_UP) is first
     save(network("dqn"), folder, {**ABOUT, "algorithm": "dqn", "seed": 1})
-    second = TrainedPolicy.load(folder, "made up", 3, 2)
+    second = TrainedPolicy.load(folder, MADE_UP)
     assert second is not first and second.about["seed"] == 1
 
 
@@ -111,8 +121,9 @@ def test_the_policy_that_ships_needs_neither_rllib_pruner_nor_a_running_ray() ->
     code = (
         "import sys; sys.modules['rllib_pruner'] = None\n"
         "import numpy as np\n"
+        "from fedray.policies.rate_search import INTERFACE\n"
         "from fedray.policies.trained import TrainedPolicy\n"
-        f"agent = TrainedPolicy.load(None, {PROCESS!r}, {OBSERVATION_VERSION}, {FEATURES})\n"
+        "agent = TrainedPolicy.load(None, INTERFACE)\n"
         "actions = agent.acts(np.linspace(0, 0.99, 100, dtype=np.float32)[:, None])\n"
         "import ray\n"
         "print(ray.is_initialized(), sorted(set(actions.tolist())))\n"
@@ -142,7 +153,7 @@ def test_a_folder_without_a_policy(tmp_path: Path) -> None:
 
 
 def test_the_one_that_ships_is_named_if_there_is_none() -> None:
-    found = policy_problem(None, "no such process", 1, 1)
+    found = policy_problem(None, PolicyInterface("no such process", 1, 1, ()))
     assert found is not None and str(shipped("no such process")) in found
 
 
@@ -150,8 +161,13 @@ def test_the_one_that_ships_is_named_if_there_is_none() -> None:
     ("changes", "message"),
     [
         ({"process": "stages"}, "decides in the process 'stages', not in 'made up'"),
-        ({"version": 2}, "observations are of version 2, those of made up now of version 3"),
-        ({"features": 24}, "looks at 24 number(s), and an observation of made up has 2"),
+        ({"version": 2}, "reads observations of version 2, and made up has 3"),
+        ({"features": 24}, "reads 24 number(s), and an observation of made up has 2"),
+        ({"actions": ["a", "b"]}, "its actions are a, b, and those of made up are a, b, c"),
+        ({"actions": ["a", "c", "b"]}, "its actions are a, c, b, and those of made up are a, b, c"),
+        ({"actions": ["a", "b", "c", "d"]}, "its actions are a, b, c, d, and"),
+        ({"actions": []}, "its actions are none, and those of made up are a, b, c"),
+        ({"actions": [1, 2, 3]}, "its actions are 1, 2, 3, and those of made up are a, b, c"),
         ({"ray": "2.59.1"}, f"was written by Ray 2.59.1, and installed is Ray {metadata.version('ray')}"),
         ({"algorithm": "sac"}, "its algorithm is 'sac', and only dqn and ppo can be used"),
         ({"format": 2}, "has format 2, and this version reads 1"),
@@ -164,10 +180,18 @@ def test_a_policy_for_something_else(folder: Path, changes: dict[str, Any], mess
     assert message in problem(folder)
 
 
+@pytest.mark.parametrize("interface", [rate_search.INTERFACE, stages.INTERFACE], ids=lambda i: i.process)
+def test_the_shipped_policies_have_the_actions_of_their_processes(interface: PolicyInterface) -> None:
+    assert policy_problem(None, interface) is None
+    other = replace(interface, actions=(*interface.actions[:-1], "another"))
+    found = policy_problem(None, other)
+    assert found is not None and f"those of {interface.process} are " in found and "another" in found
+
+
 def test_another_patch_of_the_same_ray_will_do(folder: Path) -> None:
     major, minor, *_ = metadata.version("ray").split(".")
     rewrite(folder, ray=f"{major}.{minor}.99")
-    assert policy_problem(folder, "made up", 3, 2) is None
+    assert policy_problem(folder, MADE_UP) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}"])
@@ -191,9 +215,9 @@ def test_a_module_that_rllib_cannot_load(folder: Path) -> None:
     (folder / "module" / PARTS[0]).write_bytes(b"nothing")
     files = json.loads((folder / "policy.json").read_text())["files"]
     rewrite(folder, files=files | {PARTS[0]: sha256(b"nothing").hexdigest()})
-    assert policy_problem(folder, "made up", 3, 2) is None
+    assert policy_problem(folder, MADE_UP) is None
     with pytest.raises(ConfigError, match=r"RLlib cannot load it \(UnpicklingError.*rllib_pruner\.train"):
-        TrainedPolicy.load(folder, "made up", 3, 2)
+        TrainedPolicy.load(folder, MADE_UP)
 
 
 @pytest.mark.parametrize("algorithm", ["dqn", "ppo"])

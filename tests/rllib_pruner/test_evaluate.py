@@ -7,7 +7,7 @@ import pytest
 
 from fedray.errors import ConfigError
 from fedray.policies.line_search import scan, walk
-from fedray.policies.rate_search import ACTIONS, FEATURES, OBSERVATION_VERSION, PROCESS, RateSearch
+from fedray.policies.rate_search import ACTIONS, INTERFACE, RateSearch
 from fedray.policies.trained import TrainedPolicy
 from rllib_pruner.evaluate import evaluate
 from rllib_pruner.rate_search.curves import FAMILIES, SPAN, held_out
@@ -19,7 +19,7 @@ from rllib_pruner.tables import Table
 
 @pytest.fixture(scope="module")
 def agent() -> TrainedPolicy:
-    return TrainedPolicy.load(None, PROCESS, OBSERVATION_VERSION, FEATURES)
+    return TrainedPolicy.load(None, INTERFACE)
 
 
 @pytest.mark.parametrize("stride", [1, 10])
@@ -91,5 +91,5 @@ def test_the_whole_command_on_few_curves(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_decision_takes_less_than_five_milliseconds():
-    load_s, median_s, _ = decision_seconds(None, PROCESS, OBSERVATION_VERSION, FEATURES)
+    load_s, median_s, _ = decision_seconds(None, INTERFACE)
     assert load_s > 0 and median_s < 0.005

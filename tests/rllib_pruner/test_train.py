@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from fedray.errors import ConfigError, RunError
-from fedray.policies.rate_search import FEATURES, OBSERVATION_VERSION, PROCESS
+from fedray.policies.rate_search import INTERFACE
 from fedray.policies.trained import TrainedPolicy, policy_problem
 from fedray.storage.directory import Lock
 from rllib_pruner import training
@@ -284,8 +284,8 @@ def test_what_a_training_leaves(trained):
 @pytest.mark.slow
 def test_the_policy_it_leaves_decides_as_it_was_judged(trained):
     path, rows = trained
-    assert policy_problem(path / "t" / "policy", PROCESS, OBSERVATION_VERSION, FEATURES) is None
-    policy = TrainedPolicy.load(path / "t" / "policy", PROCESS, OBSERVATION_VERSION, FEATURES)
+    assert policy_problem(path / "t" / "policy", INTERFACE) is None
+    policy = TrainedPolicy.load(path / "t" / "policy", INTERFACE)
     best = max(row["score"] for row in rows)
     assert policy.about["measures"]["score"] == best
     assert RateSearchProcess(states=20, problems=5).judge(policy.acts) == policy.about["measures"]
@@ -328,7 +328,7 @@ def test_an_interrupted_training_goes_on_with_its_counters(trained, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(small(), tmp_path / "t", on_evaluation=interrupt)
     files = TrainFiles.open(tmp_path / "t")
-    assert files.progress() == uninterrupted[:1] and policy_problem(files.policy, PROCESS, 1, 1) is None
+    assert files.progress() == uninterrupted[:1] and policy_problem(files.policy, INTERFACE) is None
     # killed between a checkpoint and the end of the evaluation after it
     files.append({"iteration": 2, "env_steps": 999, "score": 9.0})
     rows = resume(tmp_path / "t")
@@ -342,7 +342,7 @@ def test_an_interrupted_training_goes_on_with_its_counters(trained, tmp_path):
 def test_ppo_trains_and_its_policy_is_used_alike(ray_local, tmp_path):
     algorithm = {"name": "ppo", "hidden": [8], "batch": 200, "minibatch": 50, "epochs": 2}
     train(small(algorithm=algorithm, budget={"env_steps": 200, "evaluate_every": 200}), tmp_path / "t")
-    policy = TrainedPolicy.load(tmp_path / "t" / "policy", PROCESS, OBSERVATION_VERSION, FEATURES)
+    policy = TrainedPolicy.load(tmp_path / "t" / "policy", INTERFACE)
     assert policy.about["algorithm"] == "ppo"
     assert RateSearchProcess(states=20, problems=5).judge(policy.acts) == policy.about["measures"]
 

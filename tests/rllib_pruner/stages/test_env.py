@@ -14,7 +14,7 @@ from fedray.federation.server import Server
 from fedray.methods.staged import Staged
 from fedray.policies import observation
 from fedray.policies.observation import FEATURES
-from fedray.policies.stages import ACTIONS, FACTORS, REGROW
+from fedray.policies.stages import ACTIONS, FACTORS
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.env import StageEnv
 from rllib_pruner.stages.federations import STAGES, Federations, server_of
@@ -22,7 +22,8 @@ from rllib_pruner.stages.process import StageProcess, judged
 from rllib_pruner.stages.replay import Log, ReplayEnv
 
 SMALL = {"rounds": (20, 20), "cohort": (4, 4)}
-PLAYED = [3, 0, REGROW, 4, 1, 0, 2, 0, 0, 3, 0, 0]
+GROW = ACTIONS.index("×1.25")
+PLAYED = [3, 0, GROW, 4, 1, 0, 2, 0, 0, 3, 0, 0]
 
 
 def short() -> StageEnv:
@@ -191,7 +192,7 @@ def test_the_server_is_in_this_process() -> None:
     config = Federations(**SMALL).draw(0, {"name": "fedavg"})  # type: ignore[arg-type]
     server = server_of(config)
     assert isinstance(server, Server) and isinstance(server.pool, LocalPool)
-    assert StageProcess.version == observation.VERSION
+    assert StageProcess.interface.version == observation.VERSION
 
 
 def test_the_bandit_of_the_table_is_the_bandit_of_a_run() -> None:

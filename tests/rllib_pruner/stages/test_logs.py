@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from fedray.errors import RunError
+from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.federations import Federations
@@ -50,6 +51,21 @@ def test_a_log_that_does_not_say_of_what_it_is_is_refused(tmp_path):
     logs.write([ROW], tmp_path / "episodes-00000.parquet")
     with pytest.raises(RunError, match=r"an earlier version made this log.*give process\.log another folder"):
         collect(tmp_path, Federations())
+
+
+def test_a_log_of_other_actions_is_refused(tmp_path, monkeypatch):
+    collect(tmp_path, Federations())
+    monkeypatch.setattr(logs, "ACTIONS", ("hold", "×0.5"))
+    with pytest.raises(RunError, match=r'actions: ."hold", "×0.9".* in the log, ."hold", "×0.5". now'):
+        collect(tmp_path, Federations())
+
+
+def test_a_log_from_before_its_actions_were_written_is_taken_up_again(tmp_path):
+    collect(tmp_path, Federations())
+    origin = sealed.load(tmp_path / logs.ORIGIN)
+    del origin["actions"]
+    sealed.write(tmp_path / logs.ORIGIN, origin)
+    assert collect(tmp_path, Federations()) == [0]
 
 
 def test_an_edited_origin_is_refused(tmp_path):

@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from fedray.methods.staged import Staged
-from fedray.policies.decider import PROCESS
-from fedray.policies.observation import FEATURES, VERSION
+from fedray.policies.stages import INTERFACE
 from fedray.policies.trained import policy_problem
 from rllib_pruner.config import Plan
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.federations import Federations, server_of
 from rllib_pruner.training import train
 
-CONFIG = Path(__file__).parents[2] / "tune_configs" / "rl_stages.yaml"
+CONFIG = Path(__file__).parents[3] / "tune_configs" / "rl_stages.yaml"
 SMALL = {"process.federations.cases": "[[digits, mlp]]", "process.federations.rounds": "[20, 20]"}
 
 
@@ -41,7 +40,7 @@ def test_a_policy_is_trained_in_replay_and_decides(algorithm: str, ray_local: No
     assert {"score", "accuracy/0.1", "bytes/0.1"} <= row.keys()
 
     policy = tmp_path / "t" / "policy"
-    assert policy_problem(policy, PROCESS, VERSION, len(FEATURES)) is None
+    assert policy_problem(policy, INTERFACE) is None
     assert str(tmp_path) not in (policy / "policy.json").read_text(encoding="utf-8")
     assert json.loads((policy / "policy.json").read_text(encoding="utf-8"))["algorithm"] == algorithm
     drawn = Federations(rounds=(20, 20)).draw(5, {"name": "staged"})
