@@ -104,7 +104,7 @@ class Layout:
     Args:
         names: dotted names, in the order of the vector.
         shapes: shape of each tensor; convolutions are (out, in, kh, kw), linear layers (out, in).
-        prunable: whether the tensor's entries may be pruned (weights of convolutions and linear layers).
+        prunable: whether the tensor's entries may be pruned.
         trainable: False for running statistics, which are averaged but get no gradient.
     """
 

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from fedray.costs import devices
+from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, DatasetSpec
 from fedray.data.datasets import set_aside
 from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
 from fedray.federation.density import cannot_start
 from fedray.federation.method import Setting
-from fedray.models import MODELS, ModelSpec, broken, outline, refusal
+from fedray.models import MODELS, OURS, ModelSpec, broken, outline, refusal
 
 if TYPE_CHECKING:
     from fedray.config.run_config import ResourcesConfig, RunConfig
@@ -142,10 +143,24 @@ def _built(config: "RunConfig", spec: DatasetSpec) -> tuple[ModelSpec | None, st
     """Return the model of a config if it can be trained; else None, and what is wrong with it."""
     try:
         model = _outline(config, spec)
-        fault = broken(model)
+        fault = broken(model) or _not_counted(model)
     except ConfigError as error:
         return None, str(error).removeprefix("model: ")
     return (model, "") if fault is None else (None, fault)
+
+
+def _not_counted(model: ModelSpec) -> str | None:
+    """Return why the FLOPs of a user's model cannot be counted; None if they can, or if it is one of ours."""
+    return None if model.architecture in OURS else _counting_fault(model)
+
+
+@lru_cache(maxsize=64)
+def _counting_fault(model: ModelSpec) -> str | None:
+    try:
+        FlopModel.trace(model.module, model.input_shape, model.layout)
+    except ConfigError as error:
+        return f"{model.name}: {str(error).removeprefix('model: ')}"
+    return None
 
 
 def _norm(config: "RunConfig") -> Iterator[Problem]:

@@ -236,8 +236,8 @@ class RunConfig(Config):
         model: a model of the table.
         norm: what becomes of its batch normalisation: averaged like weights, kept by each client (FedBN),
             asked for before evaluation (static, HeteroFL), or replaced by GroupNorm.
-        prune_first: whether the weights of its first convolution or linear layer may be pruned.
-        prune_last: whether those of its last one, the classifier, may be.
+        prune_first: whether the weight of its first layer may be pruned.
+        prune_last: whether the weight of its classifier, the last convolution or linear layer, may be.
         imports: Python files that add methods, models or data sets to the tables.
     """
 

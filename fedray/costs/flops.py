@@ -2,8 +2,10 @@
 
 Conventions:
 
-* Only the weights of convolutions and linear layers count. Biases, normalisation, activations and pooling do
-  not, as usual in the literature on pruning: they are little beside the products, and no mask removes them.
+* Only products count (`costs/products.py`): of a weight and activations (linear, convolutional and recurrent
+  layers, projections of attention), and of activations with each other (attention). Biases, normalisation,
+  embeddings, activation functions and pooling do not, as usual in the literature on pruning: they are little
+  beside the products.
 * One multiply-add is 2 FLOPs. A weight takes part in one multiply-add for each position of its layer's
   output: height × width for a convolution (also where the window lies on padding), one for a linear layer.
 * Training costs three forward passes: forward, gradient of the inputs, gradient of the weights. The first
@@ -18,24 +20,23 @@ Sources: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 20
 dense gradients the accounting in Huang et al., "FedRTS", NeurIPS 2025, arXiv 2501.19122.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedray.costs.products import products_of
 from fedray.randomness import borrowed
 from fedray.types import Exploits, Layout, Mask
 
-PROBES = 2
-"""Examples that a model is traced with."""
 CACHED_MASKS = 4096
-"""How many masks' counts a model remembers, at some 300 bytes each."""
+"""Masks whose counts a model remembers, at some 300 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -47,59 +48,45 @@ class FlopModel:
         positions: name of a weight tensor → number of multiply-adds that each of its weights takes part in,
             per example, in the order of a forward pass. Tensors that are not named cost nothing.
         exits: the same for tensors that only an early exit runs.
+        fixed: FLOPs of a forward pass, per example, that no mask removes: products of activations, as in
+            attention.
     """
 
     layout: Layout
-    positions: Mapping[str, int]
-    exits: Mapping[str, int] = field(default_factory=dict)
+    positions: Mapping[str, float]
+    exits: Mapping[str, float] = field(default_factory=dict)
+    fixed: float = 0.0
     _counted: dict[bytes, tuple[float, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @classmethod
-    def trace(cls, module: nn.Module, input_shape: tuple[int, int, int], layout: Layout) -> "FlopModel":
-        """Count positions by sending two examples through a copy of the module, which may need two.
+    def trace(cls, module: nn.Module, input_shape: tuple[int, ...], layout: Layout) -> "FlopModel":
+        """Count positions by sending a few examples through a copy of the module.
 
         Args:
-            module: takes images (n, channels, height, width). On the CPU; tensors without values (on the meta
-                device) are taken as zeros. Its attribute `exits`, if it has one, names the modules that each
-                early exit calls one after the other.
-            input_shape: channels, height, width.
+            module: takes examples (n, *input_shape). On the CPU; tensors without values (on the meta device)
+                are taken as zeros. Its attribute `exits`, if it has one, names the modules that each early
+                exit calls one after the other.
+            input_shape: shape of one example.
             layout: the module's layout.
 
         Raises:
+            ConfigError: if the FLOPs of an operation with a weight are unknown.
             ValueError: if a weight that takes part is not in the layout.
         """
-        # not on the meta device, whose kernels import sympy and much else for three seconds; deepcopy takes
-        # what it finds in its memo as the copy
-        tensors = chain(module.parameters(), module.buffers())
-        values = {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors if t.is_meta}
-        probe = deepcopy(module, values).eval()
-        names = {id(parameter): name for name, parameter in probe.named_parameters()}
-        counted: dict[str, int] = {}
-
-        def count(layer: nn.Module, _: Any, output: Tensor) -> None:
-            assert isinstance(layer, nn.Conv2d | nn.Linear)
-            name = names[id(layer.weight)]
+        # not on the meta device, whose kernels import sympy and much else for three seconds
+        probe = _with_memory(module).eval()
+        with torch.no_grad(), borrowed(0):
+            positions, fixed = products_of(probe, lambda n: probe(torch.zeros(n, *input_shape)))
+            exits: dict[str, float] = {}
+            for path in getattr(probe, "exits", ()):
+                ways, _ = products_of(probe, partial(_along, probe, path, input_shape))
+                exits |= {name: n for name, n in ways.items() if name not in positions}
+        for name in (*positions, *exits):
             if name not in layout.spans:
                 raise ValueError(f"{name} is in the module, not in the layout; give the module's own layout")
-            # a layer that is used twice, or shares its weight with another, counts twice
-            counted[name] = counted.get(name, 0) + output.numel() // layer.weight.shape[0] // PROBES
-
-        for layer in probe.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.register_forward_hook(count)
-        exits: dict[str, int] = {}
-        with torch.no_grad(), borrowed(0):
-            probe(torch.zeros(PROBES, *input_shape))
-            positions = dict(counted)
-            for path in getattr(probe, "exits", ()):
-                counted.clear()
-                x = torch.zeros(PROBES, *input_shape)
-                for name in path:
-                    x = probe.get_submodule(name)(x)
-                exits |= {name: n for name, n in counted.items() if name not in positions}
-        return cls(layout, positions, exits)
+        return cls(layout, positions, exits, fixed)
 
     def dense(self) -> float:
         """Return the FLOPs of a forward pass through the whole network with all weights."""
@@ -151,14 +138,14 @@ class FlopModel:
     def _with_backward(self, forward: float, mask: Mask, dense_gradient: bool) -> float:
         return forward + 2 * (self._all_of(self._run(mask)) if dense_gradient else forward)
 
-    def _run(self, mask: Mask) -> Mapping[str, int]:
+    def _run(self, mask: Mask) -> Mapping[str, float]:
         """Return the positions of what a forward pass runs: the whole network, or what is held of it."""
         if not self.exits or bool(mask[list(self.positions)[-1]].any()):
             return self.positions
         return {name: n for name, n in {**self.positions, **self.exits}.items() if bool(mask[name].any())}
 
-    def _all_of(self, positions: Mapping[str, int]) -> float:
-        return 2.0 * sum(n * prod(self.layout.shape_of[name]) for name, n in positions.items())
+    def _all_of(self, positions: Mapping[str, float]) -> float:
+        return 2.0 * sum(n * prod(self.layout.shape_of[name]) for name, n in positions.items()) + self.fixed
 
     def _count(self, mask: Mask) -> tuple[float, float]:
         """Return the unstructured and the structured count of a forward pass."""
@@ -166,7 +153,7 @@ class FlopModel:
             return self.dense(), self.dense()
         if mask.digest in self._counted:
             return self._counted[mask.digest]
-        weights = structured = 0
+        weights = structured = 0.0
         for name, positions in self._run(mask).items():
             _, channels, *kernel = self.layout.shape_of[name]
             held = mask[name].flatten(1).numpy()  # (out, in · kernel)
@@ -176,5 +163,24 @@ class FlopModel:
             structured += positions * rows_kept * channels_kept * prod(kernel)
         if len(self._counted) >= CACHED_MASKS:
             del self._counted[next(iter(self._counted))]  # the oldest
-        self._counted[mask.digest] = (2.0 * weights, 2.0 * structured)
+        self._counted[mask.digest] = (2.0 * weights + self.fixed, 2.0 * structured + self.fixed)
         return self._counted[mask.digest]
+
+
+def _with_memory(module: nn.Module) -> nn.Module:
+    """Return a copy whose parameters and buffers have values, and storages of their own."""
+    memo: dict[int, Tensor] = {}  # deepcopy takes a tensor that it finds in its memo as the copy
+    for tensor in chain(module.parameters(), module.buffers()):
+        value = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().clone()
+        memo[id(tensor)] = (
+            nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+        )
+    return deepcopy(module, memo)
+
+
+def _along(module: nn.Module, path: Sequence[str], input_shape: tuple[int, ...], count: int) -> Tensor:
+    """Send examples through some modules of a network, one after the other."""
+    x = torch.zeros(count, *input_shape)
+    for name in path:
+        x = module.get_submodule(name)(x)
+    return x

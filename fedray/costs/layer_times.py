@@ -165,7 +165,7 @@ def mean_steps(clients: Sequence[ClientInfo], steps: Callable[[int], int]) -> fl
 
 
 def weights(layout: Layout) -> tuple[str, ...]:
-    """Return the names of the weights of convolutions and linear layers, prunable or not."""
+    """Return the names of the tensors of two or more dimensions, prunable or not."""
     return tuple(name for name, shape in layout.shape_of.items() if len(shape) > 1)
 
 

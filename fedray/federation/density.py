@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from math import prod
 
-from torch import nn
-
 from fedray.federation.method import Method, Setting
+from fedray.models import layout_of
 from fedray.pruning.channels import removed_entries
 from fedray.pruning.masks import lowest_density
 from fedray.shares import ceil_of
@@ -41,11 +40,11 @@ def _nothing_prunable(method: Method, setting: Setting) -> str | None:
     model = setting.model
     if model.layout.prunable_count or method.target == 1 or not (method.prunes or method.target):
         return None
-    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.module.modules())
+    layers = len(layout_of(model.module, prune_first=True, prune_last=True).prunable_names)
     if not layers:
         return (
-            f"model={model.name} has no weight that may be pruned: only those of convolutions (nn.Conv2d) "
-            "and linear layers (nn.Linear) are. Take another model, or method.name=fedavg"
+            f"model={model.name} has no weight that may be pruned: biases, normalisation and other vectors "
+            "are kept. Take another model, or method.name=fedavg"
         )
     return (
         f"prune_first and prune_last leave no weight of model={model.name} that may be pruned: they say "

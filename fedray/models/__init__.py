@@ -24,6 +24,7 @@ from fedray.models.vgg import VGG11, VGG19_BN
 
 __all__ = [
     "MODELS",
+    "OURS",
     "Architecture",
     "InputShape",
     "ModelSpec",
@@ -49,7 +50,7 @@ MODELS: dict[str, Architecture] = {
 }
 """Name in a config → architecture."""
 OURS = frozenset(MODELS.values())
-"""Those of the package, which its tests train."""
+"""Architectures of the package, which its tests train."""
 
 
 def refusal(architecture: Architecture, input_shape: InputShape) -> str | None:
@@ -92,8 +93,8 @@ def build_model(
         num_classes: number of logits.
         models: name → architecture.
         norm: the policy for its batch normalisation, if it has any: see `norms.py`.
-        prune_first: whether the weights of the first convolution or linear layer may be pruned.
-        prune_last: whether those of the last one (the classifier) may be pruned.
+        prune_first: whether the weight of the first layer may be pruned.
+        prune_last: whether the weight of the classifier, the last convolution or linear layer, may be.
 
     Raises:
         ConfigError: if there is no such model, or if it does not take such inputs.

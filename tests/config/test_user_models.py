@@ -39,6 +39,18 @@ def nothing_accepted(shape: InputShape) -> str | None:
     raise RuntimeError("a bug in accepts")
 
 
+class Whitened(nn.Module):
+    """An operation with a weight whose FLOPs are unknown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.system, self.head = nn.Parameter(torch.eye(64)), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.linalg.solve(self.system, x.flatten(1).t()).t())
+        return logits
+
+
 BROKEN: list[tuple[Callable[[], nn.Module], Any, str]] = [
     (
         raising,
@@ -52,6 +64,7 @@ BROKEN: list[tuple[Callable[[], nn.Module], Any, str]] = [
         nothing_accepted,
         "its `accepts` raised RuntimeError: a bug in accepts",
     ),
+    (Whitened, None, r"mine: the FLOPs of .*solve.* with system cannot be counted; use matrix products"),
 ]
 
 

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedray.costs.flops import CACHED_MASKS, FlopModel
+from fedray.errors import ConfigError
+from fedray.models import build_model
 from fedray.types import Exploits, Layout, Mask
 
 EXPLOITS: tuple[Exploits, ...] = ("nothing", "structured", "unstructured")
@@ -167,8 +170,6 @@ def test_a_foreign_layout_is_refused():
 def test_dense_agrees_with_torchs_own_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fedray.models import build_model
-
     for name in ("mlp", "lenet5", "cnn", "resnet18"):
         spec = build_model(name, (3, 32, 32), 10)
         flops = FlopModel.trace(spec.module, spec.input_shape, spec.layout)
@@ -236,3 +237,228 @@ def test_pickles():
     assert arrived == TINY
     mask = mask_of(linear=torch.zeros(2, 27, dtype=torch.bool))
     assert arrived.train(mask) == TINY.train(mask)
+
+
+# ── layers of every kind ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Recurrent(nn.Module):
+    """Sequences of 5 tokens: embedding 8 → LSTM 4 → linear 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.head = (
+            nn.Embedding(10, 8),
+            nn.LSTM(8, 4, batch_first=True),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.embed(x.flatten(1).long())
+        out: Tensor = self.head(self.lstm(steps)[0][:, -1])
+        return out
+
+
+class Attention(nn.Module):
+    """5 positions of 8 numbers: multi-head attention, then linear 3 on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2)
+        out: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0].mean(dim=1))
+        return out
+
+
+class Signal(nn.Module):
+    """1 × 16 → conv 3 to 4 channels → linear 56-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(1, 4, 3), nn.Linear(56, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.conv(x.flatten(2)).flatten(1))
+        return out
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised in each forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        weight = weight / weight.std(dim=(1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Solved(nn.Module):
+    """Logits solve a linear system: an operation whose FLOPs torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.system = nn.Parameter(torch.eye(30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        solved: Tensor = torch.linalg.solve(self.system, x.flatten(1).t())
+        return solved.t()
+
+
+def test_a_recurrent_layer_counts_once_for_each_step():
+    model = traced(Recurrent(), (1, 1, 5))
+    assert dict(model.positions) == {"lstm.weight_ih_l0": 5, "lstm.weight_hh_l0": 5, "head.weight": 1}
+    assert model.dense() == 2 * (5 * (16 * 8 + 16 * 4) + 12)
+    nothing = Mask(torch.zeros(model.layout.size, dtype=torch.bool), model.layout)
+    assert model.forward(nothing) == 0  # the embedding is looked up
+
+
+def test_attention_counts_projections_by_weight_and_products_of_activations_apart():
+    model = traced(Attention(), (1, 5, 8))
+    projections = {"attention.in_proj_weight": 5, "attention.out_proj.weight": 5, "head.weight": 1}
+    assert dict(model.positions) == projections
+    assert model.fixed == 2 * 2 * (5 * 5 * 4) * 2  # scores and values, two heads of four numbers
+    assert model.dense() == 2 * (5 * 24 * 8 + 5 * 8 * 8 + 8 * 3) + model.fixed
+    nothing = Mask(torch.zeros(model.layout.size, dtype=torch.bool), model.layout)
+    assert model.forward(nothing) == model.structured(nothing) == model.fixed
+
+
+def test_a_transformer_agrees_with_torch_s_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.encoder(x.flatten(1, 2))
+            return out
+
+    module = Encoder()
+    counter = FlopCounterMode(display=False)
+    with counter:  # with gradients on, torch takes no fused kernel
+        module(torch.zeros(1, 1, 5, 8))
+    assert traced(module, (1, 5, 8)).dense() == counter.get_total_flops() > 0
+
+
+def test_a_signal_and_a_standardised_weight_count_as_convolutions():
+    assert dict(traced(Signal(), (1, 1, 16)).positions) == {"conv.weight": 14, "head.weight": 1}
+    assert dict(traced(Standardised(1, 2, 3), (1, 5, 5)).positions) == {"weight": 9}
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3))
+    (positions,) = traced(normed, (1, 5, 5)).positions.values()
+    assert positions == 9
+
+
+class Query(nn.Module):
+    """A learnt query attends to 5 positions of 8 numbers; its projection is made for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.to_query = nn.Parameter(torch.randn(1, 7, 8)), nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2)
+        query = self.to_query(self.query.expand(len(x), -1, -1))
+        out: Tensor = self.head((query @ x.transpose(1, 2) @ x).mean(dim=1))
+        return out
+
+
+class LowRank(nn.Module):
+    """A linear layer whose weight is a product of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.flatten(1), self.left @ self.right)
+
+
+class Own(nn.Module):
+    """A layer by hand: `how` computes with x (n, 30) and a weight (3, 30)."""
+
+    def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.randn(3, 30)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(x.flatten(1), self.weight)
+
+
+BY_HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matrix": lambda x, w: x @ w.t(),
+    "einsum": lambda x, w: torch.einsum("ni,oi->no", x, w),
+    "row by row": lambda x, w: torch.stack([w @ row for row in x]),
+    "broadcast": lambda x, w: (x.unsqueeze(1) * w).sum(2),
+    "distances": torch.cdist,
+    "normalised": lambda x, w: x @ nn.functional.normalize(w).t(),
+    "split": lambda x, w: x[:, :10] @ w[:, :10].t() + x[:, 10:] @ w[:, 10:].t(),
+    "stacked": lambda x, w: nn.functional.linear(x, torch.cat([w[:1], w[1:]])),
+}
+
+
+@pytest.mark.parametrize("how", BY_HAND)
+def test_a_layer_by_hand_counts_as_a_linear_one(how: str):
+    assert traced(Own(BY_HAND[how]), (1, 5, 6)).positions == {"weight": 1}
+
+
+def test_scales_and_shifts_are_free():
+    for how in (lambda x, w: x[:, :3] * w.mean(1), lambda x, w: (x + w[:1])[:, :3], lambda x, w: x * w[:1]):
+        flops = traced(Own(how), (1, 5, 6))
+        assert (flops.positions, flops.fixed) == ({}, 0)
+
+
+def test_a_projection_of_a_learnt_query_counts_for_each_example():
+    model = traced(Query(), (1, 5, 8))
+    assert dict(model.positions) == {"to_query.weight": 7, "head.weight": 1}
+    assert model.fixed == 2 * 2 * (7 * 5 * 8)
+
+
+def test_a_product_of_weights_is_made_once_for_a_batch_and_left_out():
+    model = traced(LowRank(), (1, 5, 6))
+    assert (dict(model.positions), model.fixed) == ({}, 2 * 30 * 3)
+
+
+def test_a_bilinear_layer():
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pairs = nn.Bilinear(5, 6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.pairs(x[:, 0, :, 0], x[:, 0, 0])
+            return out
+
+    assert traced(Pairs(), (1, 5, 6)).positions == {"pairs.weight": 1}
+
+
+def test_views_of_one_vector_are_told_apart():
+    spec = build_model("lenet5", (1, 28, 28), 10)
+    bound = FlopModel.trace(spec.bind(spec.init(0).flat), spec.input_shape, spec.layout)
+    assert bound == FlopModel.trace(spec.module, spec.input_shape, spec.layout)
+    assert len(bound.positions) == 5
+
+
+def test_what_cannot_be_counted_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"FLOPs of .*solve.* with system cannot be counted"):
+        traced(Solved(), (1, 5, 6))
+
+
+def test_tracing_leaves_torch_s_switches_as_they_were():
+    def switches() -> tuple[bool, ...]:
+        backends = torch.backends
+        return (
+            backends.cuda.flash_sdp_enabled(),
+            backends.cuda.mem_efficient_sdp_enabled(),
+            backends.mha.get_fastpath_enabled(),
+            backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled(),
+        )
+
+    before = switches()
+    traced(Attention(), (1, 5, 8))
+    with pytest.raises(ConfigError):
+        traced(Solved(), (1, 5, 6))
+    assert switches() == before

@@ -1,5 +1,6 @@
 """A density that is asked for is reached, made up for, or refused: never missed in silence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -73,29 +74,35 @@ def _conv1d(input_shape: InputShape, num_classes: int) -> nn.Module:
     )
 
 
-def _vectors(input_shape: InputShape, num_classes: int) -> nn.Module:
-    class Scale(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.by = nn.Parameter(torch.ones(prod(input_shape), num_classes))
+class Scale(nn.Module):
+    """Logits are a tensor of its own times the first pixels; a vector, or a matrix."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1) @ self.by
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(shape))
 
-    return Scale()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)[:, : self.by.shape[0]]
+        return x * self.by if self.by.dim() == 1 else x @ self.by
 
 
 def test_a_model_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Architecture(_vectors, lambda shape: None, "made up", "no layer")
-    monkeypatch.setitem(MODELS, "vectors", other)
+    def add(name: str, build: Callable[[InputShape, int], nn.Module]) -> None:
+        monkeypatch.setitem(MODELS, name, Architecture(build, lambda shape: None, "made up", "a layer"))
+
+    add("vector", lambda shape, classes: Scale(classes))
+    add("matrix", lambda shape, classes: Scale(classes, classes))
+    add("signal", _conv1d)
     for name in ("staged", "snip", "frlp"):
-        message = refused({"method.name": name, "model": "vectors"})
-        assert "model=vectors has no weight that may be pruned: only those of convolutions" in message
-    monkeypatch.setitem(MODELS, "signal", Architecture(_conv1d, lambda shape: None, "made up", "conv, fc"))
+        message = refused({"method.name": name, "model": "vector"})
+        assert "model=vector has no weight that may be pruned: biases, normalisation" in message
     for name in ("staged", "ceafl", "pqsu"):
-        message = refused({"method.name": name, "model": "signal"})
-        assert "no weight of model=signal that may be pruned" in message and "it has 1." in message
-    assert tiny.config({"method.name": "staged", "model": "signal", "prune_last": True})
+        message = refused({"method.name": name, "model": "matrix"})
+        assert "no weight of model=matrix that may be pruned" in message and "it has 1." in message
+        message = refused({"method.name": name, "model": "signal", "prune_first": False})
+        assert "no weight of model=signal that may be pruned" in message and "it has 2." in message
+    assert tiny.config({"method.name": "staged", "model": "matrix", "prune_last": True})
+    assert tiny.config({"method.name": "staged", "model": "signal"})
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,74 @@ def test_what_is_prunable():
     assert flagged.prunable_names == ("conv2.weight", "fc1.weight", "fc2.weight")
 
 
+class Sentences(nn.Module):
+    """Embedding, positions, attention, normalisation over two dimensions, recurrence, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.start, self.place = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(1, 5, 8))
+        self.norm, self.scale = nn.LayerNorm([5, 8]), RootNorm(5, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.steps = nn.GRU(8, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+
+class RootNorm(nn.Module):
+    """A normalisation of a user's own, with a scale for each entry."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+
+
+class NormedLinear(nn.Linear):
+    """A linear layer, in spite of its name."""
+
+
+WEIGHTS: list[tuple[Callable[[], nn.Module], list[str], str, str]] = [
+    (
+        Sentences,
+        [
+            *("place", "embedding.weight", "attention.in_proj_weight", "attention.out_proj.weight"),
+            *("steps.weight_ih_l0", "steps.weight_hh_l0"),
+        ],
+        "embedding.weight",
+        "head.weight",
+    ),
+    (
+        lambda: nn.Sequential(nn.Conv1d(1, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.Conv1d(4, 3, 1)),
+        ["0.weight", "1.weight"],
+        "0.weight",
+        "2.weight",
+    ),
+    (
+        lambda: nn.Sequential(NormedLinear(4, 4), nn.PReLU(4), nn.Linear(4, 1), nn.Linear(1, 3)),
+        ["0.weight", "2.weight"],
+        "0.weight",
+        "3.weight",
+    ),
+    (
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(4, 3)
+        ),
+        ["0.parametrizations.weight.original1"],
+        "0.parametrizations.weight.original1",
+        "2.weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("network", "prunable", "first", "last"), WEIGHTS)
+def test_every_matrix_is_prunable_but_norms_and_the_classifier(
+    network: Callable[[], nn.Module], prunable: list[str], first: str, last: str
+):
+    assert sorted(layout_of(network()).prunable_names) == sorted(prunable)
+    without = set(layout_of(network(), prune_first=False).prunable_names)
+    assert without == set(prunable) - {first}
+    assert set(layout_of(network(), prune_last=True).prunable_names) == {*prunable, last}
+
+
 def test_layout_is_parameters_then_running_statistics_in_the_order_of_state_dict_names():
     spec = toy(small_cnn)
     layout = spec.layout
