@@ -84,7 +84,7 @@ def test_a_run_learns_and_goes_on_from_a_checkpoint_with_the_same_bits(norm):
         }
 
 
-@pytest.mark.parametrize("norm", ["local", "static"])
+@pytest.mark.parametrize("norm", ["local", pytest.param("static", marks=pytest.mark.slow)])
 def test_two_actors_give_the_bits_of_one_process(norm, ray_local):
     method = Method(lr=0.1, uplink_values="int8")
     here = federation(norm, method)

@@ -72,7 +72,10 @@ def expected(ray_local) -> str:
     return finish(small.server(Remembering(), clients=CLIENTS, schedule=SCHEDULE, pool=LocalPool))
 
 
-@pytest.mark.parametrize("actors", [1, 2, 3])
+slow = pytest.mark.slow  # a client actor takes seconds to start
+
+
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3])
 def test_any_number_of_actors_gives_the_bits_of_one_process(actors, expected):
     pool = on_ray(Group(actors, ActorOptions(cpu=0.5)))
     assert finish(small.server(Remembering(), clients=CLIENTS, schedule=SCHEDULE, pool=pool)) == expected
@@ -115,7 +118,7 @@ class Drawing(Remembering):
         return replace(update, params=Params(update.params.flat * (1 + noise / 100), update.params.layout))
 
 
-@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("dies", [pytest.param(False, marks=slow), True])
 def test_what_draws_from_the_global_generators_has_the_bits_of_one_process(ray_local, tmp_path, dies):
     def build(input_shape, num_classes):
         return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, num_classes))
@@ -179,17 +182,17 @@ def test_the_broadcast_is_unchanged_after_a_round(ray_local):
     pool.close()
 
 
-def test_evaluation_has_the_same_bits_on_any_number_of_actors(ray_local):
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3])
+def test_evaluation_has_the_same_bits_on_any_number_of_actors(ray_local, actors):
     data = small.dataset(1_700)
     place = small.workplace(Method(), data=data)
     task = Task(place.model.init(3), Mask.full(place.model.layout))
     local = LocalPool(place).evaluate(task, data.train)
-    for actors in (1, 2, 3):
-        pool = RayPool(place, [Group(actors, ActorOptions(cpu=0.5))])
-        outcome = pool.evaluate(task, data.train)
-        assert outcome.loss == local.loss
-        np.testing.assert_array_equal(outcome.right, local.right)
-        pool.close()
+    pool = RayPool(place, [Group(actors, ActorOptions(cpu=0.5))])
+    outcome = pool.evaluate(task, data.train)
+    assert outcome.loss == local.loss
+    np.testing.assert_array_equal(outcome.right, local.right)
+    pool.close()
 
 
 def test_device_classes_are_trained_by_actors_of_their_own(ray_local, tmp_path):
@@ -219,7 +222,10 @@ def test_actors_that_do_not_fit_are_reported_and_not_waited_for(ray_local):
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.parametrize("name", METHODS)
+# prunefl asks clients questions and keeps memories, pqsu shapes its uploads; the others are slow tests
+@pytest.mark.parametrize(
+    "name", [name if name in ("prunefl", "pqsu") else pytest.param(name, marks=slow) for name in METHODS]
+)
 def test_every_method_has_the_same_bits_on_ray(name, ray_local):
     method = METHODS[name]()
     pool = on_ray(Group(2, ActorOptions(cpu=0.5)))
