@@ -47,15 +47,15 @@ def resumed_config(
         raise RunError(f"{path}: {problem}{_against_checkpoint(files)}")
     before = files.read_config()
     given = dict(changes) if isinstance(changes, Mapping) else parse_overrides(changes)
-    after = RunConfig.from_tree(override_tree(before, given), origin(path, given))
-    fixed = [f"{key} from {old} to {new}" for key, old, new in _differences(before, after.to_tree())]
+    changed = RunConfig.from_tree(override_tree(before, given), origin(path, given))
+    fixed = [f"{key} from {old} to {new}" for key, old, new in _differences(before, changed.to_tree())]
     if fixed:
         arguments = " ".join(changes) if not isinstance(changes, Mapping) else "KEY=VALUE"
         raise ConfigError(
-            f"resume cannot change {_some(fixed)}: the rounds so far were made with the old values. It can "
+            f"resume cannot change {_shown(fixed)}: the rounds so far were made with the old values. It can "
             f"change {MAY_CHANGE}. For a new run: fedray run {shown(path)} {arguments}"
         )
-    return before, after
+    return before, changed
 
 
 def _check_registered(files: RunFiles) -> None:
@@ -83,7 +83,7 @@ def check_origin(files: RunFiles, found: Stored, config: RunConfig, layout: Layo
         for key, old, new in _differences(found.config, config.to_tree())
     ]
     other = difference(found.checkpoint.state.params.layout, layout)
-    problem = _some(changed) or (f"the model is another one: {other}" if other else "")
+    problem = _shown(changed) or (f"the model is another one: {other}" if other else "")
     if problem:
         raise RunError(f"{shown(files.path)} cannot be resumed: {problem} ({found.path.name})")
 
@@ -94,12 +94,12 @@ def check_rounds(found: Stored, config: RunConfig) -> None:
     Raises:
         ConfigError: with the reason, and what to do.
     """
-    before, after = int(found.config["rounds"]), config.rounds
-    if before == after:
+    before, changed = int(found.config["rounds"]), config.rounds
+    if before == changed:
         return
-    start_anew = f"start a new run with rounds={after}"
-    if after < found.done:
-        raise ConfigError(f"rounds={after}: {found.done} rounds are made already; {start_anew}")
+    start_anew = f"start a new run with rounds={changed}"
+    if changed < found.done:
+        raise ConfigError(f"rounds={changed}: {found.done} rounds are made already; {start_anew}")
     reason = config.method.options.depends_on_rounds
     if reason is None and found.checkpoint.rounds_matter:
         reason = "the method has asked how many rounds are planned (ctx.rounds)"
@@ -107,14 +107,14 @@ def check_rounds(found: Stored, config: RunConfig) -> None:
         reason = f"round {before} was evaluated as the last one, and norm=static changes the model there"
     if reason is not None:
         raise ConfigError(
-            f"rounds={after}: what {config.method.name} did so far was planned for {before} rounds: "
+            f"rounds={changed}: what {config.method.name} did so far was planned for {before} rounds: "
             f"{reason}; {start_anew}"
         )
 
 
-def _differences(before: Tree, after: Tree) -> Iterator[tuple[str, str, str]]:
+def _differences(before: Tree, changed: Tree) -> Iterator[tuple[str, str, str]]:
     """Yield each decisive key but rounds that differs, with both values as text."""
-    old, new = (flat_text(decisive(tree)) if tree else {} for tree in (before, after))
+    old, new = (flat_text(decisive(tree)) if tree else {} for tree in (before, changed))
     for key in dict.fromkeys((*old, *new)):
         if key != "rounds" and old.get(key) != new.get(key):
             yield key, old.get(key, "absent"), new.get(key, "absent")
@@ -135,9 +135,9 @@ def _against_checkpoint(files: RunFiles) -> str:
         for key in dict.fromkeys((*old, *new))
         if old.get(key) != new.get(key)
     ]
-    return f": {_some(changed)}{advice}" if changed else advice
+    return f": {_shown(changed)}{advice}" if changed else advice
 
 
-def _some(texts: Sequence[str]) -> str:
+def _shown(texts: Sequence[str]) -> str:
     more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
     return "; ".join(texts[:SHOWN]) + more

@@ -181,7 +181,7 @@ def run(
             if foreign := config.unrecorded():
                 files.write_json(REGISTERED, foreign)
             files.warn(federation.dataset.warnings)
-            return _go(federation, files, None, on_round, pool, tracking or Tracking())
+            return _run_rounds_tracked(federation, files, None, on_round, pool, tracking or Tracking())
 
 
 def _expect_config(config: object) -> None:
@@ -239,7 +239,7 @@ def resume(
         if before != config.to_tree():
             _change(files, before, config, found)
         remove_partials(files.path)
-        return _go(federation, files, found, on_round, pool, tracking or Tracking())
+        return _run_rounds_tracked(federation, files, found, on_round, pool, tracking or Tracking())
 
 
 def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None:
@@ -251,10 +251,10 @@ def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None
     result = files.read_json("result.json")
     if result is None or result.get("status") != "finished":
         return None
-    made = result.get("rounds", config.rounds)
-    if made > config.rounds:
-        raise ConfigError(f"rounds={config.rounds}: {shown(files.path)} is finished, with {made} rounds")
-    return result if made == config.rounds else None
+    completed = result.get("rounds", config.rounds)
+    if completed > config.rounds:
+        raise ConfigError(f"rounds={config.rounds}: {shown(files.path)} is finished, with {completed} rounds")
+    return result if completed == config.rounds else None
 
 
 def _change(files: RunFiles, before: Tree, after: RunConfig, found: Stored | None) -> None:
@@ -269,7 +269,7 @@ def _change(files: RunFiles, before: Tree, after: RunConfig, found: Stored | Non
         files.warn([f"resumed after round {done} with rounds={after.rounds}; planned were {planned}"])
 
 
-def _go(
+def _run_rounds_tracked(
     federation: Federation,
     files: RunFiles,
     found: Stored | None,

@@ -117,7 +117,7 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
     with Lock(path, "sweep"):
         with on_disk(path / "sweep.yaml"):
             sealed.write(path / "sweep.yaml", _written(plan))
-        return _try_all(plan, path, on_round)
+        return _run_all(plan, path, on_round)
 
 
 def load_sweep(path: str | Path, on_point: OnPoint | None = None) -> Sweep:
@@ -148,7 +148,7 @@ def resume_sweep(
     place = local_path(path)
     plan = plan or load_sweep(place)
     with Lock(place, "sweep"):
-        return _try_all(plan, place, on_round)
+        return _run_all(plan, place, on_round)
 
 
 def _written(plan: Sweep) -> Tree:
@@ -160,15 +160,21 @@ def _written(plan: Sweep) -> Tree:
     return plan.tree | {"base": base, "name": plan.name, "points": points}
 
 
-def _try_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
-    waiting = [point for point in plan.points if _status(_place(path, point)) not in ("finished", "stopped")]
+def _run_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
+    waiting = [
+        point for point in plan.points if _status(_trial_path(path, point)) not in ("finished", "stopped")
+    ]
     with signals() as stop:
-        errors = _try(plan, waiting, path, on_round, stop) if waiting or _untold(plan, path) else {}
-    trials = [Trial(p, _place(path, p), _status(_place(path, p)), errors.get(p.name)) for p in plan.points]
+        errors = (
+            _run_tracked(plan, waiting, path, on_round, stop) if waiting or _lacks_outcome(plan, path) else {}
+        )
+    trials = [
+        Trial(p, _trial_path(path, p), _status(_trial_path(path, p)), errors.get(p.name)) for p in plan.points
+    ]
     return SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
 
 
-def _try(
+def _run_tracked(
     plan: Sweep, waiting: Sequence[Point], path: Path, on_round: OnTrialRound | None, stop: Stop
 ) -> dict[str, str]:
     """Run the remaining points and record the sweep's outcome in MLflow; return errors by name."""
@@ -176,21 +182,21 @@ def _try(
         with stop.cuts():
             start_ray()
             _check_rooms(replace(plan, points=tuple(waiting)))
-    tracking = plan.points[0].config.tracking
-    store = prepare_store(tracking.uri, tracking.experiment)
+    where = plan.points[0].config.tracking
+    store = prepare_store(where.uri, where.experiment)
     parent = parent_run(store, path.name, {"sweep": plan.name}, plan.tree, resume=_parent_of(path))
     if parent:
         RunFiles(path).write_json("mlflow.json", {"run_id": parent})
-    told = Tracking(store=store, parent=parent)
+    tracking = Tracking(store=store, parent=parent)
     errors: dict[str, str] = {}
     early: RunStatus | None = "FAILED"
     try:
         stop.check()
         if waiting:
-            errors = _fit(plan, waiting, path, told, on_round, stop)
+            errors = _fit(plan, waiting, path, tracking, on_round, stop)
         early = None
     finally:
-        _conclude(plan, path, told, "KILLED" if stop.signal is not None else early)
+        _record_outcomes(plan, path, tracking, "KILLED" if stop.signal is not None else early)
     stop.check()
     return errors
 
@@ -217,7 +223,7 @@ def _fit(
     )
     return fit(
         partial(_trial, job),
-        {point.name: _place(path, point) for point in points},
+        {point.name: _trial_path(path, point) for point in points},
         {point.name: room(actors_for(point.config, cpus)) for point in points},
         path / ".tune",
         concurrent=concurrent,
@@ -369,7 +375,7 @@ def _scheduler(plan: Sweep, path: Path) -> Any:
         on_stop=stopped,
     )
     for point in plan.points:
-        rungs.recall(point.name, _compared(_place(path, point)))
+        rungs.recall(point.name, _compared(_trial_path(path, point)))
     return rungs
 
 
@@ -385,7 +391,7 @@ STOPPED = "stopped.json"
 """File in the directory of a trial that the scheduler stopped: after which round."""
 
 
-def _place(path: Path, point: Point) -> Path:
+def _trial_path(path: Path, point: Point) -> Path:
     return path / "trials" / point.name
 
 
@@ -413,7 +419,7 @@ def _compared(place: Path) -> list[dict[str, Any]]:
     return [line for line in rounds if stopped is None or line["round"] <= stopped["round"]]
 
 
-def _conclude(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | None) -> None:
+def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | None) -> None:
     """Record the outcome of every trial and of the sweep, on disk and in MLflow.
 
     Args:
@@ -423,8 +429,8 @@ def _conclude(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | No
         early: how the sweep ended if not by itself.
     """
     for point in plan.points:
-        _settle(point, _place(path, point), tracking, early or "FAILED")
-    became = Counter(_status(_place(path, point)) for point in plan.points)
+        _record_outcome(point, _trial_path(path, point), tracking, early or "FAILED")
+    became = Counter(_status(_trial_path(path, point)) for point in plan.points)
     is_done = became["finished"] + became["stopped"] == len(plan.points)
     status: RunStatus = "FINISHED" if is_done else early or "FAILED"
     tags = {f"trials_{word}": str(became[word]) for word in get_args(Status)}
@@ -436,7 +442,7 @@ def _conclude(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | No
         logger.warning("%s; `fedray resume %s` continues with the trials that are missing", how, shown(path))
 
 
-def _settle(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> None:
+def _record_outcome(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> None:
     """Record the outcome of a trial that could not; `cut` is the outcome of an interrupted one."""
     files, status = RunFiles(place), _status(place)
     if status == "finished":
@@ -450,11 +456,11 @@ def _settle(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> No
         finish_parent(tracking.store, known["run_id"], "KILLED" if status == "stopped" else cut)
 
 
-def _untold(plan: Sweep, path: Path) -> bool:
+def _lacks_outcome(plan: Sweep, path: Path) -> bool:
     """Tell whether MLflow may lack the outcome of a sweep whose points are all done."""
     if plan.points[0].config.tracking.uri == "none":
         return False
-    places = [path, *(_place(path, point) for point in plan.points)]
+    places = [path, *(_trial_path(path, point) for point in plan.points)]
     return not all((RunFiles(place).read_json("mlflow.json") or {}).get("is_complete") for place in places)
 
 

@@ -100,7 +100,7 @@ def prepare_store(uri: str, experiment: str) -> Store:
         experiment_id = lane.submit(lambda: _open_experiment(uri, experiment, artifacts)).result(limit_s)
     except Exception as error:
         reason = f"did not answer within {limit_s:.0f} s" if isinstance(error, TimeoutError) else str(error)
-        problem = f"MLflow {_told(uri, reason)}; runs are kept in their own files only"
+        problem = f"MLflow {_named(uri, reason)}; runs are kept in their own files only"
         logger.warning(problem)
         return Store(uri, problem=problem)
     finally:
@@ -334,7 +334,7 @@ class MLflowTracker:
     def _give_up(self, reason: str) -> None:
         if self._is_on:
             self._is_on = False
-            self._warn(f"MLflow {_told(self._uri, reason)}; tracking is off for the rest of this run")
+            self._warn(f"MLflow {_named(self._uri, reason)}; tracking is off for the rest of this run")
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -547,7 +547,7 @@ def _name(key: str) -> str:
     return f"{re.sub(r'^[.]+|/', '_', clean)[: _NAME_LENGTH - 9]}-{digest}"
 
 
-def _told(uri: str, reason: str) -> str:
+def _named(uri: str, reason: str) -> str:
     """Name a store and its problem, in one line and without the password that a URI may hold."""
     return f"({without_password(uri)}) {_line(without_password(uri, reason))}"
 

@@ -74,11 +74,11 @@ def label_runs(runs: Sequence[RunData]) -> list[RunData]:
     `method.name` stands as its value alone, `seed` as s0, any other key by its last part, e.g.
     `staged threshold=0.5 s0`. Equal labels get the name of the directory.
     """
-    labels = _told_apart(_labels([_flatten(run.config) for run in runs], [run.name for run in runs]), runs)
+    labels = _unambiguous(_labels([_flatten(run.config) for run in runs], [run.name for run in runs]), runs)
     return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
-def _told_apart(labels: Sequence[str], runs: Sequence[RunData]) -> list[str]:
+def _unambiguous(labels: Sequence[str], runs: Sequence[RunData]) -> list[str]:
     """Return the labels, with the directory of its run behind each that is not the only one of its kind."""
     often, homes = Counter(labels), Counter(run.name for run in runs)
     return [
@@ -106,7 +106,7 @@ def settings(runs: Sequence[RunData]) -> list[Setting]:
     flats = [_without_seed(group[0]) for group in members]
     labels = _labels(flats, [group[0].name for group in members])
     if len(set(labels)) < len({_same(flat) for flat in flats}):
-        labels = _told_apart(labels, [group[0] for group in members])
+        labels = _unambiguous(labels, [group[0] for group in members])
     return [_setting(label, group) for label, group in zip(labels, members, strict=True)]
 
 

@@ -150,7 +150,7 @@ class Lock:
                     file.close()
                     return holder
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-            _held[self._key] = _told(me)
+            _held[self._key] = _described(me)
             self._file = file
             self._sign(me)
             return None
@@ -172,10 +172,10 @@ def _now() -> str:
 def _holder(file: FileIO) -> str:
     try:
         file.seek(0)
-        return _told(json.loads(file.read(1000)))
+        return _described(json.loads(file.read(1000)))
     except (OSError, ValueError, KeyError, TypeError):
         return "by another process"
 
 
-def _told(who: dict[str, Any]) -> str:
+def _described(who: dict[str, Any]) -> str:
     return f"process {who['pid']} on {who['host']}, since {who['since']}"
