@@ -3,8 +3,11 @@
     import fedray
     history = fedray.run(fedray.RunConfig.load("tune_configs/quickstart.yaml").override(seed=1))
     history.to_pandas()
+    result = fedray.sweep(fedray.Sweep.load("tune_configs/quickstart.yaml"))
+    fedray.write_report([result.path])
+    model = fedray.load_model(history.path)
 
-Names are imported when they are first used: `fedray --help` does not wait for torch.
+A name is imported when it is first used: `fedray --help` does not wait for torch.
 """
 
 import os
@@ -12,54 +15,159 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedray import report
     from fedray.config.run_config import RunConfig
-    from fedray.costs.devices import DEVICES
-    from fedray.data import DATASETS
-    from fedray.errors import FedrayError
-    from fedray.experiment.run import History, resume, run
-    from fedray.federation.method import Method
+    from fedray.costs.devices import DEVICES, HARDWARE, LINKS, Hardware, Link
+    from fedray.data import DATASETS, PARTITIONS, Dataset, DatasetSpec, Examples, Partition, PartitionKind
+    from fedray.data.partition import Dealt
+    from fedray.errors import (
+        ClientError,
+        ConfigError,
+        DataError,
+        FedrayError,
+        MethodError,
+        RunError,
+        WireError,
+    )
+    from fedray.experiment.final_model import load_model
+    from fedray.experiment.run import Federation, History, resume, run
+    from fedray.experiment.space import Sweep
+    from fedray.experiment.sweep import SweepResult, load_sweep, resume_sweep, sweep
+    from fedray.federation.aggregate import CohortUpdate
+    from fedray.federation.client import Client, Step
+    from fedray.federation.method import Method, ServerContext, Setting
+    from fedray.federation.sampling import SAMPLERS, Sampler
+    from fedray.federation.server import Server
     from fedray.methods import METHODS
-    from fedray.models import MODELS
+    from fedray.models import MODELS, Architecture, ModelSpec
+    from fedray.report.reading import RunData, find_runs, load_run
+    from fedray.report.table import write_report
+    from fedray.types import (
+        ClientUpdate,
+        Cost,
+        Density,
+        DeviceProfile,
+        Fraction,
+        Layout,
+        Mask,
+        NonNegativeFloat,
+        NonNegativeInt,
+        Params,
+        PositiveFloat,
+        PositiveInt,
+        RoundReport,
+        ServerState,
+        Task,
+    )
 
 __all__ = [
     "DATASETS",
     "DEVICES",
+    "HARDWARE",
+    "LINKS",
     "METHODS",
     "MODELS",
+    "PARTITIONS",
+    "SAMPLERS",
+    "Architecture",
+    "Client",
+    "ClientError",
+    "ClientUpdate",
+    "CohortUpdate",
+    "ConfigError",
+    "Cost",
+    "DataError",
+    "Dataset",
+    "DatasetSpec",
+    "Dealt",
+    "Density",
+    "DeviceProfile",
+    "Examples",
+    "Federation",
     "FedrayError",
+    "Fraction",
+    "Hardware",
     "History",
+    "Layout",
+    "Link",
+    "Mask",
     "Method",
+    "MethodError",
+    "ModelSpec",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "Params",
+    "Partition",
+    "PartitionKind",
+    "PositiveFloat",
+    "PositiveInt",
+    "RoundReport",
     "RunConfig",
+    "RunData",
+    "RunError",
+    "Sampler",
+    "Server",
+    "ServerContext",
+    "ServerState",
+    "Setting",
+    "Step",
+    "Sweep",
+    "SweepResult",
+    "Task",
+    "WireError",
+    "find_runs",
+    "load_model",
+    "load_run",
+    "load_sweep",
+    "report",
     "resume",
+    "resume_sweep",
     "run",
+    "sweep",
+    "write_report",
 ]
 
 __version__ = "0.1.0"
 
-# MLflow and Ray report how they are used unless told not to. Set here, since every process that imports one
-# of them for us (a trial, a client actor, the UI) imports fedray first or inherits this environment.
+# MLflow and Ray send usage statistics by default. Switched off here, since every process that imports one of
+# them for us (a trial, a client actor, the UI) imports fedray first or inherits this environment.
 for _name, _off in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("RAY_USAGE_STATS_ENABLED", "0")):
     os.environ.setdefault(_name, _off)
 
-_HOMES = {
-    "DATASETS": "fedray.data",
-    "DEVICES": "fedray.costs.devices",
-    "FedrayError": "fedray.errors",
-    "History": "fedray.experiment.run",
-    "METHODS": "fedray.methods",
-    "MODELS": "fedray.models",
-    "Method": "fedray.federation.method",
-    "RunConfig": "fedray.config.run_config",
-    "resume": "fedray.experiment.run",
-    "run": "fedray.experiment.run",
+_MODULES = {
+    "fedray.config.run_config": "RunConfig",
+    "fedray.costs.devices": "DEVICES HARDWARE LINKS Hardware Link",
+    "fedray.data": "DATASETS PARTITIONS Dataset DatasetSpec Examples Partition PartitionKind",
+    "fedray.data.partition": "Dealt",
+    "fedray.errors": "ClientError ConfigError DataError FedrayError MethodError RunError WireError",
+    "fedray.experiment.final_model": "load_model",
+    "fedray.experiment.run": "Federation History resume run",
+    "fedray.experiment.space": "Sweep",
+    "fedray.experiment.sweep": "SweepResult load_sweep resume_sweep sweep",
+    "fedray.federation.aggregate": "CohortUpdate",
+    "fedray.federation.client": "Client Step",
+    "fedray.federation.method": "Method ServerContext Setting",
+    "fedray.federation.sampling": "SAMPLERS Sampler",
+    "fedray.federation.server": "Server",
+    "fedray.methods": "METHODS",
+    "fedray.models": "MODELS Architecture ModelSpec",
+    "fedray.report.reading": "RunData find_runs load_run",
+    "fedray.report.table": "write_report",
+    "fedray.types": "ClientUpdate Cost DeviceProfile Layout Mask Params RoundReport ServerState Task "
+    "Density Fraction NonNegativeFloat NonNegativeInt PositiveFloat PositiveInt",
 }
+"""Module → the public names that live there. `fedray.report` is the package of reports itself."""
+
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+_HOMES["report"] = "fedray.report"
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from where it lives."""
+    """Import a public name from the module that defines it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module = import_module(_HOMES[name])
+    return module if name == "report" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -57,7 +57,7 @@ Out = Annotated[
 ]
 Import = Annotated[
     list[Path] | None,
-    typer.Option("--import", help="Python file that adds methods, models or data sets to the tables."),
+    typer.Option("--import", help="Python file that adds methods, models, devices, … to the tables."),
 ]
 
 
@@ -277,16 +277,34 @@ def datasets(imports: Import = None) -> None:
 
 
 @app.command()
+def partitions(
+    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    imports: Import = None,
+) -> None:
+    """List the kinds of partition, each with its options; or describe one."""
+    _import(imports)
+    from fedray.data import PARTITIONS
+
+    if name is None:
+        _list_entries("partition", PARTITIONS, "data.partition")
+    else:
+        _describe_entry("partition", name, PARTITIONS, "data.partition")
+
+
+@app.command()
 def devices(
-    sources: Annotated[bool, typer.Option(help="Say where every number comes from.")] = True,
+    sources: Annotated[bool, typer.Option(help="Give the source of every number.")] = True,
+    imports: Import = None,
 ) -> None:
     """List the simulated devices and links, each number with its source."""
-    from fedray.costs.devices import DEVICES, LINKS
+    _import(imports)
+    from fedray.costs.devices import DEVICES, HARDWARE, LINKS, profile
 
+    profiles = {name: profile(name) for name in dict.fromkeys((*DEVICES, *HARDWARE))}
     table = _table(
         "device", "GFLOP/s", "down MB/s", "up MB/s", "latency s", "memory GiB", "available", "drops out"
     )
-    for name, device in DEVICES.items():
+    for name, device in profiles.items():
         table.add_row(
             name,
             f"{device.flops_per_s / 1e9:,.3g}",
@@ -300,7 +318,7 @@ def devices(
     out.print(table)
     out.print(f"On another link: DEVICE@LINK, e.g. raspberry_pi_4@lte. Links: {', '.join(LINKS)}")
     if sources:
-        for name, device in DEVICES.items():
+        for name, device in profiles.items():
             out.print(f"\n[bold]{name}[/bold]")
             for field, source in device.sources.items():
                 out.print(f"  {field}: {source}", highlight=False)
@@ -508,6 +526,43 @@ def _method(name: str) -> None:
     out.print(f"Source: {method.citation or '—'}   Needs: {_needs(method) or '—'}\n", highlight=False)
     out.print(_escape(inspect.getdoc(method) or ""), highlight=False)
     out.print("\nDefaults: " + ("  ".join(own) or "none of its own"), highlight=False)
+
+
+def _list_entries(what: str, table: Mapping[str, type[Any]], section: str) -> None:
+    """Print a table of dataclasses that a section of the config chooses from."""
+    from fedray.config.trees import CHOICES
+
+    listed = _table(what, "what it does", "options")
+    for name, entry in table.items():
+        listed.add_row(name, _escape(_first_line(entry)), _escape(_defaults(entry)) or "—")
+    out.print(listed)
+    example = f"{section}.{CHOICES[section]}=NAME"
+    out.print(f"In full: fedray {what}s NAME   To choose one: {example}", highlight=False)
+
+
+def _describe_entry(what: str, name: str, table: Mapping[str, type[Any]], section: str) -> None:
+    """Print one entry of such a table: what it does, what its options mean, and their defaults.
+
+    Raises:
+        ConfigError: if the table has no such entry.
+    """
+    if name not in table:
+        raise ConfigError(unknown(what, name, table))
+    out.print(f"{name}: {_first_line(table[name])}", style="bold", highlight=False)
+    out.print(_escape(inspect.getdoc(table[name]) or "").partition("\n")[2], highlight=False)
+    out.print(f"\nDefaults: {_defaults(table[name], f'{section}.') or 'no options'}", highlight=False)
+
+
+def _first_line(entry: type) -> str:
+    """Return the first line of a class's docstring."""
+    return (inspect.getdoc(entry) or "").partition("\n")[0]
+
+
+def _defaults(entry: type[Any], prefix: str = "") -> str:
+    """Return the options of a dataclass with their defaults."""
+    from dataclasses import asdict
+
+    return "  ".join(f"{prefix}{name}={value}" for name, value in asdict(entry()).items())
 
 
 def _title(method: type["Method"]) -> str:

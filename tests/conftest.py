@@ -28,15 +28,19 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def tables_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what a test adds to the tables of methods, models, data sets and devices by importing a file."""
+    """Restore the tables of methods, models, devices, … after a test that imports a file."""
     from fedray.config import plugins
-    from fedray.costs.devices import DEVICES
+    from fedray.costs.devices import DEVICES, HARDWARE, LINKS
     from fedray.data import DATASETS, PARTITIONS
+    from fedray.federation.sampling import SAMPLERS
     from fedray.methods import METHODS
     from fedray.models import MODELS
 
     monkeypatch.setattr(sys, "path", list(sys.path))
-    tables: tuple[dict[Any, Any], ...] = (METHODS, MODELS, DATASETS, PARTITIONS, DEVICES)
+    tables: tuple[dict[Any, Any], ...] = (
+        *(METHODS, MODELS, DATASETS, PARTITIONS, SAMPLERS),
+        *(DEVICES, HARDWARE, LINKS),
+    )
     records: tuple[dict[Any, Any], ...] = (plugins._imported, plugins._beside, plugins._adopted)
     before = [(kept, dict(kept)) for kept in (*tables, *records)]
     modules = set(sys.modules)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from fedray import cli
 from fedray.config import yaml_text
 from fedray.costs.devices import DEVICES, LINKS
-from fedray.data import DATASETS
+from fedray.data import DATASETS, PARTITIONS
 from fedray.experiment.run import run
 from fedray.federation.method import Method
 from fedray.methods import METHODS
@@ -463,8 +463,100 @@ def test_devices():
     assert len(short.splitlines()) < len(text.splitlines())
 
 
+TABLES_OF_MINE = """
+from dataclasses import dataclass, replace
+import numpy as np
+import fedray
+
+@dataclass(frozen=True)
+class Blocks:
+    '''Neighbouring rows to one client.
+
+    Args:
+        gap: rows between two clients.
+    '''
+    gap: fedray.PositiveInt = 7
+
+    def split(self, labels, writers, rows, population, seed):
+        return fedray.Dealt(rows, np.arange(len(rows)) * population // len(rows), population)
+
+fedray.PARTITIONS["blocks"] = Blocks
+fedray.DEVICES["esp32"] = fedray.DeviceProfile("esp32", 6e7, 1e5, 1e5, 0.1, 2**22)
+fedray.HARDWARE["board"] = fedray.HARDWARE["phone"]
+fedray.LINKS["pigeon"] = fedray.LINKS["lte"]
+fedray.MODELS["tiny"] = fedray.MODELS["mlp"]
+fedray.DATASETS["mine"] = fedray.DATASETS["digits"]
+"""
+
+
+def test_partitions():
+    text = listed("partitions")
+    for name, kind in PARTITIONS.items():
+        assert re.search(rf"^[│|] {name} ", text, flags=re.M)
+        for field in fields(kind):  # type: ignore[arg-type]
+            assert f"{field.name}={field.default}" in text
+            full = listed("partitions", name)
+            assert f"data.partition.{field.name}={field.default}" in full and f"    {field.name}: " in full
+    assert "data.partition.kind=NAME" in text
+
+
+def test_the_tables_of_a_file_are_listed(fedray, in_tmp):
+    (in_tmp / "tables.py").write_text(TABLES_OF_MINE)
+    for command, names in {
+        "partitions": ["blocks"],
+        "devices": ["esp32", "board"],
+        "models": ["tiny"],
+        "datasets": ["mine"],
+    }.items():
+        done = fedray(command, "--import", "tables.py")
+        assert done.status == 0, done.err
+        for name in names:
+            assert re.search(rf"^[│|] {name} ", done.out, flags=re.M), (command, name)
+    assert "pigeon" in fedray("devices", "--import", "tables.py").out.split("Links: ")[1]
+    assert "gap: rows between" in fedray("partitions", "blocks", "--import", "tables.py").out
+
+
 @pytest.mark.parametrize(
-    "command", [("methods",), ("models",), ("datasets",), ("devices", "--no-sources"), ("methods", "staged")]
+    ("command", "message"),
+    [
+        (
+            ["partitions", "blokcs", "--import", "tables.py"],
+            "unknown partition 'blokcs'; did you mean 'blocks'?",
+        ),
+        (["partitions", "--import", "nowhere.py"], "imports: no file 'nowhere.py'"),
+        (["devices", "--import", "nowhere.py"], "imports: no file 'nowhere.py'"),
+    ],
+)
+def test_a_listing_that_cannot_be_made(fedray, in_tmp, command, message):
+    (in_tmp / "tables.py").write_text(TABLES_OF_MINE)
+    done = fedray(*command)
+    assert (done.status, done.out) == (2, "") and message in done.err
+
+
+def test_a_run_with_the_tables_of_a_file(fedray, in_tmp):
+    (in_tmp / "tables.py").write_text(TABLES_OF_MINE)
+    changes = [
+        "rounds=1",
+        "clients.devices={esp32: 1, esp32@pigeon: 1, board: 1}",
+        "data.partition.kind=blocks",
+    ]
+    done = fedray(
+        "run", "x.yaml", *changes, "data.name=mine", "model=tiny", "--import", "tables.py", "--out", "r"
+    )
+    assert done.status == 0, done.err
+    assert (in_tmp / "r" / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("methods",),
+        ("models",),
+        ("datasets",),
+        ("partitions",),
+        ("devices", "--no-sources"),
+        ("methods", "staged"),
+    ],
 )
 def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, command):
     """Of a pipe, a row is a line: `fedray devices | grep raspberry_pi_4`."""
@@ -474,6 +566,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, 
     done = fedray(*command)
     rows = [line for line in done.out.splitlines() if line.startswith("│")]
     tables = {"methods": METHODS, "models": MODELS, "datasets": DATASETS, "devices": DEVICES}
+    tables |= {"partitions": PARTITIONS}
     names = [*map(str, tables[command[0]])]  # type: ignore[call-overload]
     if len(command) == 1 or command[0] == "devices":
         assert [row.split()[1] for row in rows] == names
@@ -557,5 +650,6 @@ print("HEAVY", *({"torch", "numpy", "ray", "pandas", "mlflow", "sklearn", "fedra
 
 def test_help_names_every_command():
     text = listed("--help")
-    for command in ("run", "sweep", "report", "resume", "ui", "methods", "models", "datasets", "devices"):
+    listings = ("methods", "models", "datasets", "partitions", "devices")
+    for command in ("run", "sweep", "report", "resume", "sync", "ui", *listings):
         assert re.search(rf"^[│|] {command} ", text, flags=re.M), command

@@ -1,9 +1,11 @@
 """What `import fedray` gives: the names that are promised, each from where it lives, and nothing heavy."""
 
+import ast
 import subprocess
 import sys
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,24 @@ def test_names_are_those_of_where_they_live():
     assert "mlp" in fedray.MODELS
     assert "digits" in fedray.DATASETS
     assert "phone" in fedray.DEVICES
+    assert "lte" in fedray.LINKS and "iid" in fedray.PARTITIONS and "uniform" in fedray.SAMPLERS
+    assert fedray.report.load_run is fedray.load_run and fedray.report.write_report is fedray.write_report
+
+
+def test_the_package_of_reports_is_the_same_before_and_after_its_import():
+    """A function of this name would be hidden as soon as anything imports the package."""
+    code = "import fedray; first = fedray.report; import fedray.report.table; assert first is fedray.report"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_checkers_know_every_public_name():
+    """The imports under TYPE_CHECKING are those of the table."""
+    typed: set[str] = set()
+    for node in ast.walk(ast.parse(Path(fedray.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedray"):
+            typed |= {f"{node.module}.{name.name}" for name in node.names}
+    homes = {name: home for name, home in fedray._HOMES.items() if name != "report"}
+    assert typed == {f"{home}.{name}" for name, home in homes.items()} | {"fedray.report"}
 
 
 def test_dir_lists_the_public_names():

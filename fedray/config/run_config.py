@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -284,13 +285,8 @@ class RunConfig(Config):
             self.__pydantic_fields_set__.add("imports")
 
     def chosen(self) -> dict[str, str]:
-        """Return the names that the config chooses from tables: key → name."""
-        return {
-            "method.name": self.method.name,
-            "data.partition.kind": self.data.partition.kind,
-            "data.name": self.data.name,
-            "model": self.model,
-        }
+        """Return key → the name that the config chooses from its table, for each key of `TABLES`."""
+        return {key: attrgetter(key)(self) for key in TABLES}
 
     def unrecorded(self) -> dict[str, tuple[str, str]]:
         """Return key → name and module of what is chosen, but whose module `imports` cannot name."""

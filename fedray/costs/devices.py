@@ -1,7 +1,7 @@
 """What a simulated device is: hardware on a link, each number with its source; and how long a cost takes it.
 
 Two tables, `HARDWARE` and `LINKS`. `DEVICES` puts each piece of hardware on its usual link, and `profile`
-resolves `hardware@link` too. `draw` gives every client of a population a device and a jitter.
+also resolves `device@link`. `draw` gives every client of a population a device and a jitter.
 
 A speed is what training in float32 sustains, never a peak. `docs/costs.md` discusses where each comes from.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -306,25 +307,53 @@ def _join(name: str, hardware: Hardware, link: Link) -> DeviceProfile:
 
 
 DEVICES: dict[str, DeviceProfile] = {name: _join(name, h, LINKS[h.link]) for name, h in HARDWARE.items()}
-"""Name → each piece of hardware on its usual link. A file of `imports` may add to it."""
+"""Name → device. `DEVICES["esp32"] = DeviceProfile("esp32", …)` adds one, also on every link: `esp32@lte`."""
+
+TABLES: Mapping[str, dict[str, Any]] = {"device": DEVICES, "hardware": HARDWARE, "link": LINKS}
+"""The tables that `profile` reads; a file of `imports` may add to each."""
 
 
 def profile(name: str) -> DeviceProfile:
-    """Return the device of this name: a key of DEVICES, or `hardware@link`, e.g. `raspberry_pi_4@lte`.
+    """Return the device of this name: a key of DEVICES or HARDWARE, or one of these on a link.
+
+    Args:
+        name: e.g. `raspberry_pi_4`, or `raspberry_pi_4@lte`.
 
     Raises:
-        ConfigError: if the hardware or the link is not in its table.
+        ConfigError: if the device or the link is not in its table.
     """
-    hardware, at, link = name.partition("@")
-    if not at and name in DEVICES:
-        return DEVICES[name]
-    if hardware not in HARDWARE:
-        known = HARDWARE if at else HARDWARE.keys() | DEVICES.keys()
-        raise ConfigError(f"clients.devices: {unknown('device', hardware, known)}")
-    link = link if at else HARDWARE[hardware].link
+    entries = dict(entries_of(name))
+    device = DEVICES.get(entries.get("device", ""))
+    if device is None:
+        hardware = HARDWARE[entries["hardware"]]
+        device = _join(name, hardware, LINKS[entries["link"]])
+    elif "link" in entries:
+        link = LINKS[entries["link"]]
+        device = replace(
+            device,
+            downlink_bytes_per_s=link.downlink_bytes_per_s,
+            uplink_bytes_per_s=link.uplink_bytes_per_s,
+            latency_s=link.latency_s,
+            sources={**device.sources, **link.sources},
+        )
+    return device if device.name == name else replace(device, name=name)
+
+
+def entries_of(name: str) -> list[tuple[str, str]]:
+    """Return the entries that make up a device: names of `TABLES`, each with its key.
+
+    Raises:
+        ConfigError: if a table has no such entry.
+    """
+    base, at, link = name.partition("@")
+    if base not in DEVICES and base not in HARDWARE:
+        raise ConfigError(f"clients.devices: {unknown('device', base, DEVICES.keys() | HARDWARE.keys())}")
+    if not at and base in DEVICES:
+        return [("device", base)]
+    link = link if at else HARDWARE[base].link
     if link not in LINKS:
         raise ConfigError(f"clients.devices: {name!r}: {unknown('link', link, LINKS)}")
-    return _join(name, HARDWARE[hardware], LINKS[link])
+    return [("device" if base in DEVICES else "hardware", base), ("link", link)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from fedray.config.run_config import RunConfig
 from fedray.config.tables import TABLES
 from fedray.config.trees import Tree
 from fedray.config.tune_config import OWN, first_rung, tune_config
-from fedray.costs.devices import DEVICES
+from fedray.costs import devices
 from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment.cluster import cluster_cpus, start_ray
@@ -283,7 +283,7 @@ def _trial(job: _Job, name: str) -> None:
 
     plugins.take_over(job.sources)
     for (key, named), entry in job.entries.items():
-        _tables()[key].setdefault(named, entry)
+        _tables()[key][named] = entry
     config = RunConfig.from_tree(job.trees[name], name)
     place = job.path / "trials" / name
     seen: dict[str, Any] = {}
@@ -320,9 +320,8 @@ def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:
     for config in configs:
         for key, (name, _) in config.unrecorded().items():
             found[key, name] = TABLES[key][name]
-        found |= {
-            ("clients.devices", name): DEVICES[name] for name in config.clients.devices if name in DEVICES
-        }
+        for device in (*config.clients.devices, "server"):
+            found |= {entry: devices.TABLES[entry[0]][entry[1]] for entry in devices.entries_of(device)}
     for entry in found.values():
         module = plugins.home(entry)
         if module is not None and module.__name__ != "__main__":  # Ray pickles their classes by itself
@@ -331,7 +330,7 @@ def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:
 
 
 def _tables() -> dict[str, Any]:
-    return {**TABLES, "clients.devices": DEVICES}
+    return {**TABLES, **devices.TABLES}
 
 
 def _shares(plan: Sweep, trials: int) -> tuple[float, int]:

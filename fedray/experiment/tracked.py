@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedray.config.run_config import RunConfig
-from fedray.data import DATASETS
 from fedray.durable import shown
 from fedray.errors import RunError
+from fedray.experiment.final_model import load_module
 from fedray.experiment.provenance import declared, run_tags
 from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.storage.directory import LOCK
@@ -97,14 +97,3 @@ def final(result: Mapping[str, Any]) -> RoundReport:
     prefixes = ("test/", "clients/")
     own = {name: value for name, value in result.items() if name.startswith(prefixes) and value is not None}
     return RoundReport(int(result.get("rounds", 0)), own)
-
-
-def load_module(config: RunConfig, files: RunFiles) -> Any:
-    """Return the final model of a run as a plain torch module."""
-    import torch
-    from safetensors.torch import load_file
-
-    data = DATASETS[config.data.name]
-    model = config.build_model(data.input_shape, data.num_classes)
-    tensors = load_file(files.path / "model.safetensors")
-    return model.bind(torch.cat([tensors[name].flatten() for name in model.layout.names]))

@@ -20,6 +20,7 @@ from fedray.costs.devices import (
     LINKS,
     Fleet,
     draw,
+    entries_of,
     fits,
     profile,
     seconds,
@@ -169,6 +170,39 @@ def test_a_device_that_was_added_to_a_table_is_looked_up(monkeypatch):
     assert profile("board@pigeon") == replace(profile("phone@lte"), name="board@pigeon")
     with pytest.raises(ConfigError, match="unknown device 'mien'; did you mean 'mine'"):
         profile("mien")
+    with pytest.raises(ConfigError, match="'mine@pigoen': unknown link 'pigoen'; did you mean 'pigeon'"):
+        profile("mine@pigoen")
+
+
+def test_an_added_device_works_on_every_link_and_is_called_by_its_key(monkeypatch):
+    monkeypatch.setitem(DEVICES, "toy", TOY)
+    monkeypatch.setitem(DEVICES, "alias", TOY)
+    lte = LINKS["lte"]
+    device = profile("toy@lte")
+    assert (device.name, device.flops_per_s, device.memory_bytes) == ("toy@lte", 1e9, 1600)
+    assert (device.downlink_bytes_per_s, device.latency_s) == (lte.downlink_bytes_per_s, lte.latency_s)
+    assert device.sources == lte.sources
+    assert profile("alias") == replace(TOY, name="alias")
+
+
+def test_a_device_that_was_replaced_is_the_new_one_on_every_link(monkeypatch):
+    monkeypatch.setitem(DEVICES, "phone", TOY)
+    assert profile("phone").flops_per_s == profile("phone@wifi").flops_per_s == TOY.flops_per_s
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_hardware_on_its_usual_link_is_the_device(name):
+    assert profile(f"{name}@{HARDWARE[name].link}") == replace(
+        DEVICES[name], name=f"{name}@{HARDWARE[name].link}"
+    )
+
+
+def test_a_device_names_the_entries_that_it_is_made_of(monkeypatch):
+    monkeypatch.setitem(HARDWARE, "board", HARDWARE["phone"])
+    assert entries_of("phone") == [("device", "phone")]
+    assert entries_of("phone@wifi") == [("device", "phone"), ("link", "wifi")]
+    assert entries_of("board") == [("hardware", "board"), ("link", "lte")]
+    assert entries_of("board@3g") == [("hardware", "board"), ("link", "3g")]
 
 
 def test_seconds_by_hand():

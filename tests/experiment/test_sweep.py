@@ -154,6 +154,7 @@ from threading import Lock
 import numpy as np
 from torch import nn
 
+import fedray
 from fedray.costs.devices import DEVICES
 from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import Dealt
@@ -212,7 +213,8 @@ class Mine(Method):
 MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "12")
 DATASETS["my_digits"] = replace(DATASETS["digits"], load=load)
 PARTITIONS["halves"] = Halves
-DEVICES["esp32"] = replace(DEVICES["phone"], name="esp32", flops_per_s=1e8)
+fedray.DEVICES["esp32"] = replace(DEVICES["phone"], name="esp32", flops_per_s=1e8)
+fedray.LINKS["pigeon"] = replace(fedray.LINKS["lte"], latency_s=9.0)
 METHODS["mine"] = Mine
 '''
 
@@ -221,7 +223,7 @@ OWN: dict[str, Any] = {
     "model": "mine",
     "data": {"name": "my_digits", "partition": {"kind": "halves"}},
     "method": {"name": "mine", "lr": 0.1, "hose": "hose"},
-    "clients": BASE["clients"] | {"devices": {"esp32": 1.0}},
+    "clients": BASE["clients"] | {"devices": {"esp32": 1.0, "esp32@pigeon": 1.0}},
 }
 
 
@@ -253,7 +255,7 @@ SCRIPT = '''
 """Everything of a user's own in the script itself, which no other process can import."""
 from dataclasses import dataclass, replace
 from torch import nn
-from fedray.costs.devices import DEVICES
+from fedray.costs.devices import DEVICES, HARDWARE, LINKS
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import sweep
 from fedray.federation.method import Method
@@ -266,27 +268,38 @@ class Mine(Method):
     def client_update(self, task, client):
         return super().client_update(task, client)
 
+    def prune(self, state, cohort, ctx):
+        ctx.validate(state.params, state.mask)
+        return state
+
 def build(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
 
 METHODS["mine"] = Mine
 MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "")
 DEVICES["mine"] = replace(DEVICES["laptop"], name="mine")
+DEVICES["server"] = replace(DEVICES["server"], flops_per_s=1.0)  # its FLOPs are then its seconds
+HARDWARE["board"] = HARDWARE["phone"]
+LINKS["pigeon"] = replace(LINKS["lte"], latency_s=1e6)
 
 if __name__ == "__main__":
     made = sweep(Sweep.load("some_sweep.yaml"), out="sweep")
     print([(trial.status, trial.error) for trial in made.trials])
+    from fedray.report import find_runs, load_run
+    (path,) = find_runs(["sweep"])
+    last = load_run(path).result
+    print(last["total/time/simulated_s"] > 1e6, last["total/time/server_s"] == last["total/flops/server"] > 0)
 '''
 
 
 @pytest.mark.slow
 def test_what_a_script_adds_to_the_tables_works_in_its_sweep(in_tmp):
     base = BASE | {"model": "mine", "method": {"name": "mine"}, "tracking": {"uri": "none"}}
-    base["clients"] = BASE["clients"] | {"devices": {"mine": 1.0}, "actors": 2}
+    base["clients"] = BASE["clients"] | {"devices": {"mine": 1, "board@pigeon": 1}, "actors": 2}
     (in_tmp / "some_sweep.yaml").write_text(yaml_text.dump({"base": base, "space": {"seed": {"grid": [0]}}}))
     (in_tmp / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=280)
-    assert done.stdout == "[('finished', None)]\n", done.stderr
+    assert done.stdout == "[('finished', None)]\nTrue True\n", done.stderr
 
 
 @pytest.mark.slow
