@@ -10,7 +10,7 @@ from fedray.costs.layer_times import MEASURED, MeasuredName
 from fedray.methods.frlp import FRLP
 from fedray.methods.prunefl import PruneFL
 from fedray.methods.staged import Staged
-from fedray.policies import rate_search, stages
+from fedray.policies import observation, rate_search
 from fedray.policies.decider import PolicyName
 from fedray.policies.line_search import LINE_SEARCHES, SOLVERS, LineSearch
 from fedray.pruning.schedules import SCHEDULES, ScheduleName
@@ -48,7 +48,7 @@ def test_a_field_allows_the_names_of_its_table(method: type, field: str, names: 
 def test_processes_are_listed_under_the_names_that_their_policies_carry() -> None:
     assert {name: kind.interface for name, kind in PROCESSES.items()} == {
         "rate_search": rate_search.INTERFACE,
-        "stages": stages.INTERFACE,
+        "stages": observation.INTERFACE,
     }
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -120,13 +120,36 @@ class Checkpoint:
         return replace(self, memories=dict(self.memories), holds=dict(self.holds), totals=dict(self.totals))
 
 
-def _at_work(step: Callable[["Server"], RoundReport]) -> Callable[["Server"], RoundReport]:
+@dataclass(frozen=True)
+class OpenRound:
+    """A round between AGGREGATE and PRUNE.
+
+    Args:
+        state: after aggregation.
+        cohort: the round's update.
+        ctx: for the hook `prune`.
+        started: on the clock of `time.perf_counter`.
+    """
+
+    state: ServerState
+    cohort: CohortUpdate
+    ctx: ServerContext
+    started: float
+
+
+Prune = Callable[[ServerState, CohortUpdate, ServerContext], ServerState]
+"""The hook `Method.prune`, or a function in its place."""
+
+_T = TypeVar("_T")
+
+
+def _at_work(step: "Callable[[Server], _T]") -> "Callable[[Server], _T]":
     """Run a step on one torch thread; its hooks may draw from the global generators, seeded for its round."""
 
     @wraps(step)
-    def inside(server: "Server") -> RoundReport:
-        with borrowed(server.place.seed, server.state.round), one_thread():
-            server.visits = 0
+    def inside(server: "Server") -> _T:
+        server.visits = 0
+        with server.at_work():
             return step(server)
 
     return inside
@@ -181,7 +204,11 @@ class Server:
 
     @_at_work
     def step(self) -> RoundReport:
-        """Make one round and return what it came to."""
+        """Make one round and return its report."""
+        return self._close(self._open(), self.method.prune)
+
+    def _open(self) -> OpenRound:
+        """Make a round up to its aggregation."""
         started, self._accounts = time.perf_counter(), Accounts()
         state, method = self.state, self.method
 
@@ -197,11 +224,14 @@ class Server:
 
         # 4 AGGREGATE: the mask-aware mean of the updates that count
         state = self._keep_norms(state, method.aggregate(state, update))
+        return OpenRound(state, update, self._context(purpose=1), started)
 
+    def _close(self, opened: OpenRound, prune: Prune) -> RoundReport:
+        """Finish a round and return its report."""
         # 5 PRUNE: only here the mask moves
-        state = method.prune(state, update, self._context(purpose=1))
+        state, update = prune(opened.state, opened.cohort, opened.ctx), opened.cohort
         check_mask(state.mask, self.place.model.channel_groups, "prune")
-        if method.forgets(state):
+        if self.method.forgets(state):
             self._forget()
 
         # 6 REPORT: the last round is evaluated in any case
@@ -209,7 +239,28 @@ class Server:
         if evaluate:
             state = self._with_statistics(state, update)
         self.checkpoint.state = replace(state, round=state.round + 1)
-        return self._report(state.round, update, started, evaluate=evaluate)
+        return self._report(state.round, update, opened.started, evaluate=evaluate)
+
+    @_at_work
+    def open_round(self) -> OpenRound:
+        """Make a round up to its aggregation, for a caller that prunes in the place of the method.
+
+        Call its `ctx` within `at_work` only. A method whose `aggregate` draws from the global generators gets
+        other numbers in `prune` than by `step`.
+        """
+        return self._open()
+
+    def close_round(self, opened: OpenRound, prune: Prune) -> RoundReport:
+        """Finish a round that `open_round` began and return its report; `prune` moves the mask."""
+        with self.at_work():
+            return self._close(opened, prune)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Lend the global generators as within a round, and use one torch thread."""
+        visits = (self.visits,) if self.visits else ()
+        with borrowed(self.place.seed, self.state.round, *visits), one_thread():
+            yield
 
     @property
     @one_thread()

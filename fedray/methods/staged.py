@@ -12,7 +12,7 @@ multiple of its own scale.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -22,9 +22,9 @@ from torch import Tensor
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext, Setting
-from fedray.policies.decider import DECIDED, Decider, PolicyName, decided
-from fedray.policies.observation import Journey
-from fedray.policies.situation import MOVED, distance, travelled
+from fedray.policies.decider import Decider, PolicyName
+from fedray.policies.history import MEASURES, History
+from fedray.policies.situation import MOVED, distance
 from fedray.policies.stages import MILDEST
 from fedray.pruning.masks import RegrowFrom, at_least, top_k
 from fedray.pruning.schedules import SCHEDULES, ScheduleName, due, spread
@@ -47,21 +47,25 @@ from fedray.types import (
 
 @dataclass(frozen=True)
 class StagedMemory:
-    """What the server remembers.
+    """The server's memory.
 
     Args:
-        stages: the rounds after which weights are removed.
-        journey: what a policy remembers of the run.
-        done: the round in which weights were removed last; 0 before the first.
+        stages: rounds of the stages.
+        done: round of the last stage that was carried out; 0 before the first.
+        history: of the policy; None: a schedule or a threshold decides.
     """
 
     stages: tuple[int, ...]
-    journey: Journey = field(default_factory=Journey)
     done: int = 0
+    history: History | None = None
 
     def due(self, round: int) -> bool:
-        """Tell whether a stage has to be carried out in a round: its own, or one before without an answer."""
+        """Whether a round has a stage: one of its own, or an earlier one without an answer."""
         return due(self.stages, self.done, round)
+
+    def progress(self, round: int) -> float:
+        """Return the share of the stages that are over after a round."""
+        return sum(stage <= round for stage in self.stages) / len(self.stages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +121,12 @@ class Staged(Method):
 
     @property
     def decider(self) -> Decider | None:
-        """Who decides at each stage, if anybody does."""
+        """The policy and its limits; None: a schedule or a threshold decides."""
         if self.policy == "schedule":
             return None
         return Decider(
             self.policy,
             self.agent,
-            self.preference,
             self.budget,
             self.min_density,
             self.rollback,
@@ -152,7 +155,7 @@ class Staged(Method):
         """What a policy decides, in the rounds of its stages; and how far the clients moved."""
         if self.decider is None:
             return ()
-        return (f"train/{MOVED}", *(f"method/{name}" for name in DECIDED))
+        return (f"train/{MOVED}", *(f"method/{name}" for name in MEASURES))
 
     @property
     def target(self) -> float | None:
@@ -205,7 +208,8 @@ class Staged(Method):
         """Fix the stages; prune the initial weights if asked to."""
         rounds = spread(ctx.rounds, *self.span)
         mask = top_k(magnitude(state.params), self.initial_density, ctx.layout, min_layer=self.min_layer)
-        return replace(state, mask=mask, memory=StagedMemory(rounds))
+        history = History(self.preference) if self.decider else None
+        return replace(state, mask=mask, memory=StagedMemory(rounds, history=history))
 
     def configure(self, state: ServerState, client: ClientInfo) -> Task:
         """At a stage, ask for gradients to prune by, or how far a client moved."""
@@ -225,56 +229,36 @@ class Staged(Method):
         return ClientUpdate(params, mask, sums={"importance": scores[mask.flat]})
 
     def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
-        """Take the mask-aware mean; before a stage's decision, keep what the clients were sent."""
-        if self.decider and state.memory.due(state.round) and cohort.folded:
-            journey = replace(state.memory.journey, sent=state.params)
-            state = replace(state, memory=replace(state.memory, journey=journey))
-        return super().aggregate(state, cohort)
+        """Take the mask-aware mean; at a stage, a policy also keeps the model that the clients were sent."""
+        memory = state.memory
+        if memory.history is not None and memory.due(state.round) and cohort.folded:
+            memory = replace(memory, history=memory.history.send(state.params))
+        return super().aggregate(replace(state, memory=memory), cohort)
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
-        """At a stage, remove what matters least, or what was decided; without an answer, a round later."""
-        rounds, decider = state.memory.stages, self.decider
-        if decider:
-            journey = travelled(state.memory.journey, state, cohort, ctx)
-            state = replace(state, memory=replace(state.memory, journey=journey))
-        if not state.memory.due(state.round) or not cohort.folded:
-            return state
-        state = replace(state, memory=replace(state.memory, done=state.round))
-        if decider:
-            left = 1 - made(rounds, state.round)
-            state, journey = decider.decide(state, cohort, ctx, state.memory.journey, left)
-            return replace(state, memory=replace(state.memory, journey=journey))
-        scores = self.scores(state, cohort)
-        if self.threshold is not None:
-            if self.threshold_unit == "layer":
-                scores = in_units_of_layer(scores, state.mask)
-            return replace(state, mask=self.cut_at_threshold(scores, state.mask))
-        target = SCHEDULES[self.schedule](made(rounds, state.round), self.initial_density, self.density)
-        mask = top_k(scores, target, ctx.layout, within=state.mask, min_layer=self.min_layer)
-        return replace(state, mask=mask)
+        """At a stage, let the policy, the threshold or the schedule move the mask.
 
-    def density_asked(self, state: ServerState) -> float | None:
-        """Return where the schedule is after the round."""
-        if self.target is None:
-            return None
-        progress = made(state.memory.stages, state.round)
-        return SCHEDULES[self.schedule](progress, self.initial_density, self.density)
+        A stage whose round has no update is made up for in the next round that has one.
+        """
+        memory = state.memory
+        if memory.history is not None:
+            memory = replace(memory, history=memory.history.spend(state, cohort, ctx))
+        if not memory.due(state.round) or not cohort.folded:
+            return replace(state, memory=memory)
+        memory = replace(memory, done=state.round)
+        if self.decider and memory.history is not None:
+            left = 1 - memory.progress(state.round)
+            state, history = self.decider.decide(state, cohort, ctx, memory.history, left)
+            return replace(state, memory=replace(memory, history=history))
+        return replace(state, mask=self.pruned(state, cohort), memory=memory)
 
-    def measures(self, state: ServerState) -> Mapping[str, float]:
-        """Say what was decided in the round, if anything was."""
-        return decided(state.memory.journey, state.round)
-
-    def scores(self, state: ServerState, cohort: CohortUpdate) -> Tensor:
-        """Return the importance (size,) of each weight, now."""
-        if self.importance == "magnitude":
-            return magnitude(state.params)
-        scores = torch.zeros(state.mask.layout.size)
-        scores[state.mask.flat] = cohort.sum("importance") / cohort.num_examples
-        return scores
-
-    def cut_at_threshold(self, scores: Tensor, mask: Mask) -> Mask:
-        """Keep what scores at least the threshold."""
-        assert self.threshold is not None
+    def pruned(self, state: ServerState, cohort: CohortUpdate) -> Mask:
+        """Return the mask after a stage of the threshold or the schedule."""
+        scores, mask = self.scores(state, cohort), state.mask
+        if self.threshold is None:
+            return top_k(scores, self.scheduled(state), mask.layout, within=mask, min_layer=self.min_layer)
+        if self.threshold_unit == "layer":
+            scores = in_units_of_layer(scores, mask)
         return at_least(
             scores,
             self.threshold,
@@ -284,7 +268,24 @@ class Staged(Method):
             min_layer=self.min_layer,
         )
 
+    def scheduled(self, state: ServerState) -> float:
+        """Return the schedule's density after the state's round."""
+        progress = state.memory.progress(state.round)
+        return SCHEDULES[self.schedule](progress, self.initial_density, self.density)
 
-def made(stages: tuple[int, ...], round: int) -> float:
-    """Return which share of the stages is over after a round, that round's included."""
-    return sum(stage <= round for stage in stages) / len(stages)
+    def density_asked(self, state: ServerState) -> float | None:
+        """Return the schedule's density; a threshold and a policy have none."""
+        return None if self.target is None else self.scheduled(state)
+
+    def measures(self, state: ServerState) -> Mapping[str, float]:
+        """Return the policy's decision in the round, if it made one."""
+        history = state.memory.history
+        return {} if history is None else history.measures(state.round)
+
+    def scores(self, state: ServerState, cohort: CohortUpdate) -> Tensor:
+        """Return the importance (size,) of each weight, now."""
+        if self.importance == "magnitude":
+            return magnitude(state.params)
+        scores = torch.zeros(state.mask.layout.size)
+        scores[state.mask.flat] = cohort.sum("importance") / cohort.num_examples
+        return scores

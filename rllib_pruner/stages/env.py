@@ -1,11 +1,11 @@
 """`StageEnv`: an episode is a federated run, a step is a stage of rounds.
 
-It steps the very hooks that a run with `method.name=staged method.policy=agent` goes through: a stage's
-situation and what an action does are `Staged.look` and `Staged.act`. Only who chooses differs.
+A stage goes through the very calls of a run with `method.name=staged method.policy=agent`:
+`Decider.situation`, an action, `Decider.act`. The environment chooses the action where a run asks the agent.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
@@ -15,105 +15,99 @@ from numpy.typing import NDArray
 from fedray.data.datasets import Examples
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
-from fedray.federation.server import Server
-from fedray.methods.staged import Staged, StagedMemory, made
-from fedray.policies import observation, stages
-from fedray.policies.observation import FEATURES, PREFERENCES, Situation
-from fedray.policies.situation import look, travelled
-from fedray.policies.stages import ACTIONS
-from fedray.types import ServerState
+from fedray.federation.server import OpenRound, Server
+from fedray.methods.staged import Staged
+from fedray.policies import stages
+from fedray.policies.decider import Decider
+from fedray.policies.history import History
+from fedray.policies.observation import FEATURES, observe
+from fedray.policies.situation import Situation
+from fedray.policies.stages import ACTIONS, HOLD, PREFERENCES
+from fedray.randomness import borrowed
+from fedray.types import ServerState, Task
 from rllib_pruner.stages.federations import Federations, server_of
-
-
-@dataclass(frozen=True)
-class Paused(StagedMemory):
-    """What `Staged` remembers, and what its decision after the last round would have seen."""
-
-    cohort: CohortUpdate | None = None
-    ctx: ServerContext | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PausedStaged(Staged):
-    """`Staged` that leaves its decisions to whoever steps the environment."""
-
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
-        """Move nothing; keep what a decision would see."""
-        journey = travelled(state.memory.journey, state, cohort, ctx)
-        return replace(state, memory=Paused(state.memory.stages, journey, state.memory.done, cohort, ctx))
 
 
 @dataclass
 class Episode:
-    """One federated run, from decision to decision.
+    """One federated run that stops at each stage, between AGGREGATE and PRUNE.
 
     Args:
-        server: of a federation whose method is `PausedStaged`.
+        server: its method is `method`.
+        method: with a policy.
+
+    Attributes:
+        opened: the round of the stage, or the last round of the run.
+        now: the situation in it.
+        history: with the reward of the last action.
     """
 
     server: Server
+    method: Staged
+    opened: OpenRound = field(init=False)
+    now: Situation = field(init=False)
+    history: History = field(init=False)
 
-    def begin(self) -> Situation:
+    def begin(self) -> None:
         """Set up and go to the first stage."""
         self.server.setup()
-        return self.advance()
+        self.advance()
 
-    def advance(self) -> Situation:
-        """Make rounds up to the next stage, or to the end of the run; return what there is to see."""
+    def advance(self) -> None:
+        """Make rounds up to the next stage, or to the last round of the run."""
         while True:
-            self.server.step()
-            memory = self.server.state.memory
-            done = self.server.state.round - 1
-            counted = memory.cohort is not None and memory.cohort.folded
-            if done == self.server.schedule.rounds or (memory.due(done) and counted):
-                left = 1 - made(memory.stages, done)
-                return look(self._state(), memory.cohort, self._ctx(), memory.journey, left)
+            self.opened = self.server.open_round()
+            state, cohort, memory = self.opened.state, self.opened.cohort, self.opened.state.memory
+            if self.is_last or (memory.due(state.round) and cohort.folded):
+                break
+            self.server.close_round(self.opened, self.method.prune)
+        history = memory.history.spend(state, cohort, self.opened.ctx)
+        left = 1 - memory.progress(state.round)
+        with self.server.at_work():
+            self.now, self.history = self.decider.situation(state, cohort, self.opened.ctx, history, left)
+        if self.is_last:
+            self.server.close_round(self.opened, lambda state, *_: state)
 
-    def jury_accuracy(self) -> float:
-        """Return the model's accuracy now on examples that nobody trains on and no decision sees."""
-        rows, train = self.server.side.rows, self.server.place.dataset.train
-        return self.server.evaluate(Examples(train.x[rows], train.y[rows])).accuracy
+    def act(self, action: int) -> None:
+        """Carry out an action in the round of the stage, and finish the round."""
+
+        def prune(state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+            state, history = self.decider.act(state, ctx, self.now, self.history, action)
+            return replace(state, memory=replace(state.memory, done=state.round, history=history))
+
+        self.server.close_round(self.opened, prune)
 
     @property
-    def ended(self) -> bool:
-        """Whether all rounds are made."""
-        return self.server.state.round > self.server.schedule.rounds
+    def decider(self) -> Decider:
+        """The method's policy, with the limits on actions."""
+        assert self.method.decider is not None, "a schedule decides nothing"
+        return self.method.decider
 
-    def act(self, now: Situation, action: int) -> None:
-        """Carry out an action as `Staged` would have in the round that was just made."""
-        state, decider = self._state(), self.server.method.decider  # type: ignore[attr-defined]
-        state, journey = decider.act(state, self._ctx(), state.memory.journey, now, action)
-        memory = replace(state.memory, journey=journey, done=state.round)
-        self.server.checkpoint.state = replace(state, round=state.round + 1, memory=memory)
+    @property
+    def is_last(self) -> bool:
+        """Whether the open round is the run's last."""
+        return self.opened.state.round >= self.server.schedule.rounds
 
-    def asked_by_bandit(self, now: Situation, preference: float) -> int:
-        """Return what the bandit of a run would ask for, from what was asked for and carried out so far."""
-        server = self.server
-        memory, decider = server.state.memory, server.method.decider  # type: ignore[attr-defined]
-        journey = stages.told(memory.journey, now, preference)
-        server.checkpoint.state = replace(server.state, memory=replace(memory, journey=journey))
-        return int(decider.choose(journey, now))
-
-    def _state(self) -> ServerState:
-        return replace(self.server.state, round=self.server.state.round - 1)
-
-    def _ctx(self) -> ServerContext:
-        ctx = self.server.state.memory.ctx
-        assert isinstance(ctx, ServerContext)
-        return ctx
+    def jury_accuracy(self) -> float:
+        """Return the open round's accuracy on examples that neither clients nor decisions use."""
+        place, state, rows = self.server.place, self.opened.state, self.server.side.rows
+        jury = Examples(place.dataset.train.x[rows], place.dataset.train.y[rows])
+        task = Task(state.params.masked(state.mask), place.model.norms.global_mask(state.mask))
+        with borrowed(place.seed):
+            return self.server.pool.evaluate(task, jury).accuracy
 
 
 class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
     """Gymnasium's view of the stage process.
 
-    Observation: `observation.observe`, float32 (26,) in [−1, 1]. Actions: `stages.ACTIONS`. Reward:
-    `stages.reward` of what lies between two stages, with accuracies on a jury: training examples that no
-    client has, and more of them than the validation data that are observed.
+    Observation: `observe`, float32 (26,) in [−1, 1]. Actions: `stages.ACTIONS`. Reward: `stages.reward`
+    between two stages, with accuracies on the jury: training examples that no client has, more of them than
+    there are validation examples.
 
     Args:
         config: `federations` (options of `Federations`), `preference` (λ; None: drawn for each episode),
-            `seed` (of the first federation), `flops_weight`, and `steepest` as in `staged` (0: whatever is
-            asked for may be done).
+            `seed` (of the first federation), `flops_weight`, and `steepest` as in `staged` (0: every action
+            is allowed).
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -127,9 +121,7 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.action_space = gym.spaces.Discrete(len(ACTIONS))
         self._rng = np.random.default_rng(self._seed)
         self._episode: Episode | None = None
-        self._now: Situation | None = None
         self._jury_accuracy = 0.0
-        self._lambda = 0.1
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -146,41 +138,47 @@ class StageEnv(gym.Env[NDArray[np.float32], np.int64]):
         options = options or {}
         number = int(options.get("federation", self._rng.integers(2**31)))
         drawn = float(np.exp(self._rng.uniform(*np.log(PREFERENCES))))
-        self._lambda = float(options.get("preference", self.preference or drawn))
-        method = {"name": "staged", "policy": "bandit", "steepest": self.steepest}
-        config = self.federations.draw(number, method)
-        self._episode = Episode(server_of(config, PausedStaged(**vars(config.method.options))))
-        self._now = self._episode.begin()
+        preference = float(options.get("preference", self.preference or drawn))
+        method = {"policy": "bandit", "steepest": self.steepest, "preference": preference}
+        config = self.federations.draw(number, {"name": "staged", **method})
+        staged = config.method.options
+        assert isinstance(staged, Staged)
+        self._episode = Episode(server_of(config), staged)
+        self._episode.begin()
         self._jury_accuracy = self._episode.jury_accuracy()
         return self._observation(), self._info()
 
     def step(self, action: np.int64) -> tuple[NDArray[np.float32], SupportsFloat, bool, bool, dict[str, Any]]:
-        """Carry out an action, train to the next stage, and say what it brought."""
-        assert self._episode is not None and self._now is not None, "reset comes first"
-        before = replace(self._now, accuracy=self._jury_accuracy)
-        self._episode.act(self._now, int(action))
-        self._now, self._jury_accuracy = self._episode.advance(), self._episode.jury_accuracy()
-        now = replace(self._now, accuracy=self._jury_accuracy)
-        brought = stages.reward(before, now, self._lambda, self.flops_weight)
-        return self._observation(), brought, self._episode.ended, False, self._info()
+        """Carry out an action, train to the next stage, and return the action's reward."""
+        episode = self.episode
+        before = replace(episode.now, accuracy=self._jury_accuracy)
+        episode.act(int(action))
+        episode.advance()
+        self._jury_accuracy = episode.jury_accuracy()
+        now = replace(episode.now, accuracy=self._jury_accuracy)
+        reward = stages.reward(before, now, episode.history.preference, self.flops_weight)
+        return self._observation(), reward, episode.is_last, False, self._info()
+
+    @property
+    def episode(self) -> Episode:
+        """The episode that the last `reset` began."""
+        assert self._episode is not None, "call reset first"
+        return self._episode
 
     def asked_by_bandit(self) -> int:
-        """Return what the bandit would ask for at this stage; call it once a stage."""
-        assert self._episode is not None and self._now is not None, "reset comes first"
-        return self._episode.asked_by_bandit(self._now, self._lambda)
+        """Return the action that the bandit of a run would ask for at this stage."""
+        return self.episode.decider.choose(self.episode.now, self.episode.history)
 
     def _observation(self) -> NDArray[np.float32]:
-        assert self._episode is not None and self._now is not None
-        return observation.observe(self._now, self._episode.server.state.memory.journey, self._lambda)
+        return observe(self.episode.now, self.episode.history)
 
     def _info(self) -> dict[str, Any]:
-        assert self._now is not None and self._episode is not None
-        journey = self._episode.server.state.memory.journey
+        now, history = self.episode.now, self.episode.history
         return {
             "accuracy": self._jury_accuracy,
-            "spent_bytes": self._now.spent_bytes,
-            "spent_flops": self._now.spent_flops,
-            "density": self._now.density,
-            "executed": journey.action,
-            "preference": self._lambda,
+            "spent_bytes": now.spent_bytes,
+            "spent_flops": now.spent_flops,
+            "density": now.density,
+            "executed": history.last.action if history.last else HOLD,
+            "preference": history.preference,
         }

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from fedray.policies import stages
+from fedray.policies.observation import INTERFACE
 from fedray.policies.trained import PolicyInterface
 from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rllib_pruner.stages import logs
@@ -40,7 +40,7 @@ class StageProcess:
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    interface: ClassVar[PolicyInterface] = stages.INTERFACE
+    interface: ClassVar[PolicyInterface] = INTERFACE
 
     federations: Federations = field(default_factory=Federations)
     replay: bool = True

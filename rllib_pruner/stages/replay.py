@@ -14,8 +14,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from fedray.policies.observation import FEATURES, PREFERENCES
-from fedray.policies.stages import ACTIONS
+from fedray.policies.observation import FEATURES
+from fedray.policies.stages import ACTIONS, PREFERENCES
 from rllib_pruner.stages import logs
 
 WEIGHTS = {

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedray.methods.staged import Staged
-from fedray.policies.observation import FEATURES
-from fedray.policies.stages import ACTIONS, HOLD, INTERFACE
+from fedray.policies.observation import FEATURES, INTERFACE
+from fedray.policies.stages import ACTIONS, HOLD
 from fedray.policies.trained import TrainedPolicy
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.stages import logs

@@ -1,6 +1,7 @@
 """A round, worked out by hand; and what the server promises to every method, whatever it does."""
 
 import math
+import random
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -17,7 +18,16 @@ from fedray.federation.method import Method, ServerContext
 from fedray.federation.server import Schedule, Server, ServerSide
 from fedray.types import ClientUpdate, Mask, Params, ServerState, Task
 from tests import small
-from tests.federation.probes import Pruned, Recording, SpyPool, half, pruned_half, spied, without_clocks
+from tests.federation.probes import (
+    Moving,
+    Pruned,
+    Recording,
+    SpyPool,
+    half,
+    pruned_half,
+    spied,
+    without_clocks,
+)
 
 # ── a round by hand ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -127,6 +137,36 @@ def test_every_hook_runs_on_one_thread_since_more_give_other_bits():
     server.evaluate(server.side.validation)
     assert method.threads == {1}
     assert torch.get_num_threads() == 2, "and it is put back"
+
+
+def test_a_round_in_two_halves_is_a_step():
+    whole, halved = (small.server(Moving(), schedule=Schedule(rounds=3, cohort=4)) for _ in range(2))
+    reports = small.run(whole)
+    found = [halved.setup()]
+    random.seed(5)
+    while halved.state.round <= 3:
+        opened = halved.open_round()
+        assert opened.state.round == halved.state.round, "the round is not over"
+        found.append(halved.close_round(opened, halved.method.prune))
+    assert [without_clocks(report) for report in found] == [without_clocks(report) for report in reports]
+    assert halved.model.sha256 == whole.model.sha256
+    assert random.random() == random.Random(5).random(), "the global generators were lent"
+
+
+def test_the_caller_of_an_open_round_prunes_in_the_place_of_the_method():
+    server = small.server(Moving(), schedule=Schedule(rounds=2, cohort=4))
+    server.setup()
+    opened = server.open_round()
+    chosen = half(opened.state.mask.layout, seed=9)
+    with server.at_work():
+        accuracy, _ = opened.ctx.validate(opened.state.params, chosen)
+    report = server.close_round(opened, lambda state, cohort, ctx: replace(state, mask=chosen))
+    assert (server.state.mask, server.state.round) == (chosen, 2)
+    assert report.metrics["val/accuracy"] == accuracy
+    opened = server.open_round()
+    with pytest.raises(MethodError, match="that prune returned is False on"):
+        server.close_round(opened, lambda state, *_: replace(state, mask=Mask.none(state.mask.layout)))
+    assert server.state.round == 2
 
 
 def test_a_step_that_fails_leaves_the_state_as_it_was():

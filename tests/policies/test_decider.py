@@ -69,7 +69,7 @@ def test_the_traffic_of_all_rounds_is_counted(agent: Fixed) -> None:
     server = small.server(Staged(policy="agent", stages=6, start=1 / 12, until=0.5), schedule=TWELVE)
     last = small.run(server)[-1].metrics
     dense = 12 * 6 * 2 * 4 * server.place.model.layout.size
-    spent = server.state.memory.journey.spent_bytes
+    spent = server.state.memory.history.spent.bytes
     assert spent == pytest.approx((last["total/bytes/up"] + last["total/bytes/down"]) / dense)
 
 
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_decisions(policy: Any, agent: Fixed) -> No
     agent.seen.clear()
     small.run(second)
     assert first.model.sha256 == second.model.sha256
-    assert first.state.memory.journey.tried == second.state.memory.journey.tried
+    assert first.state.memory.history.tried == second.state.memory.history.tried
 
 
 def test_decisions_go_on_from_a_checkpoint() -> None:
@@ -193,7 +193,7 @@ def test_a_bandit_whose_every_wish_is_refused_does_not_repeat_one(monkeypatch: p
     refused = [asked for asked, done in found if asked != done]
     assert len(refused) >= 8 and set(refused) == {1, 2, 3, 4}
     assert max(refused.count(action) for action in set(refused)) <= len(refused) / 2
-    tried = server.state.memory.journey.tried
+    tried = server.state.memory.history.tried
     assert len(tried) == len(found) - 1 + sum(asked != done for asked, done in found[:-1])
 
 

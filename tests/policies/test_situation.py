@@ -12,8 +12,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
 from fedray.federation.server import Schedule
 from fedray.methods.staged import Staged
-from fedray.policies.observation import PROBES, Journey, Situation
-from fedray.policies.situation import bytes_share, distance, look, travelled
+from fedray.policies.situation import PROBES, Situation, Spent, bytes_share, distance, look
 from fedray.pruning.masks import top_k
 from fedray.pruning.scores import magnitude
 from fedray.types import Mask, Params, ServerState
@@ -25,9 +24,10 @@ class Looking(Staged):
     """Looks at every stage, and keeps what it saw with; never prunes."""
 
     def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
-        journey = travelled(state.memory.journey, state, cohort, ctx)
-        state = replace(state, memory=replace(state.memory, journey=journey))
-        SEEN.append((state, cohort, ctx, look(state, cohort, ctx, journey, 0.5)))
+        history = state.memory.history.spend(state, cohort, ctx)
+        state = replace(state, memory=replace(state.memory, history=history))
+        now = look(state, cohort, ctx, stages_left=0.5, spent=history.spent, sent=history.sent)
+        SEEN.append((state, cohort, ctx, now))
         return state
 
 
@@ -81,7 +81,7 @@ def test_the_cohort_is_seen_from_its_records(seen) -> None:
 
 def test_movement_and_agreement(seen) -> None:
     state, cohort, _, now = seen
-    sent = state.memory.journey.sent
+    sent = state.memory.history.sent
     assert sent is not None
     squared = distance(sent, state.params, state.mask)
     assert now.moved == pytest.approx(squared**0.5) and now.moved > 0
@@ -105,7 +105,7 @@ def test_what_a_client_does_not_know_is_left_out_and_is_no_agreement(seen) -> No
     partial = deepcopy(cohort.partial)
     partial.metrics["moved"] = (nan, 1.0)
     lacking = CohortUpdate(partial, (replace(first, loss=nan), *rest))
-    now = look(state, lacking, ctx, Journey(sent=state.params), 0.5)
+    now = look(state, lacking, ctx, stages_left=0.5, spent=Spent(), sent=state.params)
     losses, sizes = [r.loss for r in rest], [r.num_examples for r in rest]
     assert now.train_loss == pytest.approx(np.average(losses, weights=sizes) / log(small.CLASSES))
     assert now.agreement == 0.0

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.policies import observation, stages
-from fedray.policies.observation import FEATURES, Journey, Situation, observe
-from fedray.policies.stages import ACTIONS, reward, safe, wanted
+from fedray.policies import observation, situation, stages
+from fedray.policies.history import Decision, History
+from fedray.policies.observation import FEATURES, observe
+from fedray.policies.situation import Situation
+from fedray.policies.stages import ACTIONS, reward, safe, target_mask
 from fedray.pruning.masks import top_k
 from fedray.types import Layout, Mask, Params
 
@@ -45,11 +47,14 @@ HERE = Situation(
 )
 
 
-def seen(
-    situation: Situation, journey: Journey | None = None, preference: float = 0.1
-) -> Mapping[str, float]:
-    values = observe(situation, journey or Journey(), preference)
+def seen(now: Situation, history: History | None = None, preference: float = 0.1) -> Mapping[str, float]:
+    values = observe(now, history or History(preference))
     return dict(zip(FEATURES, values.tolist(), strict=True))
+
+
+def after(now: Situation, asked: int = 0, action: int = 0, factor: float = 1.0, best: float = 0.0) -> History:
+    """Return a history with one decision, made in round 4 at λ = 0.1."""
+    return History(0.1, best=best).record(Decision(4, now, asked, action, factor))
 
 
 # ── what is seen
@@ -57,8 +62,8 @@ def seen(
 
 def test_an_observation_by_hand() -> None:
     before = replace(HERE, accuracy=0.7, loss=0.5)
-    journey = Journey(decided=3, before=before, best=0.84, factor=0.5)
-    found = seen(HERE, journey, 0.1)
+    history = History(0.1, last=Decision(3, before, asked=3, action=3, factor=0.5), best=0.84)
+    found = seen(HERE, history)
     expected = {
         "progress": 0.5,
         "stages left": 0.25,
@@ -102,44 +107,43 @@ numbers = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-12, 1e9, inf, nan]
 @given(st.lists(numbers, min_size=17, max_size=17), st.floats(1e-6, 1e6))
 def test_an_observation_is_finite_and_in_range(values, preference):
     fields = [name for name in vars(HERE) if name != "probes"]
-    situation = replace(HERE, **dict(zip(fields, values, strict=True)), probes=tuple(values[:4]))
-    for journey in (Journey(), Journey(before=HERE, best=0.9, factor=0.001)):
-        found = observe(situation, journey, preference)
+    now = replace(HERE, **dict(zip(fields, values, strict=True)), probes=tuple(values[:4]))
+    for history in (History(preference), replace(after(HERE, factor=0.001), preference=preference, best=0.9)):
+        found = observe(now, history)
         assert found.shape == (len(FEATURES),) and found.dtype == np.float32
         assert np.isfinite(found).all() and np.abs(found).max() <= 1
 
 
 @pytest.mark.parametrize("loss", [nan, inf])
 def test_a_model_that_diverged_is_seen_as_worse(loss: float) -> None:
-    found = seen(replace(HERE, loss=loss), Journey(before=HERE))
+    found = seen(replace(HERE, loss=loss), after(HERE))
     assert (found["loss"], found["loss fallen"], found["train loss gap"]) == (1.0, -1.0, 1.0)
-    mended = seen(HERE, Journey(before=replace(HERE, loss=loss)))
+    mended = seen(HERE, after(replace(HERE, loss=loss)))
     assert mended["loss fallen"] == 1.0
-    assert seen(replace(HERE, loss=loss), Journey(before=replace(HERE, loss=loss)))["loss fallen"] == 0.0
+    assert seen(replace(HERE, loss=loss), after(replace(HERE, loss=loss)))["loss fallen"] == 0.0
 
 
 def test_an_accuracy_of_nan_is_the_lowest() -> None:
-    found = seen(replace(HERE, accuracy=nan), Journey(before=HERE, best=0.8))
+    found = seen(replace(HERE, accuracy=nan), after(HERE))
     assert (found["accuracy"], found["accuracy gained"], found["behind the best"]) == (0.0, -1.0, 1.0)
-    journey = stages.after(Journey(best=0.4), 2, replace(HERE, accuracy=nan), 0, 0, 1.0)
-    assert journey.best == 0.4
+    assert after(replace(HERE, accuracy=nan), best=0.4).best == 0.4
 
 
 def test_layer_summary_by_hand() -> None:
     mask = Mask(FULL.flat.clone(), LAYOUT)
     mask.flat[:40] = False  # half of a; its others are 41 … 80, and b is 81 … 100
-    sparsest, layer_spread, smaller_half = observation.layer_summary(PARAMS, mask)
+    sparsest, layer_spread, smaller_half = situation.layer_summary(PARAMS, mask)
     assert (sparsest, layer_spread) == pytest.approx((0.5, 0.25))
     squares = [w * w for w in range(41, 101)]
     assert smaller_half == pytest.approx(sum(squares[:30]) / sum(squares))
     nothing = Mask(~LAYOUT.prunable_flat, LAYOUT)
-    assert observation.layer_summary(PARAMS, nothing) == (0.0, 0.0, 0.5)
+    assert situation.layer_summary(PARAMS, nothing) == (0.0, 0.0, 0.5)
 
 
 def test_spread_and_ratio() -> None:
-    assert observation.spread([1.0, 3.0]) == pytest.approx(0.5)
-    assert observation.spread([]) == observation.spread([nan]) == observation.spread([0.0, 0.0]) == 0.0
-    assert (observation.ratio(1, 2), observation.ratio(0, 0), observation.ratio(1, 0)) == (0.5, 1.0, inf)
+    assert situation.spread([1.0, 3.0]) == pytest.approx(0.5)
+    assert situation.spread([]) == situation.spread([nan]) == situation.spread([0.0, 0.0]) == 0.0
+    assert (situation.ratio(1, 2), situation.ratio(0, 0), situation.ratio(1, 0)) == (0.5, 1.0, inf)
 
 
 # ── what actions do
@@ -149,7 +153,7 @@ def test_spread_and_ratio() -> None:
     ("action", "density"), [(0, 1.0), (1, 0.9), (2, 0.75), (3, 0.5), (4, 0.3), (GROW, 1.0)]
 )
 def test_actions_on_a_dense_model(action: int, density: float) -> None:
-    mask = wanted(action, PARAMS, FULL, 0.01)
+    mask = target_mask(action, PARAMS, FULL, 0.01)
     assert mask.density == pytest.approx(density)
     held = PARAMS.flat[mask.flat & LAYOUT.prunable_flat]
     assert float(held.min()) == 101 - round(density * PRUNABLE)  # the largest ones
@@ -157,15 +161,15 @@ def test_actions_on_a_dense_model(action: int, density: float) -> None:
 
 
 def test_regrowing_takes_the_largest_behind_the_mask() -> None:
-    half = wanted(3, PARAMS, FULL, 0.01)
-    grown = wanted(GROW, PARAMS, half, 0.01)
+    half = target_mask(3, PARAMS, FULL, 0.01)
+    grown = target_mask(GROW, PARAMS, half, 0.01)
     new = PARAMS.flat[grown.flat & ~half.flat]
     assert sorted(new.tolist()) == list(range(39, 51))  # a quarter of 50, rounded to even
 
 
 def test_what_comes_back_starts_from_zero() -> None:
-    half = wanted(3, PARAMS, FULL, 0.01)
-    grown = wanted(GROW, PARAMS, half, 0.01)
+    half = target_mask(3, PARAMS, FULL, 0.01)
+    grown = target_mask(GROW, PARAMS, half, 0.01)
     after = stages.regrown(PARAMS, half, grown)
     back = grown.flat & ~half.flat
     assert after.flat[back].tolist() == [0.0] * 12
@@ -174,16 +178,16 @@ def test_what_comes_back_starts_from_zero() -> None:
 
 
 def test_nothing_is_pruned_below_the_floor() -> None:
-    third = wanted(4, PARAMS, FULL, 0.01)
-    assert wanted(4, PARAMS, third, 0.2).density == pytest.approx(0.2)
-    assert wanted(3, PARAMS, third, 0.4) is third  # below it already, by another's doing
+    third = target_mask(4, PARAMS, FULL, 0.01)
+    assert target_mask(4, PARAMS, third, 0.2).density == pytest.approx(0.2)
+    assert target_mask(3, PARAMS, third, 0.4) is third  # below it already, by another's doing
 
 
 @settings(deadline=None)
 @given(st.integers(0, GROW), st.floats(0.02, 1.0), st.floats(0.01, 1.0))
 def test_the_density_moves_as_asked(action, density, floor):
     mask = top_k(PARAMS.flat, density, LAYOUT)
-    moved = wanted(action, PARAMS, mask, floor)
+    moved = target_mask(action, PARAMS, mask, floor)
     if action == GROW:
         assert mask.density <= moved.density <= max(1.25 * mask.density, mask.density + 0.01) + 0.005
     else:
@@ -229,7 +233,7 @@ def test_holding_and_regrowing_cost_no_look_at_the_data(action: int) -> None:
     def never(mask: Mask) -> float:
         raise AssertionError("validated")
 
-    half = wanted(3, PARAMS, FULL, 0.01)
+    half = target_mask(3, PARAMS, FULL, 0.01)
     assert safe(action, PARAMS, half, never, min_density=0.01, rollback=1.5)[0] == action
 
 
@@ -257,7 +261,7 @@ def test_what_is_possible(density: float, floor: float, steepest: float, found: 
 
 def test_names_are_derived_from_the_table_of_factors() -> None:
     assert ACTIONS == ("hold", "×0.9", "×0.75", "×0.5", "×0.3", "×1.25")
-    assert stages.INTERFACE.actions is ACTIONS
+    assert observation.INTERFACE.actions is ACTIONS
 
 
 def test_another_table_of_actions_may_have_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +269,7 @@ def test_another_table_of_actions_may_have_any_order(monkeypatch: pytest.MonkeyP
     half = top_k(PARAMS.flat, 0.5, LAYOUT)
     assert stages.allowed(0.5) == (0, 1, 2, 3, 4)
     assert stages.possible(1.0, 0.01, 0.0) == (0, 1, 3, 5)
-    assert [round(wanted(a, PARAMS, half, 0.01).count - 4, 1) for a in (2, 4)] == [62, 75]
+    assert [round(target_mask(a, PARAMS, half, 0.01).count - 4, 1) for a in (2, 4)] == [62, 75]
     refused: list[float] = []
 
     def loss(mask: Mask) -> float:
@@ -277,11 +281,9 @@ def test_another_table_of_actions_may_have_any_order(monkeypatch: pytest.MonkeyP
 
 
 def test_what_was_asked_for_and_what_was_done_learn_from_one_reward() -> None:
-    journey = stages.after(Journey(), 4, HERE, chosen=4, action=1, factor=0.9)
-    later = stages.told(journey, replace(HERE, accuracy=0.83), 0.1)
-    assert [(action, round(brought, 6)) for action, brought in later.tried] == [(1, 0.03), (4, 0.03)]
-    agreed = stages.told(replace(journey, chosen=1), HERE, 0.1)
-    assert [action for action, _ in agreed.tried] == [1]
+    later = after(HERE, asked=4, action=1).reward(replace(HERE, accuracy=0.83))
+    assert [(action, round(gained, 6)) for action, gained in later.tried] == [(1, 0.03), (4, 0.03)]
+    assert [action for action, _ in after(HERE, asked=1, action=1).reward(HERE).tried] == [1]
 
 
 @pytest.mark.parametrize("open_to", [(0,), (0, 5), (1, 2), (0, 1, 2, 3, 5)])
@@ -308,12 +310,25 @@ def test_rewards_add_up_to_the_end() -> None:
     assert brought == pytest.approx(0.6 - 0.2 * 0.25)
 
 
-def test_told_what_the_last_action_brought() -> None:
-    assert stages.told(Journey(), HERE, 0.1).tried == ()
-    journey = stages.after(Journey(), 4, HERE, chosen=4, action=2, factor=0.75)
-    assert (journey.decided, journey.best, journey.chosen, journey.action) == (4, 0.8, 4, 2)
-    later = stages.told(journey, replace(HERE, accuracy=0.83), 0.1)
-    assert dict(later.tried) == pytest.approx({2: 0.03, 4: 0.03})
+def test_a_history_rewards_the_last_action_by_the_preference_it_was_taken_with() -> None:
+    assert History(0.1).reward(HERE).tried == ()
+    history = after(HERE, asked=4, action=2)
+    assert history.best == 0.8 and history.last is not None and history.last.round == 4
+    now = replace(HERE, accuracy=0.83, spent_bytes=HERE.spent_bytes + 0.1)
+    assert dict(history.reward(now).tried) == pytest.approx({2: 0.02, 4: 0.02})
+    assert history.reward(now).keep_to(0.175, now).preference > history.preference
+    assert history.keep_to(None, now) is history
+
+
+def test_a_history_reports_the_decision_of_its_round_only() -> None:
+    history = after(HERE, asked=4, action=2, factor=0.75)
+    assert history.measures(4) == {"action": 2, "asked": 4, "factor": 0.75, "preference": 0.1}
+    assert history.measures(5) == history.measures(3) == History(0.1).measures(0) == {}
+
+
+def test_a_decision_drops_the_model_that_was_sent() -> None:
+    sent = History(0.1).send(PARAMS)
+    assert sent.sent is PARAMS and sent.record(Decision(1, HERE, 0, 0, 1.0)).sent is None
 
 
 def test_under_a_budget_the_price_follows_what_is_left() -> None:

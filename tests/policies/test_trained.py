@@ -15,7 +15,7 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 from fedray.errors import ConfigError
-from fedray.policies import rate_search, stages
+from fedray.policies import observation, rate_search
 from fedray.policies.rate_search import ACTIONS, PROCESS
 from fedray.policies.trained import (
     PARTS,
@@ -180,7 +180,7 @@ def test_a_policy_for_something_else(folder: Path, changes: dict[str, Any], mess
     assert message in problem(folder)
 
 
-@pytest.mark.parametrize("interface", [rate_search.INTERFACE, stages.INTERFACE], ids=lambda i: i.process)
+@pytest.mark.parametrize("interface", [rate_search.INTERFACE, observation.INTERFACE], ids=lambda i: i.process)
 def test_the_shipped_policies_have_the_actions_of_their_processes(interface: PolicyInterface) -> None:
     assert policy_problem(None, interface) is None
     other = replace(interface, actions=(*interface.actions[:-1], "another"))

@@ -63,8 +63,7 @@ def test_an_episode_is_the_run_that_the_same_decisions_make(monkeypatch: pytest.
     reports = []
     while server.state.round <= config.rounds:
         reports.append(server.step())
-    assert env._episode is not None
-    assert server.model.sha256 == env._episode.server.model.sha256
+    assert server.model.sha256 == env.episode.server.model.sha256
     for ours, theirs in zip(shown, seen, strict=False):
         np.testing.assert_array_equal(ours, theirs)
     # the traffic is what the run's reports say, of the clients that could be asked; rewards add up to the end
@@ -208,4 +207,4 @@ def test_the_bandit_of_the_table_is_the_bandit_of_a_run() -> None:
     reports = [server.step() for _ in range(config.rounds)]
     decided = [r.metrics for r in reports if "method/asked" in r.metrics]
     assert asked == [m["method/asked"] for m in decided]
-    assert env._episode is not None and env._episode.server.model.sha256 == server.model.sha256
+    assert env.episode.server.model.sha256 == server.model.sha256

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedray.policies.observation import FEATURES
-from fedray.policies.stages import ACTIONS, INTERFACE
+from fedray.policies.observation import FEATURES, INTERFACE
+from fedray.policies.stages import ACTIONS
 from fedray.policies.trained import TrainedPolicy, policy_problem, shipped
 from rllib_pruner.config import Plan
 from rllib_pruner.stages.process import StageProcess
