@@ -6,7 +6,7 @@ UV     := $(shell command -v uv 2>/dev/null || echo $(BIN)/uv)
 READY  := $(VENV)/.ready
 PARALLEL := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
-.PHONY: help setup demo test test-all check format lock clean
+.PHONY: help setup demo test test-all check docs format lock clean
 
 help:            ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,9 @@ check: setup     ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: setup      ## write docs/config.md and the JSON schemas from the docstrings
+	$(BIN)/python docs/reference.py
 
 format: setup    ## rewrite what `check` would refuse
 	$(BIN)/ruff format .

@@ -324,6 +324,25 @@ def devices(
                 out.print(f"  {field}: {source}", highlight=False)
 
 
+@app.command()
+def schema(
+    training: Annotated[bool, typer.Option("--training", help="Of files that train an agent.")] = False,
+    imports: Import = None,
+) -> None:
+    """Print the JSON schema of config files, by which editors complete and check YAML."""
+    _import(imports)
+    from fedray.config.run_config import RunConfig
+    from fedray.config.schema import file_schema
+
+    if training:
+        from rllib_pruner.config import TrainConfig
+
+        written = file_schema(TrainConfig)
+    else:
+        written = file_schema(RunConfig)
+    sys.stdout.write(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     """Run the command line; turn fedray's own errors into a message and an exit status."""
     try:

@@ -10,10 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
-from pydantic import GetCoreSchemaHandler, SerializationInfo, TypeAdapter, ValidationError
+from pydantic import (
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from fedray.config import hints
+from fedray.config.docstrings import arguments, summary
 from fedray.config.messages import COMPLETE
 from fedray.config.overrides import options_given
 from fedray.config.trees import Tree
@@ -124,6 +132,53 @@ class Chooser(Generic[T]):
             self.read,
             serialization=core_schema.plain_serializer_function_ser_schema(_write, info_arg=True),
         )
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Describe the section: each name of the table, as it is now, allows its own options."""
+        cases = []
+        for name, kind in self.table.items():
+            ours = handler.resolve_ref_schema(handler(TypeAdapter(kind).core_schema))
+            entry = {
+                "if": {"properties": {self.key: {"const": name}}, "required": [self.key]},
+                "then": self._entry(kind, ours),
+            }
+            cases.append(entry)
+            if name == self.first:
+                cases.append({"if": {"not": {"required": [self.key]}}, "then": entry["then"]})
+        names = {"enum": list(self.table), "default": self.first}
+        return {"type": "object", "properties": {self.key: names}, "required": [], "allOf": cases}
+
+    def _entry(self, kind: type[Any], ours: Mapping[str, Any]) -> Tree:
+        properties = described(ours.get("properties", {}), kind)
+        return {
+            "description": summary(kind),
+            "properties": {self.key: True, **properties},
+            "additionalProperties": False,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """Stands in the annotation of a text that names an entry of a table, for the schema."""
+
+    table: Mapping[str, Any]
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Allow the names of the table, as it is now."""
+        return {"type": "string", "enum": list(self.table)}
+
+
+def described(properties: Mapping[str, Tree], kind: type) -> Tree:
+    """Return the properties of a schema with the descriptions of the class's docstring."""
+    texts = arguments(kind)
+    return {
+        name: {**schema, "description": texts[name]} if name in texts else schema
+        for name, schema in properties.items()
+    }
 
 
 def _write(choice: Choice[Any], info: SerializationInfo) -> Tree:

@@ -21,26 +21,29 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationError,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from fedray.config import checks, yaml_text
-from fedray.config.choice import Choice, Chooser
+from fedray.config.choice import Choice, Chooser, Named, described
+from fedray.config.docstrings import summary
 from fedray.config.messages import COMPLETE, Where, explain, keys_of, line
 from fedray.config.overrides import base_of, origin, override_tree, parse_overrides, plain_copy
 from fedray.config.plugins import files_of, import_modules, unrecorded
 from fedray.config.tables import TABLES
 from fedray.config.trees import Tree, decisive
 from fedray.config.uri import absolute_uri
-from fedray.data import PARTITIONS
+from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest
 from fedray.federation.method import Method
 from fedray.methods import METHODS
-from fedray.models import InputShape, ModelSpec, Norm, build_model
-from fedray.types import LocalPath, NonNegativeFloat, PositiveFloat, PositiveInt, Seed
+from fedray.models import MODELS, InputShape, ModelSpec, Norm, build_model
+from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
@@ -61,6 +64,9 @@ def _store_uri(value: str) -> str:
 
 StoreUri = Annotated[str, AfterValidator(_store_uri)]
 """A store of MLflow, or `none`: a path in it is made absolute where it is validated."""
+
+
+Actors = NonNegativeInt | Literal["auto", "per_client"]
 
 
 def _actors(value: Any) -> Any:
@@ -84,6 +90,14 @@ class Section(BaseModel):
         text = json.dumps(plain_copy(values))
         self.__pydantic_validator__.validate_json(text, strict=True, self_instance=self)
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Add the descriptions of the docstring."""
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["properties"] = described(schema.get("properties", {}), cls)
+        schema["description"] = summary(cls)
+        return schema
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy, validated anew where it is updated."""
         if not update:
@@ -100,17 +114,17 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """`data:` which examples, and who has them.
+    """`data:` the examples, and how they are dealt to clients.
 
     Args:
-        name: a data set of the table.
-        root: folder that holds it; None downloads it into a cache where it is not embedded.
+        name: name of the data set.
+        root: folder that holds it; null downloads it into a cache, unless a library has it embedded.
         partition: how the training examples are dealt to clients.
-        validation_fraction: share of the training examples kept for validation, stratified by class.
-        server_fraction: share that the server itself has; taken from the clients, never from the test set.
+        validation_fraction: share of the training examples for validation, stratified by class.
+        server_fraction: share of the training examples that the server itself trains on.
     """
 
-    name: str = "digits"
+    name: Annotated[str, Named(DATASETS)] = "digits"
     root: LocalPath | None = None
     partition: Annotated[Choice[PartitionKind], PARTITION] = Field(default_factory=PARTITION.default)
     validation_fraction: UnitInterval = 0.1
@@ -118,12 +132,14 @@ class DataConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """`clients.resources:` what an actor that hosts clients asks of Ray (not what the simulated device is).
+    """`clients.resources:` the resources of each actor that hosts clients, for Ray.
+
+    The speed of the simulated devices does not depend on them.
 
     Args:
-        cpu: CPUs, may be a fraction; None shares the machine's among the actors.
-        gpu: GPUs, may be a fraction; clients then train on the GPU.
-        custom: custom resources by name.
+        cpu: CPUs, possibly a fraction; null divides the machine's CPUs among the actors.
+        gpu: GPUs, possibly a fraction; above 0, clients train on a GPU.
+        custom: name of a custom resource → amount.
         labels: Ray's label selector.
         by_device: name of a device → resources of the actors that host its clients.
     """
@@ -136,20 +152,21 @@ class ResourcesConfig(Section):
 
 
 class ClientsConfig(Section):
-    """`clients:` who there is, how many are asked, and where they are computed.
+    """`clients:` the population, the cohort of a round, and the actors that host them.
 
     Args:
-        population: registered clients.
-        cohort: clients whose training is asked for in a round.
-        devices: device (or hardware@link) → weight in the mix.
-        jitter: spread of speed and bandwidth within a device, as the sigma of a log-normal; up to 10.
-        actors: Ray actors that host the clients; `auto` takes one per CPU, `per_client` one per client, 0
-            none: in process.
-        resources: what each actor asks of Ray.
-        chunk: clients folded together; None makes at most 16 chunks. Changes the last bits of a result.
-        deadline_s: simulated seconds after which an update is late.
-        over_selection: share of the cohort drawn in excess; the fastest are kept.
-        dropout: probability that an asked client never answers, beside its device's own.
+        population: number of registered clients.
+        cohort: number of clients that train in a round.
+        devices: device (or device@link) → weight in the mix.
+        jitter: spread of speed and bandwidth among clients of one device: sigma of a log-normal.
+        actors: Ray actors that host the clients: `auto` starts one per CPU, `per_client` one per client, 0
+            none (clients train in the run's process).
+        resources: resources of each actor, for Ray.
+        chunk: clients whose updates are summed together; null makes at most 16 chunks. Changes the last bits
+            of a result.
+        deadline_s: simulated seconds after which an update is too late to count.
+        over_selection: share of the cohort drawn in excess; only the fastest clients then train.
+        dropout: probability that a client of the cohort never answers, beside its device's own.
     """
 
     population: PositiveInt = 100
@@ -158,7 +175,7 @@ class ClientsConfig(Section):
         default_factory=lambda: {"phone": 0.6, "raspberry_pi_4": 0.2, "laptop": 0.2}, min_length=1
     )
     jitter: Annotated[NonNegativeFloat, Field(le=10)] = 0.2
-    actors: Annotated[int | Literal["auto", "per_client"], PlainValidator(_actors)] = "auto"
+    actors: Annotated[Actors, PlainValidator(_actors, json_schema_input_type=Actors)] = "auto"
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     chunk: PositiveInt | None = None
     deadline_s: PositiveFloat | None = None
@@ -167,10 +184,10 @@ class ClientsConfig(Section):
 
 
 class TrackingConfig(Section):
-    """`tracking:` where MLflow keeps what it is told.
+    """`tracking:` the MLflow store of the metrics.
 
     Args:
-        uri: a store of MLflow (`sqlite:///…`, `http://…`), or `none`.
+        uri: an MLflow store (`sqlite:///…`, `http://…`), or `none`.
         experiment: name of the MLflow experiment.
     """
 
@@ -227,26 +244,31 @@ class Config(Section):
 
 
 class RunConfig(Config):
-    """All of one run.
+    """The config of one run.
 
     Args:
-        rounds: how many.
-        seed: the root of all randomness.
-        eval_every: rounds between evaluations on validation data.
-        checkpoint_every: rounds between checkpoints.
-        model: a model of the table.
-        norm: what becomes of its batch normalisation: averaged like weights, kept by each client (FedBN),
-            asked for before evaluation (static, HeteroFL), or replaced by GroupNorm.
-        prune_first: whether the weight of its first layer may be pruned.
-        prune_last: whether the weight of its classifier, the last convolution or linear layer, may be.
-        imports: Python files that add methods, models or data sets to the tables.
+        rounds: number of rounds.
+        seed: seed of all random numbers of the run.
+        eval_every: rounds between two evaluations on validation data.
+        checkpoint_every: rounds between two checkpoints.
+        model: name of the model.
+        norm: treatment of batch normalisation: `average` averages it like weights, `local` keeps each
+            client's own (FedBN), `static` measures its statistics before each evaluation (HeteroFL), `group`
+            replaces it by GroupNorm.
+        prune_first: whether the weight of the first layer may be pruned.
+        prune_last: whether the weight of the classifier, the last convolution or linear layer, may be pruned.
+        imports: Python files that add methods, models, devices, … to the tables.
+        data: the examples, and how they are dealt to clients.
+        clients: the population, the cohort of a round, and the actors that host them.
+        method: the method and its options.
+        tracking: the MLflow store of the metrics.
     """
 
     rounds: PositiveInt = 30
     seed: Seed = 0
     eval_every: PositiveInt = 1
     checkpoint_every: PositiveInt = 10
-    model: str = "mlp"
+    model: Annotated[str, Named(MODELS)] = "mlp"
     norm: Norm = "average"
     prune_first: bool = True
     prune_last: bool = False

@@ -3,7 +3,7 @@
 Nothing here loads Ray: all of it is decided before a process is started.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import lcm
 from typing import Literal
 
@@ -19,24 +19,39 @@ from fedray.types import METRICS, Direction, NonNegativeInt, PositiveInt, direct
 COMPARABLE = (*(name for name in METRICS if not name.startswith("test/")), *(f"total/{n}" for n in TOTALS))
 """Metrics that every run reports. A method's own are added by `Method.metric_names`."""
 
+VERBS: Mapping[str, str] = {
+    "grid": "Every value of the list: one point for each, in all combinations with other grids.",
+    "choice": "One value of the list.",
+    "uniform": "[low, high]: a number from low up to high.",
+    "quniform": "[low, high, step]: as uniform, rounded to a multiple of step.",
+    "loguniform": "[low, high]: a number whose logarithm is uniform; low > 0.",
+    "qloguniform": "[low, high, step]: as loguniform, rounded to a multiple of step.",
+    "randint": "[low, high]: a whole number from low to high − 1.",
+    "qrandint": "[low, high, step]: a multiple of step from low to high.",
+    "lograndint": "[low, high]: a whole number from low to high − 1 whose logarithm is uniform.",
+    "randn": "[mean, sd]: a number of the normal distribution.",
+}
+"""Verb of `space` → its list and what it draws: Tune's own names, `grid` for `grid_search`."""
+
 OWN = ("train/", "method/")
 """How a method's own metrics begin."""
 
 
 class TuneConfig(Section):
-    """`tune:` how the points are tried.
+    """`tune:` how the points of a sweep are tried and compared.
 
     Args:
-        metric: what the scheduler compares, and what the best trial is chosen by; it must be known in every
-            evaluated round.
-        mode: whether more is better; None: the metric's own direction. Needed for a method's own metric.
-        scheduler: `fifo` runs all to the end; `asha` stops the worse ones early.
-        concurrent: trials at once; None: one per CPU of the cluster, at most.
-        num_samples: how often random verbs are drawn for each point of the grids.
-        max_failures: how often a trial that broke is resumed from its checkpoint.
-        grace_rounds: rounds that ASHA leaves every trial; None: a quarter of the run, at an evaluated round.
-        reduction: ASHA keeps one in this many at each rung.
-        seed: of the random verbs.
+        metric: metric that the scheduler and the choice of the best trial compare; every evaluated round must
+            report it.
+        mode: whether more of the metric (`max`) or less (`min`) is better; null: the metric's own direction.
+            A method's own metric needs it.
+        scheduler: `fifo` runs all trials to the end; `asha` stops the worse ones early.
+        concurrent: trials at once; null: one per CPU of the cluster.
+        num_samples: draws of the random verbs for each point of the grids.
+        max_failures: restarts of a failed trial from its checkpoint, at most.
+        grace_rounds: rounds before ASHA may stop a trial; null: a quarter of the run, at an evaluated round.
+        reduction: ASHA keeps one of this many trials at each rung.
+        seed: seed of the random verbs.
     """
 
     metric: str = "val/accuracy"

@@ -25,23 +25,9 @@ from fedray.config.messages import Where, line, shortened
 from fedray.config.overrides import SECTIONS, base_of, origin, override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import CHOICES, Tree
-from fedray.config.tune_config import TuneConfig, comparison_problems, tune_config
+from fedray.config.tune_config import VERBS, TuneConfig, comparison_problems, tune_config
 from fedray.errors import ConfigError, unknown
 from fedray.experiment.cluster import import_ray
-
-VERBS = (
-    "grid",
-    "choice",
-    "uniform",
-    "quniform",
-    "loguniform",
-    "qloguniform",
-    "randint",
-    "qrandint",
-    "lograndint",
-    "randn",
-)
-"""Verbs of `space`, by Tune's names; `grid` is `grid_search`."""
 
 SHARED = {
     "tracking": "all trials are tracked in one store, as children of one run",

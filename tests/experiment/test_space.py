@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.config.tune_config import TuneConfig, tune_config
+from fedray.config.tune_config import VERBS, TuneConfig, tune_config
 from fedray.errors import ConfigError
-from fedray.experiment.space import VERBS, Sweep, expand
+from fedray.experiment.space import Sweep, expand
 from fedray.methods.snip import SNIP
 from fedray.methods.staged import Staged
 
