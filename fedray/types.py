@@ -11,12 +11,13 @@ from functools import cached_property
 from hashlib import blake2b, sha256
 from math import isfinite, prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
+from typing_extensions import TypeVar
 
 Density = Annotated[float, Field(gt=0, le=1)]
 """Share of the prunable weights that are kept, in (0, 1]."""
@@ -397,6 +398,20 @@ Extra = bool | int | float | str | Tensor
 """What may travel beside a model. It is encoded and its bytes are counted."""
 
 
+E = TypeVar("E")
+
+
+def expect(value: object, kind: type[E], what: str) -> E:
+    """Return a value if it is of a type.
+
+    Raises:
+        TypeError: otherwise, with both types; `what` names the value.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
 @dataclass(frozen=True)
 class Task:
     """Server → client: a model, the mask it is held under, and named extras."""
@@ -404,6 +419,15 @@ class Task:
     params: Params
     mask: Mask
     extras: Mapping[str, Extra] = field(default_factory=dict)
+
+    def extra(self, name: str, kind: type[E]) -> E:
+        """Return an extra of a type: bool, int, float, str or Tensor.
+
+        Raises:
+            KeyError: if the task has no such extra; ask by `name in task.extras`.
+            TypeError: if it is of another type.
+        """
+        return expect(self.extras[name], kind, f"the extra {name!r}")
 
 
 @dataclass(frozen=True)
@@ -443,22 +467,27 @@ class ClientRecord:
     loss: float
 
 
+M = TypeVar("M", default=Any)
+"""Type of a method's memory: its frozen dataclass, or None."""
+M_co = TypeVar("M_co", default=Any, covariant=True)
+
+
 @dataclass(frozen=True)
-class ServerState:
-    """Everything of the server that survives a round; what a checkpoint holds.
+class ServerState(Generic[M_co]):
+    """Everything of the server that survives a round; a checkpoint holds it.
 
     Args:
         round: the same number in every hook of a round; advances after the report.
         params: the weights. Values behind the mask may stay (shadow weights); what is sent, evaluated and
             saved is `params ⊙ mask`.
         mask: True on everything that is not prunable.
-        memory: what a method keeps; its own frozen dataclass, or None.
+        memory: of the method; None before its `setup`.
     """
 
     round: int
     params: Params
     mask: Mask
-    memory: Any = None
+    memory: M_co = None  # type: ignore[assignment]  # until `setup`
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedray.errors import MethodError
 from fedray.federation.engine import Engine, Forward, Loss, Outcome, Step, Training, View, cut
 from fedray.models.spec import ModelSpec
-from fedray.types import ClientInfo, ClientUpdate, Mask, Params, Task
+from fedray.types import ClientInfo, ClientUpdate, E, Mask, Params, Task, expect
 
 __all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "Step", "norm_statistics"]
 
@@ -81,6 +81,16 @@ class Client:
     def id(self) -> int:
         """The client's number in the population; −1 is the server."""
         return self.info.id
+
+    def recall(self, name: str, kind: type[E]) -> E | None:
+        """Return an entry of the memory; None if there is none.
+
+        Raises:
+            TypeError: if it is of another type.
+        """
+        if name not in self.memory:
+            return None
+        return expect(self.memory[name], kind, f"the memory {name!r}")
 
     @property
     def num_examples(self) -> int:

@@ -10,7 +10,7 @@ config, the clock, the tracker or the test set.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Generic, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -28,6 +28,7 @@ from fedray.types import (
     ClientInfo,
     ClientUpdate,
     Layout,
+    M,
     Mask,
     NonNegativeFloat,
     NonNegativeInt,
@@ -146,7 +147,7 @@ class ServerContext:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Generic[M]):
     """FedAvg, and what every method has. Override a hook to be something else.
 
     Args:
@@ -249,11 +250,11 @@ class Method:
         """Return how many SGD steps a client makes; over-selection predicts from it."""
         return self.steps or self.local_epochs * -(-num_examples // self.batch_size)
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[M], ctx: ServerContext) -> ServerState[M]:
         """Once, before round 1: initial pruning, exploration, pre-training."""
         return state
 
-    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+    def configure(self, state: ServerState[M], client: ClientInfo) -> Task:
         """Say what a client gets.
 
         Return the state's own params and mask for all, and they are sent as one.
@@ -264,15 +265,15 @@ class Method:
         """ON THE DEVICE: masked local SGD."""
         return ClientUpdate(client.sgd(task.params, task.mask), task.mask)
 
-    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+    def aggregate(self, state: ServerState[M], cohort: CohortUpdate) -> ServerState[M]:
         """Merge what came back: the mask-aware mean, and the server's value where nobody holds a weight."""
         return replace(state, params=cohort.mean(otherwise=state.params))
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(self, state: ServerState[M], cohort: CohortUpdate, ctx: ServerContext) -> ServerState[M]:
         """Move the mask; only here does it move."""
         return state
 
-    def forgets(self, state: ServerState) -> bool:
+    def forgets(self, state: ServerState[M]) -> bool:
         """Tell, after `prune`, whether nothing that clients remember is of use from the next round on.
 
         The server then drops all of `client.memory`, also of clients that it has not asked for long; else it
@@ -280,18 +281,18 @@ class Method:
         """
         return False
 
-    def density_asked(self, state: ServerState) -> float | None:
+    def density_asked(self, state: ServerState[M]) -> float | None:
         """Return the density that the options ask for after the state's round; None: they ask for none.
 
         It stands in the report as `density/asked`; a run that ends above it has a warning.
         """
         return self.target
 
-    def eval_params(self, state: ServerState) -> Params:
+    def eval_params(self, state: ServerState[M]) -> Params:
         """Say what is evaluated and saved as the model (under the state's mask)."""
         return state.params
 
-    def measures(self, state: ServerState) -> Mapping[str, float]:
+    def measures(self, state: ServerState[M]) -> Mapping[str, float]:
         """Say what the round's report should hold of the method's own, as `method/<name>`; after `prune`."""
         return {}
 

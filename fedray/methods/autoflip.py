@@ -66,7 +66,7 @@ class AutoFLIPMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoFLIP(Method):
+class AutoFLIP(Method[AutoFLIPMemory]):
     """Let clients explore first, then prune what moved least.
 
     Args:
@@ -121,7 +121,7 @@ class AutoFLIP(Method):
             return None
         return "method.explore_epochs is a twentieth of the run's rounds where it is not given"
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[AutoFLIPMemory], ctx: ServerContext) -> ServerState[AutoFLIPMemory]:
         """Let clients explore; make the first mask from what all of them found."""
         epochs = self.explore_epochs or part_of(ctx.rounds, 20, 150)
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
@@ -140,8 +140,8 @@ class AutoFLIP(Method):
         return replace(state, mask=self.mask_of(moved, votes, ctx.model), memory=AutoFLIPMemory())
 
     def explored_in_turn(
-        self, state: ServerState, ctx: ServerContext, explorers: Sequence[int], epochs: int
-    ) -> ServerState:
+        self, state: ServerState[AutoFLIPMemory], ctx: ServerContext, explorers: Sequence[int], epochs: int
+    ) -> ServerState[AutoFLIPMemory]:
         """Hand one model from explorer to explorer; make the mask from what the last one moved."""
         before = after = state.params
         for client in explorers:
@@ -160,7 +160,7 @@ class AutoFLIP(Method):
     def explore(self, task: Task, client: Client) -> Params:
         """ON THE DEVICE: train for some epochs, or until the loss has not fallen for a while."""
         params, best, waited = task.params, inf, 0
-        for _ in range(int(task.extras["epochs"])):
+        for _ in range(task.extra("epochs", int)):
             params = client.sgd(params, task.mask, epochs=1)
             loss = as_loss(client.meter.last_loss)
             waited = 0 if loss < best else waited + 1
@@ -183,7 +183,9 @@ class AutoFLIP(Method):
             return ClientUpdate(task.params, nothing, sums={"movement": moved})
         return ClientUpdate(task.params, nothing, sums={"movement": moved, "votes": self.vote(moved, layout)})
 
-    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+    def aggregate(
+        self, state: ServerState[AutoFLIPMemory], cohort: CohortUpdate
+    ) -> ServerState[AutoFLIPMemory]:
         """Take the mean, or a step with momentum towards it."""
         if not self.server_momentum or not cohort.folded:
             return super().aggregate(state, cohort)
@@ -197,7 +199,9 @@ class AutoFLIP(Method):
         memory = replace(state.memory, velocity=velocity)
         return replace(state, params=Params(flat, params.layout), memory=memory)
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(
+        self, state: ServerState[AutoFLIPMemory], cohort: CohortUpdate, ctx: ServerContext
+    ) -> ServerState[AutoFLIPMemory]:
         """Rebuild the mask from what the round's clients found when they explored."""
         scouts = state.memory.scouts
         present = [scouts[record.client] for record in cohort.folded if record.client in scouts]

@@ -80,7 +80,7 @@ class CEAFLMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CEAFL(Method):
+class CEAFL(Method[CEAFLMemory]):
     """Prune before training, then on as the loss falls, and fine-tune with an ensemble of classifiers.
 
     Args:
@@ -162,7 +162,7 @@ class CEAFL(Method):
         """The last event."""
         return "method.until is a share of the run's rounds"
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[CEAFLMemory], ctx: ServerContext) -> ServerState[CEAFLMemory]:
         """Stage 1: ask some clients what matters in the untrained model, and prune it."""
         task = Task(state.params, state.mask)
         scored = ctx.ask(self.first_scores, {client: task for client in ctx.sample(self.scorers)})
@@ -181,7 +181,7 @@ class CEAFL(Method):
         scores = self.shares(self.score(task.params, gradient), task.mask, client)
         return ClientUpdate(task.params, Mask.none(task.mask.layout), sums={"importance": scores})
 
-    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+    def configure(self, state: ServerState[CEAFLMemory], client: ClientInfo) -> Task:
         """Say what a client does beside training: keep scores, send them, recover from the last event."""
         memory, extras = state.memory, dict[str, Extra]()
         if memory.due(state.round) or (memory.events and state.round <= memory.events[-1]):
@@ -195,7 +195,7 @@ class CEAFL(Method):
                 extras["teacher"] = memory.teacher
         return Task(state.params, state.mask, extras=extras)
 
-    def plan(self, state: ServerState) -> tuple[int, int]:
+    def plan(self, state: ServerState[CEAFLMemory]) -> tuple[int, int]:
         """Return how many weights this round's event removes, and how many others it grows; 0, 0 if none.
 
         Clients vote for what grows while they train, so it goes by the losses up to the round before.
@@ -227,7 +227,7 @@ class CEAFL(Method):
         if "grow" not in task.extras:
             return ClientUpdate(params, mask, metrics=metrics)
         sums = {"importance": self.shares(scores, mask, client)} | self.lesson(params, client)
-        count = int(task.extras["grow"])
+        count = task.extra("grow", int)
         vote = cast(client.grad(params, mask, batches=1), count, mask) if count else {}
         return ClientUpdate(params, mask, sums=sums, each=vote, metrics=metrics)
 
@@ -246,7 +246,8 @@ class CEAFL(Method):
         """Return the client's mean importance (size,) of each weight over its rounds, this one included."""
         steps = self.local_steps(client.num_examples)
         now = self.score(after, (before.flat - after.flat) / (client.lr * steps))
-        past = client.memory.get("importance", now)
+        past = client.recall("importance", Tensor)
+        past = now if past is None else past
         # a weight without a past is new: its mean starts with this round, or it would be the first to go
         mean = torch.where(past > 0, self.mu * past + (1 - self.mu) * now, now)
         client.memory["importance"] = torch.where(mask.flat, mean, 0.0)
@@ -264,7 +265,8 @@ class CEAFL(Method):
 
     def finetune(self, task: Task, client: Client) -> Params:
         """ON THE DEVICE: recover, taught by the ensemble; the classifier rests in the first half."""
-        teacher, head = task.extras.get("teacher"), client.model.head
+        teacher = task.extra("teacher", Tensor) if "teacher" in task.extras else None
+        head = client.model.head
         resting = self.finetune_epochs * ceil(client.num_examples / self.batch_size) // 2
 
         def loss(step: Step) -> Tensor:
@@ -272,7 +274,7 @@ class CEAFL(Method):
             if step.index < resting and step.features.requires_grad:  # else the classifier is all there is
                 logits = classify(classifier(step.weights, head).detach(), step.features)
             value = cross_entropy(logits, step.y)
-            if not isinstance(teacher, Tensor):
+            if teacher is None:
                 return value
             taught = classify(teacher.to(logits.device), step.features)
             apart = distillation(logits, taught, self.temperature)
@@ -280,19 +282,22 @@ class CEAFL(Method):
 
         return client.sgd(task.params, task.mask, epochs=self.finetune_epochs, loss=loss)
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(
+        self, state: ServerState[CEAFLMemory], cohort: CohortUpdate, ctx: ServerContext
+    ) -> ServerState[CEAFLMemory]:
         """Stage 2: at an event prune, grow, and go back if that spoilt the model. Keep the losses."""
-        if (
-            state.round == state.memory.finetune
-        ):  # its lesson was given; without an answer, the next round's is
-            later = {"teacher": None} if cohort.folded else {"finetune": state.round + 1}
-            state = replace(state, memory=replace(state.memory, **later))
-        if "loss" not in cohort.metrics:  # nobody answered, or the last event is over
-            return state
+        memory = state.memory
+        if state.round == memory.finetune and cohort.folded:  # the cohort had its lesson
+            memory = replace(memory, teacher=None)
+        elif state.round == memory.finetune:  # the next cohort gets it
+            memory = replace(memory, finetune=state.round + 1)
+        if "loss" not in cohort.metrics:  # no update counted, or the last event is over
+            return replace(state, memory=memory)
         removed, grown = self.plan(state)
-        losses = (*state.memory.losses, cohort.metrics["loss"])[-2 * state.memory.events.step :]
-        done = state.round if state.memory.due(state.round) else state.memory.done
-        state = replace(state, memory=replace(state.memory, losses=losses, done=done))
+        losses = (*memory.losses, cohort.metrics["loss"])[-2 * memory.events.step :]
+        done = state.round if memory.due(state.round) else memory.done
+        memory = replace(memory, losses=losses, done=done)
+        state = replace(state, memory=memory)
         if not removed:
             return state
         density = state.mask.density - removed / ctx.layout.prunable_count
@@ -308,10 +313,10 @@ class CEAFL(Method):
         if self.taught:
             own = classifier(params, ctx.model.head)
             teacher = ensemble(cohort.sum("classifiers"), cohort.sum("weights"), otherwise=own)
-        memory = replace(state.memory, finetune=state.round + 1, teacher=teacher)
+        memory = replace(memory, finetune=state.round + 1, teacher=teacher)
         return replace(state, params=params, mask=mask, memory=memory)
 
-    def forgets(self, state: ServerState) -> bool:
+    def forgets(self, state: ServerState[CEAFLMemory]) -> bool:
         """After the last event no client is asked for its importance any more."""
         memory = state.memory
         return bool(memory.events) and memory.done == state.round >= memory.events[-1]

@@ -13,7 +13,7 @@ from fedray.federation.method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg(Method):
+class FedAvg(Method[None]):
     """The dense reference; every option is one that all methods have."""
 
     citation: ClassVar[str] = "McMahan et al., AISTATS 2017"

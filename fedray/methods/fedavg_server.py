@@ -27,7 +27,7 @@ class FedAvgServerMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgServer(Method):
+class FedAvgServer(Method[FedAvgServerMemory]):
     """FedAvg whose server trains on its own examples when FRLP's does.
 
     Args:
@@ -71,14 +71,18 @@ class FedAvgServer(Method):
             return None
         return "method.until is a share of the run's rounds; method.finetune_rounds is not"
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(
+        self, state: ServerState[FedAvgServerMemory], ctx: ServerContext
+    ) -> ServerState[FedAvgServerMemory]:
         """Pre-train on the server's data; fix the events as FRLP does."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
         given = self.finetune_rounds  # which say when, whatever is planned
         rounds = tuple(self.events(ctx.rounds)) if given is None else given
         return replace(state, params=trained, memory=FedAvgServerMemory(rounds))
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(
+        self, state: ServerState[FedAvgServerMemory], cohort: CohortUpdate, ctx: ServerContext
+    ) -> ServerState[FedAvgServerMemory]:
         """At an event, fine-tune the averaged model; the mask stays full."""
         if state.round not in state.memory.events:
             return state

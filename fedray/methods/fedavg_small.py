@@ -29,7 +29,7 @@ from fedray.types import Density, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgSmall(Method):
+class FedAvgSmall(Method[None]):
     """FedAvg of the same model with fewer channels.
 
     Args:
@@ -57,7 +57,7 @@ class FedAvgSmall(Method):
         share = share_for(self.density, model.layout, groups)
         return too_narrow(share, model.layout, groups, self.min_layer)
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:
         """Keep the first channels of each layer, in the scale that a model of that width starts from."""
         groups = ctx.model.channel_groups
         share = share_for(self.density, ctx.layout, groups)

@@ -25,7 +25,7 @@ from fedray.types import ClientUpdate, Density, Params, PositiveInt, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgWarm(Method):
+class FedAvgWarm(Method[None]):
     """FedAvg from a model that clients have trained in turn.
 
     Args:
@@ -47,7 +47,7 @@ class FedAvgWarm(Method):
             return None
         return "method.explore_epochs is a twentieth of the run's rounds where it is not given"
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:
         """Hand one model from client to client."""
         epochs, params = self.explore_epochs or part_of(ctx.rounds, 20, 150), state.params
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
@@ -64,7 +64,7 @@ class FedAvgWarm(Method):
     def take_turn(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: train for some epochs, or until the loss has not fallen for a while."""
         params, best, waited = task.params, inf, 0
-        for _ in range(int(task.extras["epochs"])):
+        for _ in range(task.extra("epochs", int)):
             params = client.sgd(params, task.mask, epochs=1)
             loss = as_loss(client.meter.last_loss)
             waited = 0 if loss < best else waited + 1

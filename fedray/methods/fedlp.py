@@ -54,7 +54,7 @@ class FedLPMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedLP(Method):
+class FedLP(Method[FedLPMemory | None]):
     """Drop layers from uploads, or give clients a model of fewer layers.
 
     Args:
@@ -105,7 +105,9 @@ class FedLP(Method):
             return f"method.complexity={self.complexity} is above the number of exits of {model}, {depth}"
         return None
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(
+        self, state: ServerState[FedLPMemory | None], ctx: ServerContext
+    ) -> ServerState[FedLPMemory | None]:
         """With sub-models, say which layers belong to each depth."""
         if self.mode == "homo":
             return state
@@ -116,12 +118,13 @@ class FedLP(Method):
         speeds = sorted(ctx.clients[k].profile.flops_per_s for k in range(0, len(ctx.clients), every))
         return replace(state, memory=FedLPMemory(masks, int(ctx.rng.integers(2**32)), tuple(speeds)))
 
-    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+    def configure(self, state: ServerState[FedLPMemory | None], client: ClientInfo) -> Task:
         """Send the whole model, or the layers of the client's sub-model."""
-        if self.mode == "homo":
+        memory = state.memory
+        if memory is None:  # homo
             return super().configure(state, client)
-        complexity = self.complexity_of(client, state.memory)
-        return Task(state.params, state.memory.masks[complexity - 1], extras={"exit": complexity})
+        complexity = self.complexity_of(client, memory)
+        return Task(state.params, memory.masks[complexity - 1], extras={"exit": complexity})
 
     def complexity_of(self, client: ClientInfo, memory: FedLPMemory) -> int:
         """Return how many blocks a client has; the same in every round."""
@@ -154,10 +157,10 @@ class FedLP(Method):
 
     def train_to_exit(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: train the layers sent and the client's own head, send the layers back."""
-        path, layout = exits_of(client.model.module)[int(task.extras["exit"]) - 1], task.mask.layout
+        path, layout = exits_of(client.model.module)[task.extra("exit", int) - 1], task.mask.layout
         own = entries_of(layout, path) & ~task.mask.flat
         start = task.params.clone()
-        head = client.memory.get("head")
+        head = client.recall("head", Tensor)
         if head is None and bool(own.any()):
             head = client.model.init(int(client.rng.integers(2**63))).flat[own]
         if head is not None:

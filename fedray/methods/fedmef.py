@@ -72,7 +72,7 @@ class FedMefMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedMef(Method):
+class FedMef(Method[FedMefMemory]):
     """Exchange the smallest weights for promising ones, at a constant density.
 
     Args:
@@ -131,14 +131,14 @@ class FedMef(Method):
         """The end of the adjustments."""
         return "method.until is a share of the run's rounds"
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[FedMefMemory], ctx: ServerContext) -> ServerState[FedMefMemory]:
         """Draw the first mask; fix the adjustment rounds."""
         mask = random(ctx.layout, erk(ctx.layout, self.density), ctx.rng, min_layer=self.min_layer)
         stop = self.until * ctx.rounds
         shares = {t: adjust_rate(t, stop, self.adjust) for t in self.events(ctx.rounds)}
         return replace(state, params=state.params.masked(mask), mask=mask, memory=FedMefMemory(shares))
 
-    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+    def configure(self, state: ServerState[FedMefMemory], client: ClientInfo) -> Task:
         """In an adjustment round, say how much will be exchanged."""
         share = state.memory.share(state.round)
         return Task(state.params, state.mask, extras={} if share is None else {"adjust": share})
@@ -155,7 +155,7 @@ class FedMef(Method):
         )
         if "adjust" not in task.extras:
             return ClientUpdate(train(), mask)
-        share = float(task.extras["adjust"])
+        share = task.extra("adjust", float)
         low = Mask(mask.flat & ~self.largest(params, mask, share).flat, mask.layout)
         if self.extrusion and low.count:
             squeeze = Extrusion(self, client, params, low)
@@ -170,7 +170,9 @@ class FedMef(Method):
             params, mask, each={"gradient": gradient[positions], "positions": positions.int()}
         )
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(
+        self, state: ServerState[FedMefMemory], cohort: CohortUpdate, ctx: ServerContext
+    ) -> ServerState[FedMefMemory]:
         """After an adjustment round, exchange each layer's smallest weights; new ones start from zero."""
         share = state.memory.share(state.round)
         if share is None or not cohort.folded:
@@ -186,7 +188,7 @@ class FedMef(Method):
         memory = replace(state.memory, done=state.round)
         return replace(state, params=state.params.masked(kept), mask=mask, memory=memory)
 
-    def eval_params(self, state: ServerState) -> Params:
+    def eval_params(self, state: ServerState[FedMefMemory]) -> Params:
         """Say what the forward pass uses: a plain model, with the standardised weights as its own."""
         return self.effective(state.params, state.mask)
 

@@ -57,7 +57,7 @@ class FRLPMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FRLP(Method):
+class FRLP(Method[FRLPMemory]):
     """Prune by learning distance on the server, aggregate by FedSA.
 
     Args:
@@ -163,7 +163,7 @@ class FRLP(Method):
             return "method.prune_rounds=[] never prunes; name rounds, or set method.name=fedavg_server"
         return None
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[FRLPMemory], ctx: ServerContext) -> ServerState[FRLPMemory]:
         """Pre-train on the server's data; remember what the distance is measured from."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
         given = self.prune_rounds  # which say when, whatever is planned
@@ -182,14 +182,16 @@ class FRLP(Method):
         scores, layout = magnitude(params), task.mask.layout
         return ClientUpdate(params, top_k(scores, task.mask.density, layout, min_layer=self.min_layer))
 
-    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+    def aggregate(self, state: ServerState[FRLPMemory], cohort: CohortUpdate) -> ServerState[FRLPMemory]:
         """FedSA: the mask-aware mean, and zero where nobody holds a weight, as in eq. 7.
 
         The server's old value would bring back what all clients have pruned.
         """
         return replace(state, params=cohort.mean()) if cohort.folded else state
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(
+        self, state: ServerState[FRLPMemory], cohort: CohortUpdate, ctx: ServerContext
+    ) -> ServerState[FRLPMemory]:
         """RGP: search the density at a pruning round, and prune to it."""
         if self.zeros != "enforce":
             state = replace(state, mask=support(state.params))  # what regrew is there again

@@ -61,7 +61,7 @@ class PQSUMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PQSU(Method):
+class PQSU(Method[PQSUMemory]):
     """Remove channels once on the server, send 8 bits per weight, upload only what improved.
 
     Args:
@@ -128,7 +128,7 @@ class PQSU(Method):
         """Return the share of its channels that each layer keeps."""
         return self.channels if self.density is None else share_for(self.density, layout, groups)
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[PQSUMemory], ctx: ServerContext) -> ServerState[PQSUMemory]:
         """Pre-train on the server's data, rank channels by their L1 norm, keep the best of each layer."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
         groups, layout = ctx.model.channel_groups, ctx.layout
@@ -142,12 +142,13 @@ class PQSU(Method):
         if self.selective == "none":
             return ClientUpdate(params, task.mask)
         loss = client.meter.loss if self.selective == "mean_loss" else client.meter.last_loss
-        if not loss < client.memory.get("loss", FIRST_LOSS):  # nor if it is NaN
+        last = client.recall("loss", float)
+        if not loss < (FIRST_LOSS if last is None else last):  # nor if it is NaN
             return ClientUpdate(params, Mask.none(task.mask.layout))
         client.memory["loss"] = loss
         return ClientUpdate(params, task.mask)
 
-    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+    def aggregate(self, state: ServerState[PQSUMemory], cohort: CohortUpdate) -> ServerState[PQSUMemory]:
         """Average the uploads of the round, or the latest one of each client in it."""
         if self.stale == "skip":
             return super().aggregate(state, cohort)

@@ -76,7 +76,7 @@ class PruneFLMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneFL(Method):
+class PruneFL(Method[PruneFLMemory]):
     """Prune at one client, then rebuild the mask now and then from gathered squared gradients.
 
     Args:
@@ -155,7 +155,7 @@ class PruneFL(Method):
         """Return the rounds after which the mask is rebuilt."""
         return events(rounds, self.interval, parts=5, most=50, before=True)
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[PruneFLMemory], ctx: ServerContext) -> ServerState[PruneFLMemory]:
         """Fix times and rounds; let one client prune."""
         times, rebuilt = self.layer_times(ctx), self.events(ctx.rounds)
         state = replace(state, memory=PruneFLMemory(times, tuple(rebuilt)))
@@ -179,9 +179,8 @@ class PruneFL(Method):
 
     def prune_at_client(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: train and prune in turn until the size settles; what is gone stays gone."""
-        every, vector = task.extras["interval"], task.extras["times"]
-        assert isinstance(every, int) and isinstance(vector, Tensor)
-        params, mask, times = task.params, task.mask, LayerTimes.of_vector(vector, task.mask.layout)
+        params, mask, every = task.params, task.mask, task.extra("interval", int)
+        times = LayerTimes.of_vector(task.extra("times", Tensor), mask.layout)
         batches = min(self.initial_batches, -(-client.num_examples // self.batch_size))
         squares, counts = torch.zeros_like(params.flat), list[int]()
 
@@ -206,7 +205,7 @@ class PruneFL(Method):
         shadow = self.regrow_value == "shadow" and bool(gone.any())
         return ClientUpdate(params, mask, each={"behind": params.flat[gone]} if shadow else {})
 
-    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+    def configure(self, state: ServerState[PruneFLMemory], client: ClientInfo) -> Task:
         """While a reconfiguration is ahead, ask to gather; in its round, to upload."""
         memory = state.memory
         upload = due(memory.events, memory.done, state.round)
@@ -228,17 +227,20 @@ class PruneFL(Method):
         if since is None:
             return ClientUpdate(params, mask)
         importance = total.square_().mul_(self.processed(client.num_examples))
-        if client.memory.get("since") == since:
-            importance += client.memory["importance"]
+        past = client.recall("importance", Tensor)
+        if past is not None and client.recall("since", int) == since:
+            importance += past
         client.memory.clear()
-        if task.extras["upload"]:
+        if task.extra("upload", bool):
             return ClientUpdate(params, mask, sums={"importance": importance})
         client.memory.update(since=since, importance=importance)
         return ClientUpdate(params, mask)
 
     # aggregate: the default. Behind the mask the server keeps the value that a weight had when it was pruned.
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(
+        self, state: ServerState[PruneFLMemory], cohort: CohortUpdate, ctx: ServerContext
+    ) -> ServerState[PruneFLMemory]:
         """Every interval, rebuild the mask from what the cohort gathered."""
         if not due(state.memory.events, state.memory.done, state.round) or not cohort.folded:
             return state
@@ -249,9 +251,9 @@ class PruneFL(Method):
             params = Params(torch.where(mask.flat & ~state.mask.flat, 0.0, params.flat), ctx.layout)
         return replace(state, params=params, mask=mask, memory=replace(state.memory, done=state.round))
 
-    def forgets(self, state: ServerState) -> bool:
+    def forgets(self, state: ServerState[PruneFLMemory]) -> bool:
         """Importance of an interval is of no use after it, whoever did not upload it."""
-        return bool(state.memory.done == state.round)
+        return state.memory.done == state.round
 
     def layer_times(self, ctx: ServerContext) -> LayerTimes:
         """Return what the options say a round takes."""

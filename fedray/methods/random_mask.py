@@ -18,7 +18,7 @@ from fedray.types import Density, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomMask(Method):
+class RandomMask(Method[None]):
     """One random mask before training.
 
     Args:
@@ -38,7 +38,7 @@ class RandomMask(Method):
         """The density, as the options say."""
         return self.density
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:
         """Draw the mask."""
         if self.distribution == "erk":
             densities = erk(ctx.layout, self.density)

@@ -22,7 +22,7 @@ from fedray.types import ClientUpdate, Density, Mask, PositiveInt, ServerState, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SNIP(Method):
+class SNIP(Method[None]):
     """One mask before training, from the clients' gradients.
 
     Args:
@@ -42,7 +42,7 @@ class SNIP(Method):
         """The density, as the options say."""
         return self.density
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:
         """Ask for gradients, keep the weights that matter most."""
         task = Task(state.params, state.mask)
         scored: CohortUpdate = ctx.ask(self.score, {client: task for client in ctx.sample(self.scorers)})

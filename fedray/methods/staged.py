@@ -69,7 +69,7 @@ class StagedMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Staged(Method):
+class Staged(Method[StagedMemory]):
     """Prune in stages, to a density or by a threshold.
 
     Args:
@@ -204,14 +204,14 @@ class Staged(Method):
         """The stages."""
         return "method.start and method.until are shares of the run's rounds"
 
-    def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+    def setup(self, state: ServerState[StagedMemory], ctx: ServerContext) -> ServerState[StagedMemory]:
         """Fix the stages; prune the initial weights if asked to."""
         rounds = spread(ctx.rounds, *self.span)
         mask = top_k(magnitude(state.params), self.initial_density, ctx.layout, min_layer=self.min_layer)
         history = History(self.preference) if self.decider else None
         return replace(state, mask=mask, memory=StagedMemory(rounds, history=history))
 
-    def configure(self, state: ServerState, client: ClientInfo) -> Task:
+    def configure(self, state: ServerState[StagedMemory], client: ClientInfo) -> Task:
         """At a stage, ask for gradients to prune by, or how far a client moved."""
         extras: dict[str, Extra] = {}
         if state.memory.due(state.round):
@@ -228,14 +228,16 @@ class Staged(Method):
         scores = sensitivity(params, client.grad(params, mask)) * client.num_examples
         return ClientUpdate(params, mask, sums={"importance": scores[mask.flat]})
 
-    def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+    def aggregate(self, state: ServerState[StagedMemory], cohort: CohortUpdate) -> ServerState[StagedMemory]:
         """Take the mask-aware mean; at a stage, a policy also keeps the model that the clients were sent."""
         memory = state.memory
         if memory.history is not None and memory.due(state.round) and cohort.folded:
             memory = replace(memory, history=memory.history.send(state.params))
         return super().aggregate(replace(state, memory=memory), cohort)
 
-    def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+    def prune(
+        self, state: ServerState[StagedMemory], cohort: CohortUpdate, ctx: ServerContext
+    ) -> ServerState[StagedMemory]:
         """At a stage, let the policy, the threshold or the schedule move the mask.
 
         A stage whose round has no update is made up for in the next round that has one.
@@ -252,7 +254,7 @@ class Staged(Method):
             return replace(state, memory=replace(memory, history=history))
         return replace(state, mask=self.pruned(state, cohort), memory=memory)
 
-    def pruned(self, state: ServerState, cohort: CohortUpdate) -> Mask:
+    def pruned(self, state: ServerState[StagedMemory], cohort: CohortUpdate) -> Mask:
         """Return the mask after a stage of the threshold or the schedule."""
         scores, mask = self.scores(state, cohort), state.mask
         if self.threshold is None:
@@ -268,21 +270,21 @@ class Staged(Method):
             min_layer=self.min_layer,
         )
 
-    def scheduled(self, state: ServerState) -> float:
+    def scheduled(self, state: ServerState[StagedMemory]) -> float:
         """Return the schedule's density after the state's round."""
         progress = state.memory.progress(state.round)
         return SCHEDULES[self.schedule](progress, self.initial_density, self.density)
 
-    def density_asked(self, state: ServerState) -> float | None:
+    def density_asked(self, state: ServerState[StagedMemory]) -> float | None:
         """Return the schedule's density; a threshold and a policy have none."""
         return None if self.target is None else self.scheduled(state)
 
-    def measures(self, state: ServerState) -> Mapping[str, float]:
+    def measures(self, state: ServerState[StagedMemory]) -> Mapping[str, float]:
         """Return the policy's decision in the round, if it made one."""
         history = state.memory.history
         return {} if history is None else history.measures(state.round)
 
-    def scores(self, state: ServerState, cohort: CohortUpdate) -> Tensor:
+    def scores(self, state: ServerState[StagedMemory], cohort: CohortUpdate) -> Tensor:
         """Return the importance (size,) of each weight, now."""
         if self.importance == "magnitude":
             return magnitude(state.params)

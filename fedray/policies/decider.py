@@ -16,7 +16,7 @@ from fedray.policies.observation import INTERFACE, observe
 from fedray.policies.situation import Situation, look
 from fedray.policies.trained import TrainedPolicy, policy_problem
 from fedray.pruning.masks import RegrowFrom
-from fedray.types import Mask, ServerState
+from fedray.types import M, Mask, ServerState
 
 PolicyName = Literal["agent", "bandit"]
 
@@ -51,19 +51,19 @@ class Decider:
 
     def decide(
         self,
-        state: ServerState,
+        state: ServerState[M],
         cohort: CohortUpdate,
         ctx: ServerContext,
         history: History,
         stages_left: float,
-    ) -> tuple[ServerState, History]:
+    ) -> tuple[ServerState[M], History]:
         """Return state and history after the decision of a stage; arguments as for `situation`."""
         now, history = self.situation(state, cohort, ctx, history, stages_left)
         return self.act(state, ctx, now, history, self.choose(now, history))
 
     def situation(
         self,
-        state: ServerState,
+        state: ServerState[object],
         cohort: CohortUpdate,
         ctx: ServerContext,
         history: History,
@@ -94,8 +94,8 @@ class Decider:
         return agent.act(observe(now, history), stages.allowed(self.steepest))
 
     def act(
-        self, state: ServerState, ctx: ServerContext, now: Situation, history: History, asked: int
-    ) -> tuple[ServerState, History]:
+        self, state: ServerState[M], ctx: ServerContext, now: Situation, history: History, asked: int
+    ) -> tuple[ServerState[M], History]:
         """Carry out an action as far as it is safe; return the state and the history with the decision."""
         params, mask = state.params, state.mask
 

@@ -54,7 +54,7 @@ class History:
         """Record the model that the clients of a stage's round were sent."""
         return replace(self, sent=params)
 
-    def spend(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> "History":
+    def spend(self, state: ServerState[object], cohort: CohortUpdate, ctx: ServerContext) -> "History":
         """Add the traffic and the FLOPs of a round."""
         return replace(self, spent=self.spent.plus(state, cohort, ctx))
 

@@ -77,7 +77,7 @@ class Spent:
     bytes: float = 0.0
     flops: float = 0.0
 
-    def plus(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> "Spent":
+    def plus(self, state: ServerState[object], cohort: CohortUpdate, ctx: ServerContext) -> "Spent":
         """Add a round."""
         dense = ctx.flops.train(Mask.full(ctx.layout))
         return Spent(
@@ -87,7 +87,7 @@ class Spent:
 
 
 def look(
-    state: ServerState,
+    state: ServerState[object],
     cohort: CohortUpdate,
     ctx: ServerContext,
     *,

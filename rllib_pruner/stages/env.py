@@ -16,7 +16,7 @@ from fedray.data.datasets import Examples
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
 from fedray.federation.server import OpenRound, Server
-from fedray.methods.staged import Staged
+from fedray.methods.staged import Staged, StagedMemory
 from fedray.policies import stages
 from fedray.policies.decider import Decider
 from fedray.policies.history import History
@@ -71,7 +71,9 @@ class Episode:
     def act(self, action: int) -> None:
         """Carry out an action in the round of the stage, and finish the round."""
 
-        def prune(state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+        def prune(
+            state: ServerState[StagedMemory], cohort: CohortUpdate, ctx: ServerContext
+        ) -> ServerState[StagedMemory]:
             state, history = self.decider.act(state, ctx, self.now, self.history, action)
             return replace(state, memory=replace(state.memory, done=state.round, history=history))
 

@@ -18,7 +18,7 @@ from fedray.federation.method import Method
 from fedray.federation.worker import Worker, client_generator
 from fedray.models.spec import Architecture, ModelSpec
 from fedray.pruning import masks
-from fedray.types import ClientInfo, Exploits, Layout, Mask, Params
+from fedray.types import ClientInfo, Exploits, Extra, Layout, Mask, Params, Task
 from tests import small
 
 SGDS = [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"momentum": 0.9, "weight_decay": 0.1}]
@@ -552,3 +552,37 @@ def test_images_for_convolutions_have_channels_last_and_the_same_values(channels
     assert batch.stride() == (24 * channels, 1, 6 * channels, channels)
     chained = small.client(Method(), architecture=small.MLP)
     assert chained._engine.batch(x) is x
+
+
+# ── typed access
+
+
+def test_an_entry_of_the_memory_is_recalled_by_its_type():
+    client = small.client(Method(), memory={"loss": 0.5, "head": torch.ones(2), "done": True})
+    assert client.recall("loss", float) == 0.5 and client.recall("done", bool) is True
+    head = client.recall("head", Tensor)
+    assert head is not None and head.tolist() == [1.0, 1.0]
+    assert client.recall("absent", float) is None
+    with pytest.raises(TypeError, match="the memory 'loss' is a float, not a Tensor"):
+        client.recall("loss", Tensor)
+    with pytest.raises(TypeError, match="the memory 'head' is a Tensor, not a int"):
+        client.recall("head", int)
+
+
+def test_an_extra_of_a_task_is_read_by_its_type():
+    params = Params(torch.zeros(3), Layout(("w",), ((3,),), (True,), (True,)))
+    extras: dict[str, Extra] = {
+        "epochs": 3,
+        "share": 0.5,
+        "upload": False,
+        "times": torch.ones(1),
+        "word": "a",
+    }
+    task = Task(params, Mask.full(params.layout), extras=extras)
+    assert task.extra("epochs", int) == 3 and task.extra("share", float) == 0.5
+    assert task.extra("upload", bool) is False and task.extra("word", str) == "a"
+    assert task.extra("times", Tensor) is extras["times"]
+    with pytest.raises(TypeError, match="the extra 'share' is a float, not a int"):
+        task.extra("share", int)
+    with pytest.raises(KeyError, match="absent"):
+        task.extra("absent", int)

@@ -8,10 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
 from functools import cache
+from inspect import isfunction
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from typing_extensions import get_original_bases
 
 from fedray.config import yaml_text
 from fedray.config.run_config import RunConfig
@@ -206,6 +210,28 @@ def test_pickles_with_the_function_that_runs_on_the_device(name: str) -> None:
 def test_three_rounds_improve_the_model(name: str) -> None:
     run = run_of(name)
     assert run.reports[-1].metrics["val/loss"] < run.initial_loss
+
+
+@every_method
+def test_its_memory_is_of_the_type_that_its_class_names(name: str) -> None:
+    (base,) = get_original_bases(METHODS[name])
+    (named,) = get_args(base)
+    kinds = get_args(named) if isinstance(named, UnionType) else (named,)
+    for state in run_of(name).states:
+        assert isinstance(state.memory, kinds)
+
+
+@every_method
+def test_no_hook_takes_or_returns_a_state_of_another_memory(name: str) -> None:
+    (memory,) = get_args(get_original_bases(METHODS[name])[0])
+    found = {
+        get_args(hint)
+        for member in vars(METHODS[name]).values()
+        if isfunction(member)
+        for hint in get_type_hints(member).values()
+        if get_origin(hint) is ServerState or hint is ServerState
+    }
+    assert found <= {(memory,)}
 
 
 @every_method

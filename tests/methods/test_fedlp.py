@@ -345,7 +345,9 @@ def test_published_communication_of_sub_models_leaves_out_their_heads() -> None:
     rng = np.random.default_rng(0)
     ctx: Any = SimpleNamespace(model=model, layout=model.layout, clients=infos(2), rng=rng)
     state = ServerState(0, model.init(0), Mask.full(model.layout))
-    masks = hetero().setup(state, ctx).memory.masks
+    memory = hetero().setup(state, ctx).memory
+    assert memory is not None
+    masks = memory.masks
     sizes = np.array([int((mask.flat & model.layout.trainable_flat).sum()) for mask in masks])
     assert sizes.tolist() == [10_272, 28_896, 65_952, 140_064, 551_466]
     for preferred, thousands in {1: 169.60, 3: 225.28, 5: 710.80}.items():
