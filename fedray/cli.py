@@ -1,4 +1,4 @@
-"""The command line: `fedray run | sweep | report | resume | sync | ui | methods | models | …`.
+"""The command line: `fedray run | sweep | report | resume | sync | ui | methods | samplers | models | …`.
 
 Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted,
 143 and 129 ended by SIGTERM and SIGHUP.
@@ -229,6 +229,20 @@ def methods(
     out.print(table)
     common = ", ".join(f"{field.name}={field.default}" for field in fields(Method))
     out.print(f"Every method has: {common}\nOptions of its own: fedray methods NAME")
+
+
+@app.command()
+def samplers(
+    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    imports: Import = None,
+) -> None:
+    """List the client samplers; or the options of one."""
+    _import(imports)
+    from fedray.federation.sampling import SAMPLERS
+
+    if name is not None:
+        return _describe_entry("sampler", name, SAMPLERS, "clients.sampler")
+    _list_entries("sampler", SAMPLERS, "clients.sampler")
 
 
 @app.command()
@@ -551,9 +565,10 @@ def _list_entries(what: str, table: Mapping[str, type[Any]], section: str) -> No
     """Print a table of dataclasses that a section of the config chooses from."""
     from fedray.config.trees import CHOICES
 
-    listed = _table(what, "what it does", "options")
+    listed = _table(what, "what it does", "options", "source")
     for name, entry in table.items():
-        listed.add_row(name, _escape(_first_line(entry)), _escape(_defaults(entry)) or "—")
+        options = _escape(_defaults(entry)) or "—"
+        listed.add_row(name, _escape(_first_line(entry)), options, _escape(_citation(entry)))
     out.print(listed)
     example = f"{section}.{CHOICES[section]}=NAME"
     out.print(f"In full: fedray {what}s NAME   To choose one: {example}", highlight=False)
@@ -568,6 +583,8 @@ def _describe_entry(what: str, name: str, table: Mapping[str, type[Any]], sectio
     if name not in table:
         raise ConfigError(unknown(what, name, table))
     out.print(f"{name}: {_first_line(table[name])}", style="bold", highlight=False)
+    if _citation(table[name]) != "—":
+        out.print(f"Source: {_citation(table[name])}", highlight=False)
     out.print(_escape(inspect.getdoc(table[name]) or "").partition("\n")[2], highlight=False)
     out.print(f"\nDefaults: {_defaults(table[name], f'{section}.') or 'no options'}", highlight=False)
 
@@ -582,6 +599,11 @@ def _defaults(entry: type[Any], prefix: str = "") -> str:
     from dataclasses import asdict
 
     return "  ".join(f"{prefix}{name}={value}" for name, value in asdict(entry()).items())
+
+
+def _citation(entry: type) -> str:
+    """Return the source that a class itself names, not one that it inherits; else a dash."""
+    return str(vars(entry).get("citation") or "—")
 
 
 def _title(method: type["Method"]) -> str:

@@ -24,6 +24,7 @@ from fedray.costs.devices import DEVICES, LINKS
 from fedray.data import DATASETS, PARTITIONS
 from fedray.experiment.run import run
 from fedray.federation.method import Method
+from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
 from fedray.models import MODELS
 from tests.experiment import tiny
@@ -428,6 +429,48 @@ def test_the_options_of_a_method_are_told_with_their_defaults(name):
             assert f"    {field.name}: " in text  # what it means
 
 
+def test_samplers():
+    text = listed("samplers")
+    for name, sampler in SAMPLERS.items():
+        (line,) = (line for line in text.splitlines() if re.match(rf"[│|] {name} ", line))
+        assert sampler.citation in line
+    for name, sampler in SAMPLERS.items():
+        text = listed("samplers", name)
+        assert text.startswith(f"{name}: ") and sampler.citation in text
+        for field in fields(sampler):
+            assert f"clients.sampler.{field.name}={field.default}" in text and f"    {field.name}: " in text
+
+
+def test_a_sampler_of_ones_own(fedray, in_tmp):
+    (in_tmp / "few.py").write_text(
+        """from dataclasses import dataclass
+import fedray
+@dataclass(frozen=True, kw_only=True)
+class Few(fedray.Sampler):
+    \"\"\"The first clients.\"\"\"
+    most: int = 2
+    def draw(self, memory, ctx):
+        return tuple(range(self.most))
+fedray.SAMPLERS["few"] = Few
+"""
+    )
+    listing = fedray("samplers", "--import", "few.py").out
+    (line,) = (line for line in listing.splitlines() if re.match(r"[│|] few ", line))
+    assert "The first clients." in line and "McMahan" not in line
+    assert "clients.sampler.most=2" in fedray("samplers", "few", "--import", "few.py").out
+    arguments = ("clients.sampler.name=few", "clients.sampler.most=1", "rounds=1", "--import", "few.py")
+    assert fedray("run", "x.yaml", *arguments, "--out", "r").status == 0
+    (record,) = (in_tmp / "r" / "rounds.jsonl").read_text().splitlines()[1:]
+    assert json.loads(record)["metrics"]["clients/selected"] == 1
+    assert fedray("resume", "r", "rounds=2").status == 0  # config.yaml names the file
+
+
+def test_a_sampler_that_there_is_not_is_refused_with_the_nearest(fedray):
+    done = fedray("samplers", "ort")
+    assert done.status == 2
+    assert "unknown sampler 'ort'; did you mean 'oort'?" in done.err
+
+
 def test_a_method_that_there_is_not_is_refused_with_the_nearest(fedray):
     done = fedray("methods", "prunfl")
     assert done.status == 2
@@ -556,6 +599,7 @@ def test_a_run_with_the_tables_of_a_file(fedray, in_tmp):
         ("partitions",),
         ("devices", "--no-sources"),
         ("methods", "staged"),
+        ("samplers",),
     ],
 )
 def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, command):
@@ -566,7 +610,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, 
     done = fedray(*command)
     rows = [line for line in done.out.splitlines() if line.startswith("│")]
     tables = {"methods": METHODS, "models": MODELS, "datasets": DATASETS, "devices": DEVICES}
-    tables |= {"partitions": PARTITIONS}
+    tables |= {"partitions": PARTITIONS, "samplers": SAMPLERS}
     names = [*map(str, tables[command[0]])]  # type: ignore[call-overload]
     if len(command) == 1 or command[0] == "devices":
         assert [row.split()[1] for row in rows] == names
@@ -650,6 +694,6 @@ print("HEAVY", *({"torch", "numpy", "ray", "pandas", "mlflow", "sklearn", "fedra
 
 def test_help_names_every_command():
     text = listed("--help")
-    listings = ("methods", "models", "datasets", "partitions", "devices")
+    listings = ("methods", "models", "datasets", "partitions", "samplers", "devices")
     for command in ("run", "sweep", "report", "resume", "sync", "ui", *listings):
         assert re.search(rf"^[│|] {command} ", text, flags=re.M), command

@@ -13,6 +13,7 @@ from fedray.data.partition import Bootstrap
 from fedray.errors import ConfigError, FedrayError, unknown
 from fedray.federation.density import cannot_start
 from fedray.federation.method import Setting
+from fedray.federation.sampling import Fastest
 from fedray.models import MODELS, OURS, ModelSpec, broken, outline, refusal
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ def _clients(config: "RunConfig") -> Iterator[Problem]:
         yield "clients.actors", f"{clients.actors:,} processes of some 200 MB each; at most {MOST_ACTORS:,}"
     if clients.actors == 0 and clients.resources.gpu:
         yield "clients.resources.gpu", "clients in process (clients.actors=0) are not placed by Ray"
+    if clients.over_selection and clients.sampler.options != Fastest(over_selection=clients.over_selection):
+        yield (
+            "clients.over_selection",
+            f"{clients.over_selection:g}, which means the sampler fastest with this over_selection, but "
+            f"clients.sampler is given too, with name={clients.sampler.name}; set "
+            "clients.over_selection=0, or leave clients.sampler out",
+        )
     yield from _resources(clients.resources, config)
 
 

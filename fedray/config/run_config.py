@@ -41,6 +41,7 @@ from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest
 from fedray.federation.method import Method
+from fedray.federation.sampling import MOST_OVER_SELECTION, SAMPLERS, Fastest, Sampler
 from fedray.methods import METHODS
 from fedray.models import MODELS, InputShape, ModelSpec, Norm, build_model
 from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
@@ -51,6 +52,9 @@ UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 METHOD: Chooser[Method] = Chooser("method", "name", METHODS, "fedavg", lambda: keys_of(RunConfig))
 PARTITION: Chooser[PartitionKind] = Chooser(
     "data.partition", "kind", PARTITIONS, "iid", lambda: keys_of(RunConfig)
+)
+SAMPLER: Chooser[Sampler] = Chooser(
+    "clients.sampler", "name", SAMPLERS, "uniform", lambda: keys_of(RunConfig)
 )
 
 
@@ -165,7 +169,9 @@ class ClientsConfig(Section):
         chunk: clients whose updates are summed together; null makes at most 16 chunks. Changes the last bits
             of a result.
         deadline_s: simulated seconds after which an update is too late to count.
-        over_selection: share of the cohort drawn in excess; only the fastest clients then train.
+        sampler: how the cohort is drawn.
+        over_selection: share of the cohort drawn in excess, of which only the fastest clients train; short
+            for the sampler `fastest` with this option.
         dropout: probability that a client of the cohort never answers, beside its device's own.
     """
 
@@ -179,8 +185,15 @@ class ClientsConfig(Section):
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     chunk: PositiveInt | None = None
     deadline_s: PositiveFloat | None = None
-    over_selection: Annotated[NonNegativeFloat, Field(le=1000)] = 0.0
+    sampler: Annotated[Choice[Sampler], SAMPLER] = Field(default_factory=SAMPLER.default)
+    over_selection: Annotated[NonNegativeFloat, Field(le=MOST_OVER_SELECTION)] = 0.0
     dropout: UnitInterval = 0.0
+
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
+        if self.over_selection and "sampler" not in self.model_fields_set:
+            fastest = Fastest(over_selection=self.over_selection)
+            self.__dict__["sampler"] = Choice("name", "fastest", fastest)
 
 
 class TrackingConfig(Section):
@@ -356,6 +369,10 @@ class RunConfig(Config):
             part = tree[section] if section else tree
             if part[key] == value:
                 del part[key]
+        sampler = tree["clients"]["sampler"]
+        if sampler["name"] in ("uniform", "fastest"):  # as `over_selection` alone, the older key
+            tree["clients"]["over_selection"] = sampler.get("over_selection", 0.0)
+            del tree["clients"]["sampler"]
         if tree["method"]["min_layer"] == type(self.method.options).min_layer:
             del tree["method"]["min_layer"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

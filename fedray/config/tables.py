@@ -5,10 +5,15 @@ from typing import Any
 
 from fedray.config.trees import CHOICES
 from fedray.data import DATASETS, PARTITIONS
+from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
 from fedray.models import MODELS
 
-OPTIONS: Mapping[str, Mapping[str, type[Any]]] = {"method": METHODS, "data.partition": PARTITIONS}
+OPTIONS: Mapping[str, Mapping[str, type[Any]]] = {
+    "method": METHODS,
+    "data.partition": PARTITIONS,
+    "clients.sampler": SAMPLERS,
+}
 """Section of `CHOICES` → its table: name → dataclass, whose fields are the other keys of the section."""
 
 TABLES: Mapping[str, Mapping[str, Any]] = {

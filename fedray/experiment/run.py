@@ -33,7 +33,6 @@ from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
 from fedray.experiment.tracking import RunStatus
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
-from fedray.federation.sampling import Fastest
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
 from fedray.randomness import generator, seed_sequence
@@ -128,7 +127,7 @@ class Federation:
             eval_every=self.config.eval_every,
             chunk=clients.chunk,
             groups=tuple(clients.resources.by_device),
-            sampler=Fastest(over_selection=clients.over_selection),
+            sampler=clients.sampler.options,
         )
 
     @property

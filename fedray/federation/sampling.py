@@ -90,7 +90,7 @@ class SamplerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Uniform among the available clients; the base class of every sampler."""
+    """Uniform among the available clients. The base class of every sampler."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     citation: ClassVar[str] = "McMahan et al., AISTATS 2017"

@@ -153,6 +153,7 @@ IN_THE_RESULT = {
     "clients.chunk": 3,
     "clients.deadline_s": 9,
     "clients.over_selection": 0.1,
+    "clients.sampler.name": "oort",
     "clients.dropout": 0.1,
     "method.name": "staged",
     "method.lr": 0.1,
