@@ -14,6 +14,7 @@ import typer
 
 from fedray.cli import app
 from fedray.data import PARTITIONS
+from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,8 @@ def keys() -> frozenset[str]:
                 yield from walk(inner, f"{above}{name}.")
 
     found = {*walk(RunConfig, ""), *walk(TuneConfig, "tune."), *walk(TrainConfig, "")}
-    found |= {"method.name", "data.partition.kind"}
+    found |= {"method.name", "data.partition.kind", "clients.sampler.name"}
+    found |= {f"clients.sampler.{field.name}" for kind in SAMPLERS.values() for field in fields(kind)}
     found |= {f"method.{field.name}" for method in METHODS.values() for field in fields(method)}
     found |= {
         f"data.partition.{field.name}" for kind in PARTITIONS.values() for field in fields(cast(Any, kind))

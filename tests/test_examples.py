@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
 from fedray.experiment.run import History, run
 from fedray.experiment.space import Sweep
+from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
 from tests import small
 
@@ -30,12 +33,29 @@ SMALL = ("clients.actors=0", "rounds=2", "model=mlp", "tracking.uri=none")
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget afterwards what was imported and added to the table of methods."""
-    before = dict(METHODS)
+    """Forget afterwards what was imported and added to the tables of methods and samplers."""
+    tables: list[dict[str, Any]] = [METHODS, SAMPLERS]
+    before = [dict(table) for table in tables]
     monkeypatch.setattr(plugins, "_imported", {})
     yield
-    METHODS.clear()
-    METHODS.update(before)
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.usefixtures("tables")
+def test_the_commands_of_the_new_sampler_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients take part in turn: 12 clients that are always there train in four rounds of three."""
+    monkeypatch.chdir(ROOT)
+    example = ROOT / "examples" / "new_sampler.py"
+    (command,) = (line.strip() for line in example.read_text().splitlines() if line.startswith("fedray "))
+    assert command in (ROOT / "docs" / "samplers.md").read_text()
+    everybody = ("clients.population=12", "clients.cohort=3", "clients.devices={server: 1}", "rounds=4")
+    arguments = [*shlex.split(command)[1:], *SMALL, *everybody, "--out", str(tmp_path / "run")]
+    outcome = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    assert sorted(clients["client"]) == list(range(12))
 
 
 def result_of(tmp_path: Path, name: str, *overrides: str) -> History:

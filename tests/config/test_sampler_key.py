@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 import fedray
-from fedray.config.run_config import RunConfig, decisive
+from fedray.config.run_config import RunConfig
+from fedray.config.trees import decisive
 from fedray.errors import ConfigError
 from fedray.federation.sampling import Fastest, Oort, PowerOfChoice, Sampler
 from tests.experiment import tiny
@@ -95,21 +96,18 @@ def test_the_digest_names_the_cohorts_and_not_the_key_that_chose_them():
     assert decisive(before) == decisive(RunConfig().to_tree())
 
 
-MANY = {"clients.population": 30}
+MANY: dict[str, Any] = {"clients.population": 30}
 
 
 def test_over_selection_and_fastest_end_with_the_same_weights(tmp_path):
-    over, fastest, uniform = (
-        fedray.run(tiny.config(MANY | changes), out=tmp_path / str(number)).weights_sha256
-        for number, changes in enumerate(
-            (
-                {"clients.over_selection": 1.0},
-                {"clients.sampler": {"name": "fastest", "over_selection": 1.0}},
-                {},
-            )
-        )
-    )
-    assert over == fastest != uniform
+    def weights(**clients: Any) -> str:
+        config = tiny.config(MANY | {f"clients.{key}": value for key, value in clients.items()})
+        return fedray.run(
+            config, out=tmp_path / config.clients.sampler.name / str(len(clients))
+        ).weights_sha256
+
+    over = weights(over_selection=1.0)
+    assert over == weights(sampler={"name": "fastest", "over_selection": 1.0}, jitter=0.2) != weights()
 
 
 @pytest.mark.parametrize("name", ["oort", "power_of_choice"])

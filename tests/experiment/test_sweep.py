@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from fedray.config import yaml_text
@@ -159,6 +160,7 @@ from fedray.costs.devices import DEVICES
 from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import Dealt
 from fedray.federation.method import Method
+from fedray.federation.sampling import SAMPLERS, Sampler
 from fedray.methods import METHODS
 from fedray.models import MODELS
 from fedray.models.spec import Architecture
@@ -210,6 +212,16 @@ class Mine(Method):
         state = replace(state, memory=Seen((*state.memory.rounds, state.round)))
         return super().aggregate(state, cohort)
 
+@dataclass(frozen=True, kw_only=True)
+class Alternating(Sampler):
+    def draw(self, memory, ctx):
+        with LOCK:
+            return [k for k in range(len(ctx.clients)) if k % 2 == len((memory or Seen()).rounds) % 2]
+
+    def learn(self, memory, records, round):
+        return Seen((*(memory or Seen()).rounds, round))
+
+SAMPLERS["alternating"] = Alternating
 MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "12")
 DATASETS["my_digits"] = replace(DATASETS["digits"], load=load)
 PARTITIONS["halves"] = Halves
@@ -223,7 +235,8 @@ OWN: dict[str, Any] = {
     "model": "mine",
     "data": {"name": "my_digits", "partition": {"kind": "halves"}},
     "method": {"name": "mine", "lr": 0.1, "hose": "hose"},
-    "clients": BASE["clients"] | {"devices": {"esp32": 1.0, "esp32@pigeon": 1.0}},
+    "clients": BASE["clients"]
+    | {"devices": {"esp32": 1.0, "esp32@pigeon": 1.0}, "sampler": {"name": "alternating"}},
 }
 
 
@@ -248,6 +261,8 @@ def test_what_a_file_adds_to_the_tables_works_in_a_sweep_and_after_resume(ray_lo
     alone = fedray.run(config, out=in_tmp / "alone")
     sums = {result["weights_sha256"] for result in results(made.path).values()}
     assert sums == {alone.weights_sha256}
+    clients = pd.read_parquet(again.trials[0].path / "clients.parquet")
+    assert set(clients["client"] % 2 == (clients["round"] - 1) % 2) == {True}
     assert not list(made.path.glob("trials/*/error.txt"))
 
 
@@ -259,6 +274,7 @@ from fedray.costs.devices import DEVICES, HARDWARE, LINKS
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import sweep
 from fedray.federation.method import Method
+from fedray.federation.sampling import SAMPLERS, Sampler
 from fedray.methods import METHODS
 from fedray.models import MODELS
 from fedray.models.spec import Architecture
@@ -275,7 +291,13 @@ class Mine(Method):
 def build(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
 
+@dataclass(frozen=True, kw_only=True)
+class First(Sampler):
+    def draw(self, memory, ctx):
+        return ctx.available(1)
+
 METHODS["mine"] = Mine
+SAMPLERS["mine"] = First
 MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "")
 DEVICES["mine"] = replace(DEVICES["laptop"], name="mine")
 DEVICES["server"] = replace(DEVICES["server"], flops_per_s=1.0)  # its FLOPs are then its seconds
@@ -295,7 +317,8 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_what_a_script_adds_to_the_tables_works_in_its_sweep(in_tmp):
     base = BASE | {"model": "mine", "method": {"name": "mine"}, "tracking": {"uri": "none"}}
-    base["clients"] = BASE["clients"] | {"devices": {"mine": 1, "board@pigeon": 1}, "actors": 2}
+    own = {"devices": {"mine": 1, "board@pigeon": 1}, "actors": 2, "sampler": {"name": "mine"}}
+    base["clients"] = BASE["clients"] | own
     (in_tmp / "some_sweep.yaml").write_text(yaml_text.dump({"base": base, "space": {"seed": {"grid": [0]}}}))
     (in_tmp / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=280)
