@@ -45,12 +45,12 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("tables")
 def test_the_commands_of_the_new_sampler_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients take part in turn: 12 clients that are always there train in four rounds of three."""
+    """Clients take part in turn: 12 clients that are always there train in three rounds of four."""
     monkeypatch.chdir(ROOT)
     example = ROOT / "examples" / "new_sampler.py"
     (command,) = (line.strip() for line in example.read_text().splitlines() if line.startswith("fedray "))
     assert command in (ROOT / "docs" / "samplers.md").read_text()
-    everybody = ("clients.population=12", "clients.cohort=3", "clients.devices={server: 1}", "rounds=4")
+    everybody = ("clients.population=12", "clients.cohort=4", "clients.devices={server: 1}", "rounds=3")
     arguments = [*shlex.split(command)[1:], *SMALL, *everybody, "--out", str(tmp_path / "run")]
     outcome = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output

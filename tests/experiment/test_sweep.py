@@ -292,12 +292,12 @@ def build(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
 
 @dataclass(frozen=True, kw_only=True)
-class First(Sampler):
+class Everyone(Sampler):
     def draw(self, memory, ctx):
-        return ctx.available(1)
+        return ctx.available(ctx.cohort)
 
 METHODS["mine"] = Mine
-SAMPLERS["mine"] = First
+SAMPLERS["mine"] = Everyone
 MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "")
 DEVICES["mine"] = replace(DEVICES["laptop"], name="mine")
 DEVICES["server"] = replace(DEVICES["server"], flops_per_s=1.0)  # its FLOPs are then its seconds
