@@ -90,7 +90,10 @@ class SamplerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Uniform among the available clients. The base class of every sampler."""
+    """Draws available clients uniformly.
+
+    The base class of every sampler.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     citation: ClassVar[str] = "McMahan et al., AISTATS 2017"
@@ -120,7 +123,7 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class Fastest(Sampler):
-    """Over-selection: draw more clients than needed and keep the fastest, by predicted seconds.
+    """Over-selection: draws more clients than needed and keeps the fastest, by predicted seconds.
 
     Args:
         over_selection: share of the cohort drawn in excess; Bonawitz et al. take 0.3.
@@ -144,16 +147,17 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class PowerOfChoice(Sampler):
-    """Power of choice: among d candidates, the clients with the highest loss.
+    """Power of choice: draws candidates and keeps those with the highest loss.
 
-    Candidates are drawn in proportion to their numbers of examples, among 4·d available clients drawn
-    uniformly; the paper draws among all clients, which would walk over them.
+    Candidates are drawn in proportion to their numbers of examples, among four times as many available
+    clients drawn uniformly; the paper draws among all clients, which would walk over them.
 
     Args:
-        candidates: d as a multiple of the cohort; 1 is sampling in proportion to examples.
-        ask: π_pow-d: candidates report the loss of the current model, for a download and a forward pass each.
-            False is π_rpow-d: the last training loss that the server knows, at no cost; a client that never
-            trained comes first.
+        candidates: candidates per client of the cohort (d of the paper is their number); 1 is sampling in
+            proportion to examples.
+        ask: candidates report the loss of the current model, for a download and a forward pass each (π_pow-d
+            of the paper). False takes the last training loss that the server knows, at no cost; a client that
+            never trained comes first (π_rpow-d).
 
     Source: Cho, Wang and Joshi, "Client selection in federated learning: convergence analysis and
         power-of-choice selection strategies", 2020.
@@ -218,7 +222,7 @@ class OortMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Oort(Sampler):
-    """Oort: clients of high statistical utility that are fast enough; a share of each cohort explores.
+    """Oort: prefers fast clients of high statistical utility; a share of each cohort never took part.
 
         utility_k = |B_k| · loss_k   (+ clip)   + √(0.1 ln R / last_k),   × (T / t_k)^penalty where t_k > T
 
@@ -230,16 +234,16 @@ class Oort(Sampler):
     unexplored clients are predicted from their profiles, as the paper does from device models.
 
     Args:
-        exploration: share of the first cohort that has never taken part.
+        exploration: share of clients in the first cohort that never took part.
         exploration_decay: factor of that share from round to round.
-        exploration_min: the share never falls below.
-        penalty: α, the exponent for clients that are slower than the preferred duration.
-        pacer_rounds: W, rounds whose summed utility the pacer compares.
-        pacer_step_s: Δ, simulated seconds that the pacer adds; None: a tenth of the preferred duration.
-        cut_off: clients with at least this share of the last admitted utility may be drawn.
+        exploration_min: lower bound of that share.
+        penalty: exponent α for clients that are slower than the preferred duration.
+        pacer_rounds: rounds whose summed utility the pacer compares (W of the paper).
+        pacer_step_s: simulated seconds that the pacer adds (Δ); null adds a tenth of the preferred duration.
+        cut_off: clients whose utility is at least this share of the last admitted one may be drawn.
         clip: utilities above this quantile count as the quantile: outliers do not monopolise a cohort.
-        most_times: a client that took part this often is left out; None: never.
-        scaled: utilities are scaled to [0, 1] before the bonus is added.
+        most_times: rounds after which a client is not exploited any more; null sets no limit.
+        scaled: scale utilities to [0, 1] before the bonus is added.
 
     Source: Lai, Zhu, Madhyastha and Chowdhury, "Oort: efficient federated learning via guided participant
         selection", OSDI 2021, Algorithm 1; defaults as in its artifact.
