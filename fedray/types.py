@@ -40,35 +40,10 @@ def _absolute(path: Path) -> Path:
 LocalPath = Annotated[Path, AfterValidator(_absolute)]
 """A path that a config gives: made absolute where it is validated."""
 
-METRICS = (
-    "val/accuracy",
-    "val/loss",
-    "train/loss",
-    "test/accuracy",
-    "test/loss",
-    "density/global",
-    "density/client_mean",
-    "bytes/up",
-    "bytes/down",
-    "flops/clients",
-    "flops/executed",
-    "flops/server",
-    "time/simulated_s",
-    "time/server_s",
-    "time/wall_s",
-    "time/server_wall_s",
-    "clients/selected",
-    "clients/dropped",
-)
-"""Every metric name that a round reports. Costs (bytes, flops, time) also exist as `total/…`.
-
-Beside them stand `density/asked`, where a method has a target, and the method's own metrics.
-"""
-
 Direction = Literal["max", "min"]
 """Whether more of a metric is better, or less."""
 
-DIRECTIONS: Mapping[str, Direction] = {
+METRICS: Mapping[str, Direction | None] = {
     "val/accuracy": "max",
     "val/loss": "min",
     "train/loss": "min",
@@ -85,17 +60,27 @@ DIRECTIONS: Mapping[str, Direction] = {
     "time/server_s": "min",
     "time/wall_s": "min",
     "time/server_wall_s": "min",
+    "clients/selected": None,
     "clients/dropped": "min",
+}
+"""Metric that every run reports → its better direction, None if it has none.
+
+Costs (bytes, flops, time) also exist as `total/…`. A round also reports `density/asked` if the method has a
+target, and the method's own metrics, `train/<name>` and `method/<name>`.
+"""
+
+FINAL_METRICS: Mapping[str, Direction] = {
     "clients/accuracy_mean": "max",
     "clients/accuracy_std": "min",
     "clients/accuracy_worst_decile": "max",
 }
-"""Metric → its better direction; a metric that is not here, such as `clients/selected`, has none."""
+"""Metric that only the result of a finished run has → its better direction."""
 
 
 def direction_of(metric: str) -> Direction | None:
-    """Return the better direction of a metric, totals included; None where the name alone does not say."""
-    return DIRECTIONS.get(metric.removeprefix("total/"))
+    """Return the better direction of a metric, totals included; None if its name does not determine it."""
+    name = metric.removeprefix("total/")
+    return METRICS.get(name) or FINAL_METRICS.get(name)
 
 
 @dataclass(frozen=True)

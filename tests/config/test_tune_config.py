@@ -8,7 +8,7 @@ from fedray.comparing import worth
 from fedray.config.tune_config import COMPARABLE, TuneConfig, first_rung, tune_config
 from fedray.errors import ConfigError
 from fedray.experiment.space import Sweep
-from fedray.types import DIRECTIONS, METRICS, direction_of
+from fedray.types import FINAL_METRICS, METRICS, direction_of
 
 NEITHER = {"clients/selected"}
 
@@ -29,7 +29,9 @@ def refused(folder, text: str, *overrides: str) -> str:
 
 
 def test_every_metric_has_a_direction_or_none_can_be_told():
-    assert set(METRICS) - NEITHER <= set(DIRECTIONS)
+    assert {name for name, direction in METRICS.items() if direction is None} == NEITHER & set(METRICS)
+    assert not set(METRICS) & set(FINAL_METRICS)
+    assert [direction_of(name) for name in FINAL_METRICS] == ["max", "min", "max"]
 
 
 @pytest.mark.parametrize("metric", COMPARABLE)
