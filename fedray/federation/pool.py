@@ -21,12 +21,12 @@ from fedray.data.datasets import Examples
 from fedray.errors import FedrayError, RunError
 from fedray.federation.aggregate import share
 from fedray.federation.client import Outcome
+from fedray.federation.wire import Memory, Order
 from fedray.federation.worker import (
     EVALUATION_SHARD,
     Answer,
     Chunk,
     Job,
-    Order,
     Trained,
     Worker,
     Workplace,
@@ -188,7 +188,7 @@ class ClientActor:
         """Train and fold chunks."""
         return self.worker.run(packed.unpack(self.worker.engine.layout), chunks)
 
-    def train(self, packed: PackedJob, orders: Sequence[tuple[Order, dict[str, Any]]]) -> list[Trained]:
+    def train(self, packed: PackedJob, orders: Sequence[tuple[Order, Memory]]) -> list[Trained]:
         """Train clients without folding them: what `actors: per_client` asks."""
         job = packed.unpack(self.worker.engine.layout)
         self.worker.begin()

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedray.costs.codec import Codec
 from fedray.costs.devices import seconds
 from fedray.data.datasets import Examples
 from fedray.errors import MethodError
@@ -34,25 +33,20 @@ from fedray.federation.method import ServerContext, check_mask
 from fedray.federation.pool import ClientPool, one_thread
 from fedray.federation.population import none_came, wait_for_all, wait_for_any
 from fedray.federation.sampling import Ids, Sampler, SamplerContext, expect_cohort, loss_of_model
+from fedray.federation.wire import Memory, Order, reject_unknown, split_memory
 from fedray.federation.worker import (
-    OWN_NORMS,
     Chunk,
     Job,
-    Memory,
-    Order,
     Worker,
     Workplace,
-    reject_unknown,
 )
-from fedray.models.norms import Norms, overlaid
+from fedray.models.norms import overlaid
 from fedray.pruning.masks import empty_layers
 from fedray.randomness import borrowed, generator, seed_globals
 from fedray.types import (
     ClientInfo,
     Cost,
     DeviceProfile,
-    Extra,
-    Layout,
     Mask,
     Params,
     RoundReport,
@@ -175,7 +169,7 @@ class Server:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.place, self.pool, self.schedule, self.side = place, pool, schedule, side
-        self.method, self.population = place.method, place.population
+        self.method, self.population, self.wire = place.method, place.population, place.wire
         if checkpoint is None:
             layout = place.model.layout
             checkpoint = Checkpoint(ServerState(0, place.model.init(place.seed), Mask.full(layout)))
@@ -223,7 +217,7 @@ class Server:
         self._learn(update)
 
         # 4 AGGREGATE: the mask-aware mean of the updates that count
-        state = self._keep_norms(state, method.aggregate(state, update))
+        state = self.wire.keep_norms(state, method.aggregate(state, update))
         return OpenRound(state, update, self._context(purpose=1), started)
 
     def _close(self, opened: OpenRound, prune: Prune) -> RoundReport:
@@ -275,11 +269,8 @@ class Server:
 
     def evaluate(self, examples: Examples, client: int | None = None) -> Outcome:
         """Classify examples with the model; if given, with the norms that a client keeps for itself."""
-        params, mask, norms = self.model, self.state.mask, self.place.model.norms
-        own = None if client is None else self.checkpoint.memories.get(client, {}).get(OWN_NORMS)
-        task = Task(params, norms.global_mask(mask))
-        if own is not None:
-            task = Task(overlaid(params, norms.entries, own, mask), mask)
+        memory = None if client is None else self.checkpoint.memories.get(client)
+        task = self.wire.evaluated(self.model, self.state.mask, memory)
         with borrowed(self.place.seed):
             return self.pool.evaluate(task, examples)
 
@@ -323,7 +314,7 @@ class Server:
     ) -> CohortUpdate:
         """Send tasks, run `function` on the devices, fold what comes back, keep what clients remember."""
         reject_unknown(tasks, len(self.population))
-        sent, orders = self._send(tasks)
+        sent, orders = self.wire.send(tasks, self.checkpoint.holds)
         job = Job(self.state.round, function, sent, training, keep_updates)
         chunks = self._chunks(orders)
         if not chunks:
@@ -337,10 +328,9 @@ class Server:
         return CohortUpdate(merge_all(answer.partials, len(chunks)), records)
 
     def _forget(self) -> None:
-        """Drop what clients remember for the method; their own norms stay."""
-        memories = self.checkpoint.memories
-        norms = {k: {OWN_NORMS: memory[OWN_NORMS]} for k, memory in memories.items() if OWN_NORMS in memory}
-        self.checkpoint.memories = norms
+        """Drop what clients remember for the method; what they keep for the link stays."""
+        kept = {k: split_memory(memory)[1] for k, memory in self.checkpoint.memories.items()}
+        self.checkpoint.memories = {k: memory for k, memory in kept.items() if memory}
 
     @contextmanager
     def _visit(self) -> Iterator[None]:
@@ -348,33 +338,6 @@ class Server:
         yield
         self.visits += 1
         seed_globals(self.place.seed, self.state.round, self.visits)
-
-    def _send(self, tasks: Mapping[int, Task]) -> tuple[tuple[Task, ...], dict[int, Order]]:
-        """Encode each different task once; say what reaching each client costs, given the mask it holds."""
-        codec, layout, holds = self.method.downlink, self.place.model.layout, self.checkpoint.holds
-        norms = self.place.model.norms
-        numbers: dict[tuple[object, ...], int] = {}
-        sent: list[Task] = []
-        orders: dict[int, Order] = {}
-        sizes: dict[tuple[int, bool], int] = {}
-        for client, task in sorted(tasks.items()):
-            key = (
-                id(task.params),
-                id(task.mask),
-                tuple((k, _identity(v)) for k, v in sorted(task.extras.items())),
-            )
-            if key not in numbers:
-                _check_layout(task, layout, client)
-                numbers[key] = len(sent)
-                sent.append(_as_received(codec, norms, task))
-            number, mask = numbers[key], norms.sent_mask(task.mask)
-            knows = holds.get(client) == mask.digest
-            if (number, knows) not in sizes:
-                known = mask.digest if knows else None
-                sizes[number, knows] = codec.size(mask, known=known, extras=task.extras)
-            orders[client] = Order(client, number, sizes[number, knows])
-            holds[client] = mask.digest
-        return tuple(sent), orders
 
     def _chunks(self, orders: Mapping[int, Order]) -> list[Chunk]:
         """Cut the cohort by the config alone: by group of devices, then by id."""
@@ -401,24 +364,13 @@ class Server:
         """Predict a client's part from its profile, its number of examples and the mask it will get."""
         info, method = self.population[client], self.method
         mask = method.configure(self.state, info).mask
-        sent = self.place.model.norms.sent_mask(mask)
-        known = sent.digest if self.checkpoint.holds.get(client) == sent.digest else None
-        down = method.downlink.size(sent, known=known)
-        up = method.uplink.size(sent, known=sent.digest)
+        down, up = self.wire.predicted_bytes(mask, self.checkpoint.holds.get(client))
         steps_per_epoch = -(-info.num_examples // method.batch_size)
         epochs, steps = divmod(method.local_steps(info.num_examples), steps_per_epoch)
         # only the last batch of an epoch is short
         examples = epochs * info.num_examples + steps * method.batch_size
         flops = self.place.flops.executed(mask, info.profile.exploits) * examples
         return seconds(Cost(bytes_down=down, bytes_up=up, executed_flops=flops), info.profile)
-
-    def _keep_norms(self, before: ServerState, after: ServerState) -> ServerState:
-        """Return the state after aggregation, with the server's norms as before if clients keep theirs."""
-        norms = self.place.model.norms
-        if not norms.private:
-            return after
-        kept = overlaid(after.params, norms.entries, before.params.flat[norms.entries])
-        return replace(after, params=kept)
 
     def _with_statistics(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
         """Return the state with the BatchNorm statistics of the model to be evaluated, where these are asked.
@@ -560,33 +512,3 @@ class Server:
             note := above_asked(asked, mask, self.place.model.channel_groups)
         ):
             yield note
-
-
-def _check_layout(task: Task, layout: Layout, client: int) -> None:
-    """Refuse a task that is not of the model.
-
-    Raises:
-        MethodError: with the client that it was for, and which part is of another layout.
-    """
-    for part, given in (("params", task.params.layout), ("a mask", task.mask.layout)):
-        if given != layout:
-            raise MethodError(
-                f"the task for client {client} has {part} of another layout than the model's: {given.size:,} "
-                f"entries, the model has {layout.size:,}; make what `configure` returns, or `ask` is given, "
-                "from the state's own params and mask"
-            )
-
-
-def _as_received(codec: Codec, norms: Norms, task: Task) -> Task:
-    """Return a task as a device decodes it: the same bits under the mask, unless the codec rounds."""
-    if codec.lossless:
-        return replace(task, params=task.params.masked(task.mask))
-    payload = codec.encode(norms.sent(task.params), norms.sent_mask(task.mask))
-    return replace(task, params=norms.received(codec.decode(payload, norms.sent_layout).params))
-
-
-def _identity(value: Extra) -> object:
-    """Return what tells an extra from others: True, 1 and 1.0 are three, as are 0.0 and −0.0."""
-    if isinstance(value, float):
-        return type(value), value.hex()
-    return (type(value), value) if isinstance(value, bool | int | str) else id(value)

@@ -14,25 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedray.costs.devices import seconds
 from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
-from fedray.errors import ClientError, FedrayError, MethodError
+from fedray.errors import ClientError, FedrayError
 from fedray.federation.aggregate import Bounds, Node, Partial, merge_within
 from fedray.federation.client import Client, ClientFunction, Engine, Outcome
 from fedray.federation.method import Method
 from fedray.federation.population import Population
-from fedray.models.norms import overlaid
+from fedray.federation.wire import Memory, Order, Upload, Wire, check_types, malformed, split_memory
 from fedray.models.spec import ModelSpec
 from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_torch
-from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Extra, Fate, Mask, Task, within
-
-Memory = dict[str, Any]
-
-OWN_NORMS = "own norms"
-"""Where a client's memory keeps the BatchNorm that stays with it; methods do not see it."""
+from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task, within
 
 EVALUATION_SHARD = 500
 """Examples in one shard of an evaluation; fixed, so that sums have the same bits on any number of workers."""
@@ -63,6 +57,11 @@ class Workplace:
     rules: Rules
     seed: int
 
+    @cached_property
+    def wire(self) -> Wire:
+        """The link between the server and the clients."""
+        return Wire(self.model, self.method.downlink, self.method.uplink, self.seed)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -81,15 +80,6 @@ class Job:
     tasks: tuple[Task, ...]
     training: bool = True
     keep_updates: bool = False
-
-
-@dataclass(frozen=True)
-class Order:
-    """One client's part in a job: which task it gets, and what reaching it cost."""
-
-    client: int
-    task: int
-    bytes_down: int
 
 
 @dataclass(frozen=True)
@@ -184,14 +174,14 @@ class Worker:
     def _train(self, job: Job, order: Order, memory: Memory) -> Trained:
         """Let one client do its part; torch's global generators are seeded for it."""
         seed_torch(self.place.seed, job.round, order.client)
-        info, memory = self.place.population[order.client], deepcopy(memory)
-        own_norms = memory.pop(OWN_NORMS, None)
-        task = self._with_norms(job.tasks[order.task], own_norms)
+        info = self.place.population[order.client]
+        memory, kept = split_memory(deepcopy(memory))
+        task = self.place.wire.arrive(job.tasks[order.task], kept)
         client = self.client(info, self.place.population.partition.rows(order.client), job.round, memory)
         versions = _versions(task)
         try:
             update = job.function(task, client)
-            trained = self._judge(job, order, task, client, update)
+            trained = self._judge(job, order, task, client, update, kept)
         except FedrayError as error:
             raise ClientError(order.client, job.round, str(error)) from error
         except Exception as error:
@@ -203,8 +193,6 @@ class Worker:
                 "it wrote into the params, mask or extras of its task, which the next client would receive; "
                 "work on a copy",
             )
-        if trained.memory is not None:
-            self._keep_norms(trained.memory, update, own_norms)
         return trained
 
     def client(self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory) -> Client:
@@ -237,37 +225,17 @@ class Worker:
         """How large an update may be, if the mean is to be finite whatever the others send."""
         return self.place.method.fold.bounds(self.place.population.partition.sizes)
 
-    @cached_property
-    def _first_norms(self) -> Tensor:
-        """The norms that every client has at first, without being sent them."""
-        return self.place.model.init(self.place.seed).flat[self.place.model.norms.entries]
-
-    def _with_norms(self, task: Task, own: Tensor | None) -> Task:
-        """Return a task as a client holds it: with norms of its own, where they stay with the clients."""
-        norms = self.place.model.norms
-        if not norms.private:
-            return task
-        own = self._first_norms if own is None else own
-        return replace(task, params=overlaid(task.params, norms.entries, own, task.mask))
-
-    def _keep_norms(self, memory: Memory, update: ClientUpdate, own: Tensor | None) -> None:
-        """Let a client remember the norms that it trained and vouches for."""
-        norms = self.place.model.norms
-        if not norms.private:
-            return
-        before = self._first_norms if own is None else own
-        after = update.params.flat[norms.entries]
-        after = torch.where(update.mask.flat[norms.entries] & after.isfinite(), after, before)
-        if own is not None or not torch.equal(after, before):
-            memory[OWN_NORMS] = after
-
-    def _judge(self, job: Job, order: Order, task: Task, client: Client, update: ClientUpdate) -> Trained:
+    def _judge(
+        self, job: Job, order: Order, task: Task, client: Client, update: ClientUpdate, kept: Memory
+    ) -> Trained:
         """Send an update over the wire, read the clock, and decide whether it counts."""
         place, info = self.place, client.info
         problem = malformed(update, place.model.layout.size)
-        if not problem:
+        if problem:
+            received, bytes_up, kept = Upload(update, 0, kept)
+        else:
             check_types(update)
-        received, bytes_up = (update, 0) if problem else self._transmit(task, update)
+            received, bytes_up, kept = place.wire.upload(task, update, kept)
         cost = Cost(
             bytes_down=order.bytes_down,
             bytes_up=bytes_up,
@@ -283,21 +251,7 @@ class Worker:
             info.id, info.profile.name, info.num_examples, fate, cost, density, client.meter.loss
         )
         counts = fate == "folded"
-        return Trained(record, received if counts else None, client.memory if counts else None)
-
-    def _transmit(self, task: Task, update: ClientUpdate) -> tuple[ClientUpdate, int]:
-        """Return the update as the server reads it, and the bytes it took."""
-        codec, norms = self.place.method.uplink, self.place.model.norms
-        mask, known = norms.sent_mask(update.mask), norms.sent_mask(task.mask)
-        vouched = replace(update, mask=norms.shared_mask(update.mask))
-        extras: dict[str, Extra] = {f"sums.{name}": value for name, value in update.sums.items()}
-        extras |= {f"each.{name}": value for name, value in update.each.items()}
-        extras |= {f"metrics.{name}": value for name, value in update.metrics.items()}
-        if codec.lossless:  # decoding gives back the very bits: the size is enough
-            return vouched, codec.size(mask, known=known.digest, extras=extras)
-        payload = codec.encode(norms.sent(update.params), mask, known=known.digest, extras=extras)
-        decoded = codec.decode(payload, norms.sent_layout, known={known.digest: known})
-        return replace(vouched, params=norms.received(decoded.params)), len(payload)
+        return Trained(record, received, client.memory | kept) if counts else Trained(record, None, None)
 
     def _fate(self, job: Job, info: ClientInfo, cost: Cost, update: ClientUpdate | None) -> Fate:
         """Decide whether an update counts: does it arrive, in time, well formed (else None) and finite?
@@ -359,42 +313,3 @@ def _versions(task: Task) -> list[int]:
     """Return torch's counts of writes to each tensor of a task."""
     tensors = (task.params.flat, task.mask.flat, *task.extras.values())
     return [tensor._version for tensor in tensors if isinstance(tensor, torch.Tensor)]
-
-
-def malformed(update: object, size: int) -> str | None:
-    """Return what is wrong with the form of an update, or None."""
-    if not isinstance(update, ClientUpdate):
-        return f"client_update returned {type(update).__name__}, not ClientUpdate"
-    lengths = update.params.flat.numel(), update.mask.flat.numel()
-    if lengths != (size, size):
-        return f"params and mask have lengths {lengths}, the model has {size}"
-    return None
-
-
-def check_types(update: ClientUpdate) -> None:
-    """Refuse what cannot be added up or averaged.
-
-    Raises:
-        MethodError: if `sums` or `each` hold anything but tensors, or `metrics` anything but numbers.
-    """
-    tensors: tuple[tuple[str, Mapping[str, object]], ...] = (("sums", update.sums), ("each", update.each))
-    for part, sent in tensors:
-        for name, value in sent.items():
-            if not isinstance(value, Tensor):
-                raise MethodError(
-                    f"'{part}.{name}' is {type(value).__name__}, not a tensor; wrap a number in torch.tensor"
-                )
-    for name, number in update.metrics.items():
-        given: object = number
-        if not (isinstance(given, bool | int | float) or (isinstance(given, Tensor) and given.numel() == 1)):
-            raise MethodError(
-                f"'metrics.{name}' is {type(number).__name__}, not a number; what is not averaged goes "
-                "into `each`"
-            )
-
-
-def reject_unknown(given: Mapping[int, Task], population: int) -> None:
-    """Raise MethodError if a task is for nobody."""
-    strangers = [k for k in given if not 0 <= k < population]
-    if strangers:
-        raise MethodError(f"asked clients {strangers[:5]}, but there are 0 … {population - 1}")

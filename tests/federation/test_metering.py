@@ -24,7 +24,8 @@ from fedray.federation.client import Client, Outcome, Step
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Schedule, Server
-from fedray.federation.worker import Job, Memory, Order, Trained, Worker, Workplace
+from fedray.federation.wire import Memory, Order
+from fedray.federation.worker import Job, Trained, Worker, Workplace
 from fedray.methods import METHODS
 from fedray.models.spec import Architecture
 from fedray.types import ClientUpdate, Mask, ServerState, Task

@@ -18,7 +18,8 @@ from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import ActorOptions, Group, RayPool
 from fedray.federation.server import Checkpoint, Schedule, Server
-from fedray.federation.worker import OWN_NORMS, Rules
+from fedray.federation.wire import OWN_NORMS
+from fedray.federation.worker import Rules
 from fedray.models.norms import Norm
 from fedray.models.spec import Architecture, InputShape
 from fedray.pruning.channels import channel_mask

@@ -12,7 +12,8 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.server import Schedule, Server
-from fedray.federation.worker import OWN_NORMS, Rules
+from fedray.federation.wire import OWN_NORMS
+from fedray.federation.worker import Rules
 from fedray.models.norms import Norm
 from fedray.types import ClientUpdate, Params, ServerState, Task
 from tests import small

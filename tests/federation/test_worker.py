@@ -16,18 +16,16 @@ from fedray.errors import ClientError, MethodError
 from fedray.federation.aggregate import merge_all
 from fedray.federation.client import Client, ClientFunction
 from fedray.federation.method import Method
+from fedray.federation.wire import Memory, Order, reject_unknown
 from fedray.federation.worker import (
     EVALUATION_SHARD,
     Answer,
     Chunk,
     Job,
-    Memory,
-    Order,
     Rules,
     Trained,
     Worker,
     Workplace,
-    reject_unknown,
 )
 from fedray.pruning import masks
 from fedray.types import ClientUpdate, Fate, Layout, Mask, Params, Task

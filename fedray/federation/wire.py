@@ -1,0 +1,250 @@
+"""The link between the server and its clients: both ends of it.
+
+    server   send          tasks → what each device decodes, and the bytes that reach it
+    device   arrive        a decoded task → the task as the client holds it, with its own norms
+    device   upload        an update → what the server decodes, the bytes, and what the device keeps
+    server   keep_norms    its own norms, where clients never send theirs
+
+The codec turns a model into bytes (`costs/codec.py`), and `models/norms.py` says which entries never travel.
+What a device keeps for the link is part of the client's memory, out of the reach of methods. A lossless codec
+is not run: its payload would decode to the same bits, so the size is enough.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedray.costs.codec import Codec
+from fedray.errors import MethodError
+from fedray.models.norms import overlaid
+from fedray.models.spec import ModelSpec
+from fedray.types import ClientUpdate, Extra, Layout, Mask, Params, ServerState, Task
+
+Memory = dict[str, Any]
+"""What a client remembers between rounds: its method's entries, and those of the link."""
+
+OWN_NORMS = "own norms"
+"""Entry of a client's memory: the BatchNorm that stays with it."""
+
+KEPT = (OWN_NORMS,)
+"""Entries of a client's memory that belong to the link; methods do not see them."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One client's part in an exchange: the number of its task, and the bytes that reached it."""
+
+    client: int
+    task: int
+    bytes_down: int
+
+
+class Upload(NamedTuple):
+    """What an update became on its way: as the server decodes it, its bytes, and what the device keeps."""
+
+    update: ClientUpdate
+    bytes_up: int
+    kept: Memory
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The link of one run.
+
+    Args:
+        model: its structure, which says where norms lie.
+        downlink: writes tasks.
+        uplink: writes updates.
+        seed: of the run; clients start from the norms that it initialises.
+    """
+
+    model: ModelSpec
+    downlink: Codec
+    uplink: Codec
+    seed: int
+
+    # ── the server's end ─────────────────────────────────────────────────────────────────────────────────
+
+    def send(
+        self, tasks: Mapping[int, Task], holds: dict[int, bytes]
+    ) -> tuple[tuple[Task, ...], dict[int, Order]]:
+        """Encode each different task once.
+
+        Args:
+            tasks: client → its task.
+            holds: client → digest of the mask that it decoded last; brought up to date.
+
+        Returns:
+            The different tasks as devices decode them, and each client's order.
+
+        Raises:
+            MethodError: if a task is not of the model's layout.
+        """
+        numbers: dict[tuple[object, ...], int] = {}
+        sent: list[Task] = []
+        orders: dict[int, Order] = {}
+        sizes: dict[tuple[int, bool], int] = {}
+        for client, task in sorted(tasks.items()):
+            extras = tuple((name, _identity(value)) for name, value in sorted(task.extras.items()))
+            key = (id(task.params), id(task.mask), extras)
+            if key not in numbers:
+                _check_layout(task, self.model.layout, client)
+                numbers[key] = len(sent)
+                sent.append(self._decoded(task))
+            number, mask = numbers[key], self.model.norms.sent_mask(task.mask)
+            is_known = holds.get(client) == mask.digest
+            if (number, is_known) not in sizes:
+                known = mask.digest if is_known else None
+                sizes[number, is_known] = self.downlink.size(mask, known=known, extras=task.extras)
+            orders[client] = Order(client, number, sizes[number, is_known])
+            holds[client] = mask.digest
+        return tuple(sent), orders
+
+    def _decoded(self, task: Task) -> Task:
+        """Return a task as a device decodes it: the same bits under the mask, unless the codec rounds."""
+        codec, norms = self.downlink, self.model.norms
+        if codec.lossless:
+            return replace(task, params=task.params.masked(task.mask))
+        payload = codec.encode(norms.sent(task.params), norms.sent_mask(task.mask))
+        return replace(task, params=norms.received(codec.decode(payload, norms.sent_layout).params))
+
+    def predicted_bytes(self, mask: Mask, holds: bytes | None) -> tuple[int, int]:
+        """Return bytes down and up of a client that trains under a mask and holds the one of this digest."""
+        sent = self.model.norms.sent_mask(mask)
+        known = sent.digest if holds == sent.digest else None
+        return self.downlink.size(sent, known=known), self.uplink.size(sent, known=sent.digest)
+
+    def keep_norms(self, before: ServerState, after: ServerState) -> ServerState:
+        """Return the state after aggregation, with the server's norms as before if clients keep theirs."""
+        norms = self.model.norms
+        if not norms.private:
+            return after
+        kept = overlaid(after.params, norms.entries, before.params.flat[norms.entries])
+        return replace(after, params=kept)
+
+    def evaluated(self, params: Params, mask: Mask, memory: Memory | None = None) -> Task:
+        """Return a model as it is evaluated: with the norms of a client's memory, if it keeps any."""
+        norms, own = self.model.norms, (memory or {}).get(OWN_NORMS)
+        if own is None:
+            return Task(params, norms.global_mask(mask))
+        return Task(overlaid(params, norms.entries, own, mask), mask)
+
+    # ── a device's end ───────────────────────────────────────────────────────────────────────────────────
+
+    def arrive(self, task: Task, kept: Memory) -> Task:
+        """Return a decoded task as a client holds it: with its own norms, if clients keep theirs."""
+        norms = self.model.norms
+        if not norms.private:
+            return task
+        own = kept.get(OWN_NORMS, self._first_norms)
+        return replace(task, params=overlaid(task.params, norms.entries, own, task.mask))
+
+    def upload(self, task: Task, update: ClientUpdate, kept: Memory) -> Upload:
+        """Send a well-formed update.
+
+        Args:
+            task: as the client held it.
+            update: what the client returned.
+            kept: what the device kept for the link so far.
+
+        Raises:
+            MethodError: if something in the update cannot travel.
+        """
+        codec, norms = self.uplink, self.model.norms
+        mask, known = norms.sent_mask(update.mask), norms.sent_mask(task.mask)
+        vouched = replace(update, mask=norms.shared_mask(update.mask))
+        extras: dict[str, Extra] = {f"sums.{name}": value for name, value in update.sums.items()}
+        extras |= {f"each.{name}": value for name, value in update.each.items()}
+        extras |= {f"metrics.{name}": value for name, value in update.metrics.items()}
+        keeps = self._kept_norms(update, kept)
+        if codec.lossless:
+            return Upload(vouched, codec.size(mask, known=known.digest, extras=extras), keeps)
+        payload = codec.encode(norms.sent(update.params), mask, known=known.digest, extras=extras)
+        decoded = codec.decode(payload, norms.sent_layout, known={known.digest: known})
+        return Upload(replace(vouched, params=norms.received(decoded.params)), len(payload), keeps)
+
+    def _kept_norms(self, update: ClientUpdate, kept: Memory) -> Memory:
+        """Return the norms that the client trained and vouches for; it keeps none that were never trained."""
+        norms = self.model.norms
+        if not norms.private:
+            return {}
+        before = kept.get(OWN_NORMS, self._first_norms)
+        after = update.params.flat[norms.entries]
+        after = torch.where(update.mask.flat[norms.entries] & after.isfinite(), after, before)
+        return {OWN_NORMS: after} if OWN_NORMS in kept or not torch.equal(after, before) else {}
+
+    @cached_property
+    def _first_norms(self) -> Tensor:
+        """The norms that every client starts with, without being sent them."""
+        return self.model.init(self.seed).flat[self.model.norms.entries]
+
+
+def split_memory(memory: Memory) -> tuple[Memory, Memory]:
+    """Return the entries of a client's memory that are the method's, and those that are the link's."""
+    kept = {key: memory[key] for key in KEPT if key in memory}
+    return {key: value for key, value in memory.items() if key not in kept}, kept
+
+
+def reject_unknown(clients: Iterable[int], population: int) -> None:
+    """Raise MethodError if a task is for a client that does not exist."""
+    unknown = [k for k in clients if not 0 <= k < population]
+    if unknown:
+        raise MethodError(f"asked clients {unknown[:5]}, but there are 0 … {population - 1}")
+
+
+def malformed(update: object, size: int) -> str | None:
+    """Return what is wrong with the form of an update, or None."""
+    if not isinstance(update, ClientUpdate):
+        return f"client_update returned {type(update).__name__}, not ClientUpdate"
+    lengths = update.params.flat.numel(), update.mask.flat.numel()
+    if lengths != (size, size):
+        return f"params and mask have lengths {lengths}, the model has {size}"
+    return None
+
+
+def check_types(update: ClientUpdate) -> None:
+    """Refuse what cannot be added up or averaged.
+
+    Raises:
+        MethodError: if `sums` or `each` hold anything but tensors, or `metrics` anything but numbers.
+    """
+    tensors: tuple[tuple[str, Mapping[str, object]], ...] = (("sums", update.sums), ("each", update.each))
+    for part, sent in tensors:
+        for name, value in sent.items():
+            if not isinstance(value, Tensor):
+                raise MethodError(
+                    f"'{part}.{name}' is {type(value).__name__}, not a tensor; wrap a number in torch.tensor"
+                )
+    for name, number in update.metrics.items():
+        given: object = number
+        if not (isinstance(given, bool | int | float) or (isinstance(given, Tensor) and given.numel() == 1)):
+            raise MethodError(
+                f"'metrics.{name}' is {type(number).__name__}, not a number; what is not averaged goes "
+                "into `each`"
+            )
+
+
+def _check_layout(task: Task, layout: Layout, client: int) -> None:
+    """Refuse a task that is not of the model.
+
+    Raises:
+        MethodError: with the client, and which part is of another layout.
+    """
+    for part, given in (("params", task.params.layout), ("a mask", task.mask.layout)):
+        if given != layout:
+            raise MethodError(
+                f"the task for client {client} has {part} of another layout than the model's: {given.size:,} "
+                f"entries, the model has {layout.size:,}; make what `configure` returns, or `ask` is given, "
+                "from the state's own params and mask"
+            )
+
+
+def _identity(value: Extra) -> object:
+    """Return what distinguishes an extra: True, 1 and 1.0 are three, as are 0.0 and −0.0."""
+    if isinstance(value, float):
+        return type(value), value.hex()
+    return (type(value), value) if isinstance(value, bool | int | str) else id(value)
