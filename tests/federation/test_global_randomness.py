@@ -18,7 +18,8 @@ from fedray.federation.client import Client, Outcome
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Schedule, Server
-from fedray.federation.worker import Answer, Chunk, Job, Order, Worker, Workplace
+from fedray.federation.wire import Order
+from fedray.federation.worker import Answer, Chunk, Job, Worker, Workplace
 from fedray.models.spec import Architecture, ModelSpec
 from fedray.types import ClientInfo, ClientUpdate, Mask, Params, ServerState, Task
 from tests import small

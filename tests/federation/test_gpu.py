@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fedray.federation.method import Method
-from fedray.federation.worker import Job, Order, Worker
+from fedray.federation.wire import Order
+from fedray.federation.worker import Job, Worker
 from fedray.pruning.masks import top_k
 from fedray.pruning.scores import magnitude
 from fedray.types import Mask, Task
