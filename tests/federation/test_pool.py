@@ -175,7 +175,8 @@ def test_the_broadcast_is_unchanged_after_a_round(ray_local):
     packed = PackedJob.pack(Job(1, Method().client_update, (task,)))
     reference = ray.put(packed)
     for _ in range(2):  # the arrays of the store are shared: training must not write into them
-        chunks = server._chunks(server.wire.send({k: task for k in range(4)})[1], server.checkpoint.holds)
+        orders = server.wire.send(dict.fromkeys(range(4), task), server.checkpoint.holds)[1]
+        chunks = server._chunks(orders)
         ray.get([actor.run.remote(reference, chunks) for actor in pool.actors])
     np.testing.assert_array_equal(ray.get(reference).tasks[0][0], before.numpy())
     assert torch.equal(params.flat, before)
