@@ -256,7 +256,7 @@ def models(imports: Import = None) -> None:
     for name, architecture in MODELS.items():
         sizes, faults = [], []
         for spec in DATASETS.values():
-            if refusal(architecture, spec.input_shape):
+            if refusal(architecture, spec.input_shape, spec.tokens):
                 sizes.append("—")
                 continue
             try:

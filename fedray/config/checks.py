@@ -124,7 +124,7 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
     if config.data.name not in DATASETS:
         return
     spec: DatasetSpec = DATASETS[config.data.name]
-    reason = refusal(MODELS[config.model], spec.input_shape)
+    reason = refusal(MODELS[config.model], spec.input_shape, spec.tokens)
     if reason:
         yield "model", f"{config.model} does not take {config.data.name}: {reason}"
         return
@@ -165,7 +165,7 @@ def _not_counted(model: ModelSpec) -> str | None:
 @lru_cache(maxsize=64)
 def _counting_fault(model: ModelSpec) -> str | None:
     try:
-        FlopModel.trace(model.module, model.input_shape, model.layout)
+        FlopModel.trace(model.module, model.input_shape, model.layout, tokens=model.architecture.tokens)
     except ConfigError as error:
         return f"{model.name}: {str(error).removeprefix('model: ')}"
     return None
@@ -181,7 +181,7 @@ def _norm(config: "RunConfig") -> Iterator[Problem]:
             return bool(outline(model, spec.input_shape, spec.num_classes).norms.names)
         return False
 
-    able = [name for name, other in MODELS.items() if refusal(other, spec.input_shape) is None]
+    able = [name for name, other in MODELS.items() if refusal(other, spec.input_shape, spec.tokens) is None]
     if config.model in able and not has_batch_norm(config.model):
         yield (
             "norm",
@@ -207,7 +207,7 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     if method.optimizer == "adam" and method.momentum:
         yield "method.momentum", f"{method.momentum:g}, but Adam has moments of its own; set it to 0"
     spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
-    if spec is None or architecture is None or refusal(architecture, spec.input_shape):
+    if spec is None or architecture is None or refusal(architecture, spec.input_shape, spec.tokens):
         return  # already reported
     clients = config.clients
     model, _ = _built(config, spec)

@@ -20,7 +20,7 @@ Sources: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 20
 dense gradients the accounting in Huang et al., "FedRTS", NeurIPS 2025, arXiv 2501.19122.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,7 +61,9 @@ class FlopModel:
     )
 
     @classmethod
-    def trace(cls, module: nn.Module, input_shape: tuple[int, ...], layout: Layout) -> "FlopModel":
+    def trace(
+        cls, module: nn.Module, input_shape: tuple[int, ...], layout: Layout, *, tokens: int = 0
+    ) -> "FlopModel":
         """Count positions by sending a few examples through a copy of the module.
 
         Args:
@@ -70,6 +72,7 @@ class FlopModel:
                 exit calls one after the other.
             input_shape: shape of one example.
             layout: the module's layout.
+            tokens: 0 if the module takes float32; else it takes int64 in 0..tokens − 1.
 
         Raises:
             ConfigError: if the FLOPs of an operation with a weight are unknown.
@@ -77,11 +80,16 @@ class FlopModel:
         """
         # not on the meta device, whose kernels import sympy and much else for three seconds
         probe = _with_memory(module).eval()
+
+        def examples(count: int) -> Tensor:
+            shape = (count, *input_shape)
+            return torch.randint(tokens, shape) if tokens else torch.zeros(shape)
+
         with torch.no_grad(), borrowed(0):
-            positions, fixed = products_of(probe, lambda n: probe(torch.zeros(n, *input_shape)))
+            positions, fixed = products_of(probe, lambda count: probe(examples(count)))
             exits: dict[str, float] = {}
             for path in getattr(probe, "exits", ()):
-                ways, _ = products_of(probe, partial(_along, probe, path, input_shape))
+                ways, _ = products_of(probe, partial(_along, probe, path, examples))
                 exits |= {name: n for name, n in ways.items() if name not in positions}
         for name in (*positions, *exits):
             if name not in layout.spans:
@@ -178,9 +186,9 @@ def _with_memory(module: nn.Module) -> nn.Module:
     return deepcopy(module, memo)
 
 
-def _along(module: nn.Module, path: Sequence[str], input_shape: tuple[int, ...], count: int) -> Tensor:
+def _along(module: nn.Module, path: Sequence[str], examples: Callable[[int], Tensor], count: int) -> Tensor:
     """Send examples through some modules of a network, one after the other."""
-    x = torch.zeros(count, *input_shape)
+    x = examples(count)
     for name in path:
         x = module.get_submodule(name)(x)
     return x

@@ -32,27 +32,13 @@ MORE: dict[Any, Callable[..., int]] = {
 }
 """Operation → FLOPs, beside torch's own table."""
 
-FREE = {
-    # look-ups
-    *(
-        "embedding",
-        "_embedding_bag",
-        "_embedding_bag_forward_only",
-        "index",
-        "index_select",
-        "gather",
-        "take",
-    ),
-    # normalisation
-    *("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-    *("_batch_norm_with_update", "batch_norm", "cudnn_batch_norm"),
-    # joining and copying
-    *("cat", "stack", "copy_", "copy", "index_put", "index_put_", "index_add", "index_copy", "scatter"),
-    *("scatter_add", "scatter_reduce", "select_scatter", "slice_scatter", "masked_scatter", "masked_select"),
-    # comparing
-    *("searchsorted", "bucketize", "equal"),
-}
+LOOK_UPS = """embedding embedding_renorm_ _embedding_bag _embedding_bag_forward_only index index_select gather
+take searchsorted bucketize equal"""
+NORMALISATION = """native_layer_norm native_group_norm _fused_rms_norm native_batch_norm batch_norm
+cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update"""
+COPIES = """cat stack copy_ copy index_put index_put_ index_add index_copy scatter scatter_add scatter_reduce
+select_scatter slice_scatter masked_scatter masked_select"""
+FREE = frozenset(f"{LOOK_UPS} {NORMALISATION} {COPIES}".split())
 """Operations on a weight and activations that multiply no matrices, beside pointwise ones and views."""
 
 

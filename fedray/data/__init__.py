@@ -1,5 +1,6 @@
 """What is learnt from: data sets, and how their examples are spread over the clients."""
 
+from fedray.data.checking import checked
 from fedray.data.datasets import DATASETS, Dataset, DatasetSpec, Examples, Splits, split
 from fedray.data.partition import PARTITIONS, Partition, PartitionKind
 
@@ -12,5 +13,6 @@ __all__ = [
     "Partition",
     "PartitionKind",
     "Splits",
+    "checked",
     "split",
 ]

@@ -1,23 +1,25 @@
-"""Data sets: digits, MNIST, Fashion-MNIST and CIFAR-10, as uint8 arrays.
+"""Data sets of any shape; digits, MNIST, Fashion-MNIST and CIFAR-10 come with the package.
 
-Files are read as torchvision lays them out, zipped or not; CIFAR-10 also from lossless mosaics: see `files`.
-torchvision downloads what is missing. Pixels stay uint8 until a client takes its rows: `Dataset.normalise`.
+Examples stay as they were loaded (pixels: uint8) until a client takes its rows: `Dataset.normalise`. Files of
+the four are read as torchvision lays them out, zipped or not; CIFAR-10 also from lossless mosaics: see
+`files`. torchvision downloads missing ones.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedray.data.files import (
     CIFAR10_MD5,
     Indices,
     Labelled,
-    Pixels,
     cache,
     download,
     read_batches,
@@ -31,15 +33,22 @@ from fedray.errors import ConfigError, DataError
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Images and their labels.
+    """Examples and their labels; tensors are taken as arrays.
 
     Args:
-        x: uint8 (n, C, H, W), C-contiguous, in 0..255; may be read-only.
+        x: (n, …), one row for each example, of any float or integer type; may be read-only. Images are uint8
+            (n, channels, height, width) in 0..255.
         y: int64 (n,), in 0..num_classes − 1.
     """
 
-    x: Pixels
+    x: NDArray[Any]
     y: Indices
+
+    def __post_init__(self) -> None:
+        """Turn tensors into arrays, and labels of another integer type into int64."""
+        x, y = (np.asarray(values) for values in (self.x, self.y))
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "y", y.astype(np.int64) if y.dtype.kind in "iu" else y)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -51,65 +60,91 @@ class Dataset:
 
     Args:
         name: as in DATASETS.
-        train: what validation, server and clients share.
+        train: shared out to validation, server and clients.
         test: read once, after the last round.
         num_classes: labels are 0..num_classes − 1.
-        input_shape: (C, H, W) of one image.
-        mean: per channel, in units of x/255.
-        std: per channel, in units of x/255, > 0.
-        writers: int64 (len(train),), who wrote each training image; None where that is not known.
-        warnings: what a reader of the run should know about these files.
+        input_shape: shape of one example as a model takes it: (channels, height, width) of an image,
+            (features,) of a row of a table, (length,) of tokens, (channels, length) of a signal.
+        mean: for each entry of the first dimension of an example (channel, feature); for uint8 in units of
+            x/255. Empty: examples are not scaled.
+        std: as `mean`, > 0.
+        writers: int64 (len(train),), the author of each training example; None where unknown.
+        warnings: notes for the readers of a run.
+        tokens: 0 for numbers; else examples are whole numbers in 0..tokens − 1, which a model embeds.
+        prepare: another normalisation: rows of `Examples.x` → tensor (n, *input_shape), float32 or, for
+            tokens, int64, in fresh memory. A function at the top of a module, so that workers find it.
     """
 
     name: str
     train: Examples
     test: Examples
     num_classes: int
-    input_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     writers: Indices | None = None
     warnings: tuple[str, ...] = ()
+    tokens: int = 0
+    prepare: Callable[[NDArray[Any]], Tensor] | None = None
 
-    def normalise(self, x: Pixels) -> Tensor:
-        """Return (x/255 − mean)/std of `x` uint8 (n, C, H, W) as float32, in fresh memory."""
-        std = np.array(self.std, dtype=np.float64)[:, None, None]
-        shift = np.array(self.mean, dtype=np.float64)[:, None, None] / std
+    def normalise(self, x: NDArray[Any]) -> Tensor:
+        """Return examples as a model takes them: (x − mean)/std as float32, or tokens as int64.
+
+        Args:
+            x: (n, …), rows of `Examples.x`; for uint8, x/255 is normalised.
+
+        Returns:
+            (n, *input_shape), in fresh memory.
+        """
+        if self.prepare is not None:
+            return self.prepare(x)
+        if self.tokens:
+            return torch.from_numpy(x.astype(np.int64, order="C"))
         out = x.astype(np.float32, order="C")
-        out *= (1 / (255 * std)).astype(np.float32)
-        out -= shift.astype(np.float32)
+        if self.std:
+            unit = 255 if x.dtype == np.uint8 else 1
+            std = np.array(self.std, dtype=np.float64).reshape(-1, *(1,) * (x.ndim - 2))
+            shift = np.array(self.mean, dtype=np.float64).reshape(std.shape) / std
+            out *= (1 / (unit * std)).astype(np.float32)
+            out -= shift.astype(np.float32)
         return torch.from_numpy(out)
 
 
-@dataclass(frozen=True)
+def _no_check(root: Path | None) -> None:
+    """Accept any `data.root`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """What is known of a data set before it is loaded.
+    """A data set before it is loaded: its shape, its size, and how to load it.
 
     Args:
-        load: `load(root)` → Dataset, from the folder `root` or the default cache; downloads what is missing.
+        load: `load(root)` → Dataset, from the folder `root` or the default cache; downloads missing files.
             Raises DataError for files that are missing, unreadable or do not fit each other.
-        check: `check(root)` raises DataError at once if `root` is given and is no folder.
-        input_shape: (C, H, W) of one image.
+        input_shape: as in Dataset.
         num_classes: number of labels.
         train_examples: in the published set.
         test_examples: in the published set.
-        mean: of the published training set per channel, in units of x/255.
+        tokens: as in Dataset.
+        check: `check(root)` raises DataError at once if `root` cannot be loaded from.
+        mean: of the published training set, as in Dataset.
         std: as `mean`.
-        files: what a `data.root` has to hold.
+        files: content of a `data.root`.
         source: citation and licence.
         has_writers: whether `Dataset.writers` can be known.
     """
 
     load: Callable[[Path | None], Dataset]
-    check: Callable[[Path | None], None]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     num_classes: int
     train_examples: int
     test_examples: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    files: str
-    source: str
+    tokens: int = 0
+    check: Callable[[Path | None], None] = _no_check
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    files: str = "nothing"
+    source: str = ""
     has_writers: bool = False
 
 
@@ -284,7 +319,6 @@ def _idx_files(folder: str) -> str:
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(
         load=_load_digits,
-        check=lambda root: None,
         input_shape=(1, 8, 8),
         num_classes=10,
         train_examples=1437,

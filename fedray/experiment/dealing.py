@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fedray.config.run_config import RunConfig
-from fedray.data import DATASETS, Dataset, Partition, Splits, split
+from fedray.data import DATASETS, Dataset, Partition, Splits, checked, split
 from fedray.errors import ConfigError, DataError
 from fedray.federation.client import TWO
 from fedray.models import ModelSpec
@@ -42,10 +42,11 @@ def loaded(config: RunConfig) -> Dataset:
     """Load the data set of a config.
 
     Raises:
-        DataError: if it is missing or unreadable.
+        DataError: if it is missing, unreadable, or differs from its entry in the table.
     """
+    name, spec = config.data.name, DATASETS[config.data.name]
     with borrowed(0):  # a data set does not depend on the run's seed
-        return DATASETS[config.data.name].load(config.data.root)
+        return checked(name, spec, spec.load(config.data.root))
 
 
 def dealt(config: RunConfig, dataset: Dataset) -> tuple[Splits, Partition]:

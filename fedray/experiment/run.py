@@ -108,7 +108,12 @@ class Federation:
         check_pairs(config, model, partition)
         place = Workplace(
             model=model,
-            flops=FlopModel.trace(model.bind(model.init(seed).flat), dataset.input_shape, model.layout),
+            flops=FlopModel.trace(
+                model.bind(model.init(seed).flat),
+                dataset.input_shape,
+                model.layout,
+                tokens=model.architecture.tokens,
+            ),
             dataset=replace(dataset, test=_rows(dataset.test, np.arange(0))),  # out of every method's reach
             population=Population(partition, fleet),
             method=config.method.options,

@@ -39,6 +39,8 @@ class LinearChain:
             return None
         assert isinstance(module, nn.Sequential)
         layers = [layer for layer in module if not _is_flattening(layer)]
+        if len(layers) < len(module) and not _is_flattening(module[0]):
+            return None  # the layers before the flattening compute with each row of an example
         linear, between = layers[::2], layers[1::2]
         is_chain = len(layers) % 2 == 1 and all(type(layer) is nn.ReLU for layer in between)
         found = [layer for layer in linear if type(layer) is nn.Linear and layer.bias is not None]

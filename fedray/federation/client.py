@@ -57,7 +57,7 @@ class Client:
 
     Args:
         info: what the server knows of it.
-        x: (n, C, H, W) float32, its examples, normalised.
+        x: (n, …) float32 or tokens (int64), its examples, normalised.
         y: (n,) int64.
         round: the round of the call; 0 in `setup`.
         memory: what it remembers between rounds; changes are kept if the call succeeds.
@@ -140,7 +140,7 @@ class Client:
             on_grad: called with the *dense* gradient (size,) before each step; charged as a dense backward.
             on_step: called with the working vector (size,) after each step, in place of the masking.
             view: name → weight, differentiably mapped to what the forward pass uses.
-            forward: how logits are computed from module, weights and images.
+            forward: how logits are computed from module, weights and examples.
 
         Returns:
             The trained weights, in memory of their own.

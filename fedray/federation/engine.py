@@ -31,7 +31,7 @@ SMALLER_ENGINES = 8
 Weights = Mapping[str, Tensor]
 View = Callable[[Weights], Weights]
 Forward = Callable[[nn.Module, Weights, Tensor], Tensor]
-"""(module, name → weight, images) → logits: another way to compute them."""
+"""(module, name → weight, examples) → logits: another way to compute them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Step:
     """One batch in the inner loop, as a custom loss sees it.
 
     Args:
-        x: (batch, C, H, W) float32. y: (batch,) int64. logits: (batch, classes).
+        x: (batch, …), float32 or tokens (int64). y: (batch,) int64. logits: (batch, classes).
         features: (batch, width), what the last linear layer, the classifier, was given; the logits where it
             took no part.
         weights: name → the leaf tensor that is being trained, for penalties on the weights.
@@ -117,6 +117,7 @@ class Engine:
         # what a module counts beside the vector, e.g. its batches, must not pass from client to client
         self._counters = [b for n, b in self.module.named_buffers() if n not in model.layout.spans]
         self._counted = [buffer.clone() for buffer in self._counters]
+        self._sparse = any(getattr(module, "sparse", False) for module in self.module.modules())
         self._smaller: dict[bytes, Engine | None] = {}
         self._masking: dict[bytes, Tensor | None] = {}  # of the mask used last
 
@@ -162,13 +163,15 @@ class Engine:
         return None if factor is None else lambda flat: flat.mul_(factor)
 
     def batch(self, x: Tensor) -> Tensor:
-        """Return images as this engine computes them: on its device, for convolutions with channels last.
+        """Return examples as this engine computes them: on its device, images with channels last.
 
         Convolutions and, above all, pooling are about a quarter faster that way on a CPU; values stay the
         same.
         """
         if self.chain is not None:
             return x.to(self.device)
+        if x.dim() != 4:
+            return x.to(self.device, copy=True)  # a model may write into its input
         n, channels, height, width = x.shape
         # with one channel both orders are "contiguous", and only fresh memory has the strides that kernels
         # look at
@@ -209,6 +212,8 @@ class Engine:
             seen = features[-1] if features else logits
             value = loss(Step(x, y, logits, seen, self.leaves, index))
         grads = torch.autograd.grad(value, tuple(self.leaves.values()), materialize_grads=True)
+        if self._sparse:
+            grads = tuple(grad.to_dense() for grad in grads)
         return value.detach(), grads
 
     def dense(self, grads: tuple[Tensor, ...]) -> Tensor:
@@ -259,7 +264,7 @@ class Engine:
 
     def _logits(self, x: Tensor, *, pairs: bool) -> Tensor:
         """Return the logits of a batch; a single example that the model cannot take goes in twice."""
-        logits: Tensor = self.module(self.batch(x.repeat(2, 1, 1, 1) if pairs and len(x) == 1 else x))
+        logits: Tensor = self.module(self.batch(torch.cat([x, x]) if pairs and len(x) == 1 else x))
         return logits[: len(x)].cpu()
 
     @torch.no_grad()

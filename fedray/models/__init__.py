@@ -53,12 +53,37 @@ OURS = frozenset(MODELS.values())
 """Architectures of the package, which its tests train."""
 
 
-def refusal(architecture: Architecture, input_shape: InputShape) -> str | None:
-    """Return why an architecture does not take such inputs, or None; an error in `accepts` is a reason."""
+def refusal(architecture: Architecture, input_shape: InputShape, tokens: int | None = None) -> str | None:
+    """Return why an architecture does not take such inputs, or None; an error in `accepts` is a reason.
+
+    Args:
+        architecture: asked for its inputs.
+        input_shape: shape of one example.
+        tokens: number of different tokens in the examples, 0 for numbers; None: not compared.
+    """
+    if tokens is not None and (reason := _unlike(architecture.tokens, tokens)):
+        return reason
     try:
         return architecture.accepts(input_shape)
     except Exception as error:
         return f"its `accepts` raised {type(error).__name__}: {error}"
+
+
+def _unlike(embedded: int, given: int) -> str | None:
+    """Return why a model that embeds that many tokens does not take examples with these, or None."""
+    if given and not embedded:
+        return (
+            f"it takes numbers, and the examples are {given:,} different tokens; a model that embeds tokens "
+            "says how many in its Architecture, e.g. tokens=1000"
+        )
+    if embedded and not given:
+        return (
+            f"it embeds {embedded:,} tokens, and the examples are numbers; a data set of tokens says how "
+            "many in its DatasetSpec and its Dataset, e.g. tokens=1000"
+        )
+    if given > embedded:
+        return f"it embeds {embedded:,} tokens, and the examples have {given:,}"
+    return None
 
 
 def broken(spec: ModelSpec) -> str | None:
@@ -89,7 +114,7 @@ def build_model(
 
     Args:
         name: a key of `models`.
-        input_shape: channels, height and width of an example.
+        input_shape: shape of one example.
         num_classes: number of logits.
         models: name → architecture.
         norm: the policy for its batch normalisation, if it has any: see `norms.py`.

@@ -64,14 +64,18 @@ def not_followed(module: nn.Module, chains: Sequence[Chain]) -> str:
     return "none go from one layer to the next without a sum or a GroupNorm between them"
 
 
-def channel_groups(chains: Sequence[Chain], shared: Collection[int] = ()) -> tuple[ChannelGroup, ...]:
+def channel_groups(
+    chains: Sequence[Chain], shared: Collection[int] = (), *, vectors: bool = True
+) -> tuple[ChannelGroup, ...]:
     """Return the groups of channels along chains, in order.
 
     Args:
         chains: of the same module; their names are those of `named_modules`.
         shared: ids of parameters that several of its modules hold.
+        vectors: whether an example has one dimension. A BatchNorm1d behind a linear layer normalises the
+            layer's channels only if it has, or is flattened first.
     """
-    return tuple(group for chain in chains for group in _along(chain, shared))
+    return tuple(group for chain in chains for group in _along(chain, shared, vectors))
 
 
 def shared_parameters(module: nn.Module) -> set[int]:
@@ -97,7 +101,7 @@ def _leaves(module: nn.Module, above: str = "") -> Iterator[tuple[str, nn.Module
             yield f"{above}{name}", child
 
 
-def _along(chain: Chain, shared: Collection[int]) -> Iterator[ChannelGroup]:
+def _along(chain: Chain, shared: Collection[int], vectors: bool) -> Iterator[ChannelGroup]:
     """Yield a group for each pair of neighbouring layers with nothing between them that mixes channels."""
     producer: tuple[str, nn.Conv2d | nn.Linear] | None = None
     rows: list[str] = []
@@ -111,12 +115,15 @@ def _along(chain: Chain, shared: Collection[int]) -> Iterator[ChannelGroup]:
                 yield ChannelGroup(producer[0], _outputs(producer[1]), tuple(rows), f"{name}.weight", spread)
             producer, rows, flat = (name, module), [f"{name}.weight"], False
             rows += [f"{name}.bias"] * (module.bias is not None)
+        elif isinstance(module, nn.BatchNorm1d) and not vectors:
+            producer = None
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             rows += [f"{name}.{n}" for n, _ in module.named_parameters()]
             rows += [f"{name}.{n}" for n, buffer in module.named_buffers() if buffer.is_floating_point()]
         elif isinstance(module, nn.Flatten):
-            producer = producer if (module.start_dim, module.end_dim) == (1, -1) else None
-            flat = True
+            whole = (module.start_dim, module.end_dim) == (1, -1)
+            producer = producer if whole else None
+            flat, vectors = True, vectors or whole
 
 
 def _in_several_places(module: nn.Module, calls: Mapping[int, int], shared: Collection[int]) -> bool:

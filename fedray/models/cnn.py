@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from fedray.models.spec import Architecture, InputShape
+from fedray.models.spec import Architecture, InputShape, not_images
 
 SMALLEST = 4  # two poolings leave 1×1
 
@@ -47,6 +47,8 @@ def _build_conv2(input_shape: InputShape, num_classes: int) -> nn.Module:
 
 
 def _accepts(name: str, input_shape: InputShape) -> str | None:
+    if reason := not_images(name, input_shape):
+        return reason
     _, height, width = input_shape
     if min(height, width) >= SMALLEST:
         return None

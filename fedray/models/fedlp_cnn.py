@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fedray.models.spec import Architecture, InputShape
+from fedray.models.spec import Architecture, InputShape, not_images
 
 SMALLEST = 8  # three poolings leave 1×1
 HIDDEN = 128
@@ -115,6 +115,8 @@ class FedLPCNNExits(nn.Module):
 
 
 def _accepts(name: str, input_shape: InputShape) -> str | None:
+    if reason := not_images(name, input_shape):
+        return reason
     _, height, width = input_shape
     if min(height, width) >= SMALLEST:
         return None

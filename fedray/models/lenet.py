@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fedray.models.spec import Architecture, InputShape
+from fedray.models.spec import Architecture, InputShape, not_images
 
 SMALLEST = 4  # two poolings leave 1×1
 
@@ -45,6 +45,8 @@ def _build(input_shape: InputShape, num_classes: int) -> nn.Module:
 
 
 def _accepts(input_shape: InputShape) -> str | None:
+    if reason := not_images("lenet5", input_shape):
+        return reason
     _, height, width = input_shape
     if min(height, width) >= SMALLEST:
         return None

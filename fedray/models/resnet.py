@@ -9,7 +9,7 @@ batch of one example.
 from torch import nn
 
 from fedray.models.channels import Chain
-from fedray.models.spec import Architecture, InputShape
+from fedray.models.spec import Architecture, InputShape, not_images
 
 SMALLEST = 8
 
@@ -37,6 +37,8 @@ def _chains(module: nn.Module) -> list[Chain]:
 
 
 def _accepts(input_shape: InputShape) -> str | None:
+    if reason := not_images("resnet18", input_shape):
+        return reason
     _, height, width = input_shape
     if min(height, width) >= SMALLEST:
         return None

@@ -42,8 +42,13 @@ LAYERS = (
 )
 """Layers of which the first one is the input layer."""
 
-InputShape = tuple[int, int, int]
-"""Channels, height and width of one example."""
+InputShape = tuple[int, ...]
+"""Shape of one example: (channels, height, width) of an image, (features,), (length,), (channels, length)."""
+
+
+def _anything(input_shape: InputShape) -> str | None:
+    """Accept examples of any shape."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,43 @@ class Architecture:
     """How to build a network for inputs of a given shape, and which inputs it takes.
 
     Args:
-        build: (input_shape, num_classes) → a module from images (n, channels, height, width), float32, to
+        build: (input_shape, num_classes) → a module from examples (n, *input_shape), float32 or tokens, to
             logits (n, num_classes). It may draw from the global generators of Python, numpy and torch.
         accepts: input_shape → None, or the reason why such inputs are refused, without a full stop.
         source: who published it.
         summary: its layers in one line.
         chains: where its channels can be followed from layer to layer, for structured pruning. The default
             knows `nn.Sequential`, nested or not. A flattening belongs into a chain too, as `nn.Flatten()`.
+        tokens: 0 if it takes float32; else it takes int64 in 0..tokens − 1, which it embeds.
     """
 
     build: Callable[[InputShape, int], nn.Module]
-    accepts: Callable[[InputShape], str | None]
-    source: str
-    summary: str
+    accepts: Callable[[InputShape], str | None] = _anything
+    source: str = ""
+    summary: str = ""
     chains: Chains = sequential
+    tokens: int = 0
+
+    def blank(self, count: int, input_shape: InputShape) -> Tensor:
+        """Return `count` examples to try a model with: zeros, or tokens from torch's global generator."""
+        if self.tokens:
+            return torch.randint(self.tokens, (count, *input_shape))
+        return torch.zeros(count, *input_shape)
+
+
+def examples_of(input_shape: InputShape, tokens: int = 0) -> str:
+    """Name examples of a shape in a message."""
+    sizes = "×".join(map(str, input_shape))
+    if tokens:
+        return f"sequences of {sizes} tokens"
+    return f"images of {sizes}" if len(input_shape) == 3 else f"examples of {sizes} numbers"
+
+
+def not_images(name: str, input_shape: InputShape) -> str | None:
+    """Return why a model of images does not take such examples, or None if they are images."""
+    if len(input_shape) == 3:
+        return None
+    return f"{name} takes images (channels × height × width), not {examples_of(input_shape)}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +101,7 @@ class ModelSpec:
 
     Args:
         name: as in the table of models.
-        input_shape: channels, height, width.
+        input_shape: shape of one example.
         num_classes: number of logits.
         architecture: what it was built from.
         layout: where each tensor lies in the flat vector.
@@ -108,7 +136,7 @@ class ModelSpec:
         Args:
             name: what to call it in reports.
             architecture: what to build.
-            input_shape: channels, height, width.
+            input_shape: shape of one example.
             num_classes: number of logits.
             norm: the policy for its batch normalisation.
             prune_first: whether the weight of the first layer may be pruned.
@@ -125,8 +153,8 @@ class ModelSpec:
             raise
         except Exception as error:
             raise ConfigError(
-                f"model: {name} cannot be built for images of {'×'.join(map(str, input_shape))} and "
-                f"{num_classes} classes: {type(error).__name__}: {error}{_place(error)}"
+                f"model: {name} cannot be built for {examples_of(input_shape, architecture.tokens)} "
+                f"and {num_classes} classes: {type(error).__name__}: {error}{_place(error)}"
             ) from error
         layout = layout_of(module, prune_first=prune_first, prune_last=prune_last)
         if not layout.names:
@@ -137,7 +165,8 @@ class ModelSpec:
     @cached_property
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
         """The channels that can be taken out as a whole; empty where none can be told apart."""
-        return channel_groups(self.architecture.chains(self.module), shared_parameters(self.module))
+        chains, shared = self.architecture.chains(self.module), shared_parameters(self.module)
+        return channel_groups(chains, shared, vectors=len(self.input_shape) == 1)
 
     @cached_property
     def without_channels(self) -> str:
@@ -161,7 +190,7 @@ class ModelSpec:
             module = self.bind(torch.zeros(self.layout.size))
             for mode in ("train", "eval"):
                 try:
-                    logits = module.train(mode == "train")(torch.zeros(1, *self.input_shape))
+                    logits = module.train(mode == "train")(self.architecture.blank(1, self.input_shape))
                     alone = logits.shape == (1, self.num_classes)
                 except Exception:  # whatever it is: with two examples the model works, see `trial`
                     alone = False
@@ -308,13 +337,15 @@ def _build(
         torch.default_generator.manual_seed(seed)  # as it was before numpy's and Python's were seeded too
         module = architecture.build(input_shape, num_classes)
         if isinstance(module, nn.Module):
-            _initialise(module, input_shape)
+            _initialise(module, architecture.blank, input_shape)
             module = under_policy(module, norm)
         return module
 
 
-def _initialise(module: nn.Module, input_shape: InputShape) -> None:
-    """Give lazy modules their shapes, by a pass over empty images.
+def _initialise(
+    module: nn.Module, blank: Callable[[int, InputShape], Tensor], input_shape: InputShape
+) -> None:
+    """Give lazy modules their shapes, by a pass over blank examples.
 
     Raises:
         ConfigError: if some parameters have none after it.
@@ -322,7 +353,7 @@ def _initialise(module: nn.Module, input_shape: InputShape) -> None:
     if not _lazy(module):
         return
     with torch.no_grad():
-        module.eval()(torch.zeros(2, *input_shape))
+        module.eval()(blank(2, input_shape))
     module.train()
     if left := _lazy(module):
         raise ConfigError(f"model: {left[0]} has no shape after a forward pass, in which it takes no part")

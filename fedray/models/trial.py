@@ -1,7 +1,7 @@
 """A model on trial: whether it can be trained in a federation at all, found out before anything starts.
 
-Two random images go through a model that a user wrote, forward and backward. What a worker would otherwise
-find in mid-run becomes one message that names the model and the module.
+Two random examples go through a model that a user wrote, forward and backward. An error that a worker would
+otherwise find in mid-run becomes one message that names the model and the module.
 """
 
 import random
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedray.models.spec import ModelSpec
+from fedray.models.spec import ModelSpec, examples_of
 from fedray.randomness import borrowed
 
 BATCH = 2
@@ -24,7 +24,7 @@ def fault(spec: ModelSpec) -> str | None:
     """Return why a model cannot be trained, beginning with its name; None if it can.
 
     Args:
-        spec: the model. It is initialised, and computes with two random images.
+        spec: the model. It is initialised, and computes with two random examples.
     """
     with borrowed(0):
         found = next(_faults(spec), None)
@@ -38,19 +38,28 @@ def _faults(spec: ModelSpec) -> Iterator[str]:
     if not leaves:
         yield "has no parameters that can be trained: all have requires_grad=False, or there are none"
         return
-    images = torch.randn(BATCH, *spec.input_shape, generator=torch.Generator().manual_seed(0))
+    examples = _random(spec)
     for mode in ("evaluation", "training"):
         module.train(mode == "training")
         try:
             with torch.set_grad_enabled(mode == "training"):
-                logits: object = module(images.clone())
+                logits: object = module(examples.clone())
         except Exception as error:
-            given = f"{BATCH} images of {_times(spec.input_shape)}"
-            yield f"fails on {given} in {mode}: {_told(error, module)}"
+            given = f"{BATCH} {examples_of(spec.input_shape, spec.architecture.tokens)}"
+            yield f"fails on {given} in {mode}: {_one_line(error, module)}"
             return
         yield from (f"returns {it} in {mode}" for it in _unlike_logits(logits, spec.num_classes))
     assert isinstance(logits, Tensor)
     yield from _gradients(logits, leaves)
+
+
+def _random(spec: ModelSpec) -> Tensor:
+    rng, shape, tokens = (
+        torch.Generator().manual_seed(0),
+        (BATCH, *spec.input_shape),
+        spec.architecture.tokens,
+    )
+    return torch.randint(tokens, shape, generator=rng) if tokens else torch.randn(shape, generator=rng)
 
 
 def _held_apart(module: nn.Module) -> Iterator[str]:
@@ -68,7 +77,7 @@ def _held_apart(module: nn.Module) -> Iterator[str]:
 
 
 def _unlike_logits(logits: object, num_classes: int) -> Iterator[str]:
-    wanted = f"expected are logits, float32 ({BATCH}, {num_classes}): a row for each image"
+    wanted = f"expected are logits, float32 ({BATCH}, {num_classes}): a row for each example"
     if not isinstance(logits, Tensor):
         yield f"{type(logits).__name__}; {wanted}"
     elif logits.shape != (BATCH, num_classes):
@@ -76,7 +85,7 @@ def _unlike_logits(logits: object, num_classes: int) -> Iterator[str]:
     elif logits.dtype != torch.float32:
         yield f"{str(logits.dtype).removeprefix('torch.')}; {wanted}"
     elif not bool(logits.isfinite().all()):
-        yield "NaN or infinity for random images, untrained; look at its initialisation"
+        yield "NaN or infinity for random examples, untrained; look at its initialisation"
 
 
 def _gradients(logits: Tensor, leaves: dict[str, nn.Parameter]) -> Iterator[str]:
@@ -91,11 +100,11 @@ def _gradients(logits: Tensor, leaves: dict[str, nn.Parameter]) -> Iterator[str]
         yield f"has no gradient: {str(error).splitlines()[0]}"
         return
     for name, gradient in zip(leaves, grads, strict=True):
-        if gradient is not None and not bool(gradient.isfinite().all()):
+        if gradient is not None and not bool(gradient.to_dense().isfinite().all()):
             yield f"has a gradient of NaN or infinity at {name}, untrained; look at its initialisation"
 
 
-def _told(error: Exception, module: nn.Module) -> str:
+def _one_line(error: Exception, module: nn.Module) -> str:
     """Return an error in one line, with the module of the network that raised it."""
     names = {id(part): name for name, part in module.named_modules()}
     inner = ""
@@ -105,7 +114,3 @@ def _told(error: Exception, module: nn.Module) -> str:
             inner = f", in {names[id(caller)]} ({type(caller).__name__})"
     first = (str(error).strip() or "no reason").splitlines()[0]
     return f"{type(error).__name__}: {first}{inner}"
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))

@@ -17,7 +17,7 @@ from functools import partial
 
 from torch import nn
 
-from fedray.models.spec import Architecture, InputShape
+from fedray.models.spec import Architecture, InputShape, not_images
 
 SMALLEST = 28
 
@@ -50,6 +50,8 @@ def _border(side: int) -> int:
 
 
 def _accepts(name: str, input_shape: InputShape) -> str | None:
+    if reason := not_images(name, input_shape):
+        return reason
     _, height, width = input_shape
     if min(height, width) >= SMALLEST:
         return None

@@ -112,7 +112,7 @@ def test_the_short_way_through_linear_layers_is_sgd_too(weight_decay: float, den
     assert (short.meter.flops, short.meter.executed_flops) == (long.meter.flops, long.meter.executed_flops)
 
 
-def tied(shape: tuple[int, int, int], classes: int) -> nn.Module:
+def tied(shape: tuple[int, ...], classes: int) -> nn.Module:
     layer = nn.Linear(3, 3)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.ReLU(), layer, nn.ReLU(), layer)
 
@@ -166,7 +166,7 @@ def sum_of(weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def test_frozen_weights_stay_as_they_are():
-    def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    def build(shape: tuple[int, ...], classes: int) -> nn.Module:
         module = small.MLP.build(shape, classes)
         module.get_parameter("fc1.bias").requires_grad_(False)
         return module

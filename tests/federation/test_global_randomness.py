@@ -36,14 +36,14 @@ class Augmented(nn.Module):
         return x + 0.1 * self.draw()
 
 
-def _dropout(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def _dropout(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(prod(input_shape), 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, num_classes)
     )
 
 
 def _noisy(draw: Callable[[], float]) -> Architecture:
-    def build(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         return nn.Sequential(Augmented(draw), nn.Flatten(), nn.Linear(prod(input_shape), num_classes))
 
     return Architecture(build, lambda shape: None, "made up", "noise on the images")
@@ -225,7 +225,7 @@ def test_code_that_fails_by_chance_fails_wherever_it_runs() -> None:
 
 @pytest.mark.parametrize("draw", [np.random.randn, random.random, lambda: float(torch.rand(()))])
 def test_an_initialisation_may_draw_from_any_library(draw: Callable[[], float]) -> None:
-    def build(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         layer = nn.Linear(prod(input_shape), num_classes)
         nn.init.constant_(layer.weight, draw())
         return nn.Sequential(nn.Flatten(), layer)
@@ -242,7 +242,7 @@ def test_an_initialisation_may_draw_from_any_library(draw: Callable[[], float]) 
 def test_what_a_module_counts_does_not_pass_from_client_to_client(momentum: float | None) -> None:
     """With momentum=None, BatchNorm weighs a batch by the number of batches that it has seen."""
 
-    def build(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    def build(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         return nn.Sequential(
             nn.BatchNorm2d(1, momentum=momentum), nn.Flatten(), nn.Linear(prod(input_shape), num_classes)
         )

@@ -191,7 +191,7 @@ def test_layers_that_share_a_weight_have_no_channels() -> None:
 
 
 def test_normalisation_behind_a_flattening_goes_with_its_channel() -> None:
-    def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    def build(shape: tuple[int, ...], classes: int) -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)
         )
