@@ -1,6 +1,7 @@
 """Sequences of tokens: reviews of 12 words, praise or blame.  A data set and a model with attention.
 
-    fedray run tune_configs/quickstart.yaml --import examples/tokens.py data.name=reviews model=attention
+    fedray run tune_configs/quickstart.yaml --import examples/tokens.py data.name=reviews model=attention \
+        method.optimizer=adam method.lr=0.01
 
 The reviews are made up: of 30 words a third praise, a third blame, and the others say nothing. Tokens are
 whole numbers below `tokens`; the model embeds as many. FLOPs of attention count as they are (docs/costs.md).

@@ -160,7 +160,9 @@ def workplace(
     )
     return Workplace(
         model=model,
-        flops=FlopModel.trace(model.bind(model.init(seed).flat), data.input_shape, model.layout),
+        flops=FlopModel.trace(
+            model.bind(model.init(seed).flat), data.input_shape, model.layout, tokens=data.tokens
+        ),
         dataset=data,
         population=Population(partition, fleet(partition.population, devices)),
         method=method,

@@ -18,10 +18,12 @@ from fedray import cli
 from fedray.config import plugins
 from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
-from fedray.experiment.run import History, run
+from fedray.experiment.final_model import load_model
+from fedray.experiment.run import Federation, History, run
 from fedray.experiment.space import Sweep
 from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
+from fedray.report.reading import load_run
 from tests import small
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +98,63 @@ def test_the_new_methods_options_are_checked_like_any(tmp_path: Path) -> None:
         result_of(tmp_path, "fedprox", "method.mu=-1")
     with pytest.raises(ConfigError, match=r"method\.nu .*did you mean 'mu'"):
         result_of(tmp_path, "fedprox", "method.nu=1.0")
+
+
+SHAPES = {
+    # example → data set, model, lowest accuracy after the rounds, FLOPs of a forward pass of one example
+    "tabular": ("tumours", "table", 0.85, 2 * (30 * 64 + 64 * 32 + 32 * 2)),
+    "tokens": (
+        "reviews",
+        "attention",
+        0.65,
+        2 * (12 * 48 * 16 + 12 * 16 * 16 + 16 * 2) + 4 * 2 * 12 * 12 * 8,
+    ),
+    "signals": ("waves", "conv1d", 0.7, 2 * (64 * 16 * 7 + 64 * 32 * 16 * 7 + 32 * 3)),
+}
+FEW = ("clients.actors=0", "clients.population=20", "clients.cohort=5", "eval_every=2", "tracking.uri=none")
+
+
+@pytest.mark.parametrize("example", SHAPES)
+@pytest.mark.usefixtures("tables")
+def test_an_example_of_each_shape_of_data_runs_as_it_says(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    data, model, lowest, flops = SHAPES[example]
+    (command,) = commands((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8"))
+    assert command[:4] == ["run", "tune_configs/quickstart.yaml", "--import", f"examples/{example}.py"]
+    arguments = [*command, *FEW, "rounds=8", "method.name=staged", "method.density=0.5", "--out"]
+    outcome = CliRunner().invoke(cli.app, [*arguments, str(tmp_path / "run")], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    config = RunConfig.load(tmp_path / "run" / "config.yaml")
+    assert (config.data.name, config.model) == (data, model)
+    result = load_run(tmp_path / "run").result
+    assert result is not None
+    assert result["status"] == "finished"
+    assert result["density/global"] == pytest.approx(0.5, abs=0.01)
+    assert result["test/accuracy"] > lowest
+    place = Federation.of(config).place
+    assert place.flops.dense() == flops
+    module = load_model(tmp_path / "run")
+    assert module(place.dataset.normalise(place.dataset.train.x[:3])).shape == (3, place.dataset.num_classes)
+
+
+@pytest.mark.usefixtures("tables")
+def test_data_and_models_of_unlike_kinds_are_refused() -> None:
+    imports = [f"imports=[{', '.join(str(ROOT / 'examples' / f'{name}.py') for name in SHAPES)}]"]
+    for changes, message in (
+        (
+            ("data.name=reviews", "model=table"),
+            r"table does not take reviews: it takes numbers.* 30 different",
+        ),
+        (("data.name=tumours", "model=attention"), r"attention does not take tumours: it embeds 30 tokens"),
+        (("data.name=tumours", "model=cnn"), r"cnn takes images .*, not examples of 30 numbers"),
+        (("data.name=waves", "model=table"), r"table cannot be built for examples of 1×64 numbers"),
+    ):
+        with pytest.raises(ConfigError, match=rf"model .*{message}"):
+            RunConfig.load(ROOT / "tune_configs" / "quickstart.yaml", [*imports, *FEW, *changes])
+    listed = CliRunner().invoke(cli.app, ["models", "--import", str(ROOT / "examples" / "tokens.py")])
+    assert listed.exit_code == 0 and "attention" in listed.output
 
 
 def test_the_round_by_hand_and_fedrays_agree(capsys: pytest.CaptureFixture[str]) -> None:
