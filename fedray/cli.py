@@ -1,4 +1,4 @@
-"""The command line: `fedray run | sweep | report | resume | sync | ui | methods | samplers | models | …`.
+"""The command line: `fedray run | sweep | report | resume | sync | ui | agent | methods | samplers | models | …`.
 
 Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted,
 143 and 129 ended by SIGTERM and SIGHUP.
@@ -12,15 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
+import typer.main
 from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedray.errors import ConfigError, DataError, FedrayError, unknown
+from fedray.errors import ConfigError, unknown
+from rllib_pruner.commands import run_app
 
 if TYPE_CHECKING:
     from fedray.federation.method import Method
@@ -357,18 +361,34 @@ def schema(
     sys.stdout.write(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
 
 
+AGENT_COMMANDS = {
+    "train": "rllib_pruner.train",
+    "evaluate": "rllib_pruner.evaluate",
+    "judge": "rllib_pruner.stages.judge",
+}
+"""Name of a command of `fedray agent` → the module whose `app` it is."""
+
+
+class _AgentGroup(typer.core.TyperGroup):
+    """The commands of `fedray agent`; each imports its module, and with it RLlib, when it is used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(AGENT_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in AGENT_COMMANDS:
+            return None
+        return typer.main.get_command(import_module(AGENT_COMMANDS[cmd_name]).app)
+
+
+app.add_typer(
+    typer.Typer(cls=_AgentGroup, help="Train, evaluate and judge agents.", no_args_is_help=True), name="agent"
+)
+
+
 def main() -> None:
     """Run the command line; turn fedray's own errors into a message and an exit status."""
-    try:
-        app()
-    except (ConfigError, DataError) as error:
-        _say_error("cannot run", error)
-        sys.exit(2)
-    except FedrayError as error:
-        _say_error("failed", error)
-        sys.exit(1)
-    except KeyboardInterrupt:  # typer has made it exit status 130 where a command was running
-        sys.exit(130)
+    run_app(app)
 
 
 # ── what is shown
@@ -523,11 +543,6 @@ def _tracked(path: Path, what: str) -> str:
     if not uri.startswith("sqlite:"):
         return f"   {what}: {_escape(without_password(uri))}"
     return f"   {what}: fedray ui" + ("" if uri == TrackingConfig().uri else f" --uri {_escape(uri)}")
-
-
-def _say_error(what: str, error: FedrayError) -> None:
-    # not wrapped: a path that is broken over two lines cannot be copied
-    err.print(f"[bold red]{what}:[/bold red] {_escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def _say_warnings(path: Path) -> None:

@@ -171,7 +171,7 @@ class TrainFiles:
             RunError: if the disk refuses.
         """
         place = self.path / name
-        with durable.on_disk(place, f"`python -m rllib_pruner.train --resume {shown(self.path)}`"):
+        with durable.on_disk(place, f"`fedray agent train --resume {shown(self.path)}`"):
             yield place
 
 

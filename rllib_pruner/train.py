@@ -1,34 +1,28 @@
 """The command that trains an agent.
 
-    python -m rllib_pruner.train tune_configs/rl_rate_search.yaml [KEY=VALUE]… [--out DIR] [--ship]
-    python -m rllib_pruner.train --resume DIR
+    fedray agent train tune_configs/rl_rate_search.yaml [KEY=VALUE]… [--out DIR] [--ship]
+    fedray agent train --resume DIR
 
-Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked, 130 interrupted.
+`python -m rllib_pruner.train` is the same command. Exit status: 0 done, 1 failed on the way, 2 cannot run as
+asked, 130 interrupted.
 """
 
 import logging
 import shutil
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fedray.durable import local_path
-from fedray.errors import ConfigError, FedrayError
-from fedray.experiment.cluster import start_ray
-from fedray.policies.trained import shipped
-from fedray.storage.directory import take_next
-from rllib_pruner.config import Plan
-from rllib_pruner.files import Row, TrainFiles
-from rllib_pruner.training import resume as go_on
-from rllib_pruner.training import train as train_one
-from rllib_pruner.trials import train_all
+from fedray.errors import ConfigError
+from rllib_pruner.commands import err, run_app
+
+if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for Ray
+    from rllib_pruner.files import Row
 
 RUNS = Path("runs")
 out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -41,21 +35,29 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. algorithm.lr=3e-4 seed=1")
     ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Default: the next under runs/.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the training in this directory.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the training in this directory.")] = None,
     ship: Annotated[bool, typer.Option(help="Put the policy into the package.")] = False,
 ) -> None:
-    """Train an agent with RLlib; the best policy is left in DIR/policy."""
+    """Train an agent with RLlib; the best policy is in DIR/policy."""
+    from fedray.durable import local_path
+    from fedray.experiment.cluster import start_ray
+    from fedray.policies.trained import shipped
+    from fedray.storage.directory import take_next
+    from rllib_pruner.config import Plan
+    from rllib_pruner.files import TrainFiles
+    from rllib_pruner.training import resume as resume_one
+    from rllib_pruner.training import train as train_one
+    from rllib_pruner.trials import train_all
+
     if (file is None) == (resume is None):
         raise ConfigError("give either a YAML file, or --resume with the directory of an earlier training")
     if resume is not None:
         if out_dir is not None or overrides:
-            raise ConfigError(
-                "--resume goes on with a training as it is: it takes neither --out nor key=value"
-            )
+            raise ConfigError("--resume continues a training unchanged: it takes neither --out nor key=value")
         config = TrainFiles.open(resume).config()
-        process, place = config.process.name, resume
+        process, directory = config.process.name, resume
         config.process.options.prepare(err.print)
-        go_on(resume, on_evaluation=_say)
+        resume_one(resume, on_evaluation=_say)
     else:
         assert file is not None
         plan = Plan.load(file, overrides or [])
@@ -65,49 +67,36 @@ def train(
         err.print("starting Ray …")
         start_ray()  # before anything is left on disk
         inner = "trials" if plan.has_space else "checkpoints"
-        place = out_dir or take_next(local_path(RUNS), plan.name, inner, "training")
-        err.print(f"training in {place}")
+        directory = out_dir or take_next(local_path(RUNS), plan.name, inner, "training")
+        err.print(f"training in {directory}")
         if plan.has_space:
-            err.print(f"best: {train_all(plan, place, _say_trial, taken=is_next)}")
+            err.print(f"best: {train_all(plan, directory, _say_trial, taken=is_next)}")
         else:
-            train_one(plan.trials[""], place, on_evaluation=_say, taken=is_next)
-    curve = f"Learning curve: {place}/curve.png   " if (place / "curve.png").is_file() else ""
-    out.print(f"Policy: {place}/policy   {curve}MLflow: fedray ui")
+            train_one(plan.trials[""], directory, on_evaluation=_say, taken=is_next)
+    curve = f"Learning curve: {directory}/curve.png   " if (directory / "curve.png").is_file() else ""
+    out.print(f"Policy: {directory}/policy   {curve}MLflow: fedray ui")
     if ship:
         target = shipped(process)
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(place / "policy", target)
+        shutil.copytree(directory / "policy", target)
         out.print(f"Shipped to {target}")
 
 
-def _say(row: Row) -> None:
+def _say(row: "Row") -> None:
     """Show an evaluation in a line."""
     shown = {name: value for name, value in row.items() if name == "score" or "/" in name}
     measures = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
     err.print(f"{row['env_steps']:>7,} steps  return {row.get('return', float('nan')):.2f}  {measures}")
 
 
-def _say_trial(name: str, row: Row) -> None:
+def _say_trial(name: str, row: "Row") -> None:
     err.print(f"{name}: {row['env_steps']:>7,} steps  score {row['score']:.3g}")
 
 
 def main() -> None:
-    """Run the command line; turn fedray's own errors into a message and an exit status."""
+    """Run the command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        app()
-    except ConfigError as error:
-        err.print(f"[bold red]cannot run:[/bold red] {_escaped(error)}")
-        sys.exit(2)
-    except FedrayError as error:
-        err.print(f"[bold red]failed:[/bold red] {_escaped(error)}")
-        sys.exit(1)
-
-
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+    run_app(app)
 
 
 if __name__ == "__main__":

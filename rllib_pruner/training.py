@@ -156,7 +156,7 @@ def _track(
             tracker.finish(status, [files.policy, files.path / "progress.jsonl", files.path / "curve.png"])
             if status != "FINISHED":
                 done, path = "interrupted" if status == "KILLED" else "failed", shown(files.path)
-                command = f"python -m rllib_pruner.train --resume {path}"
+                command = f"fedray agent train --resume {path}"
                 logger.warning("%s; `%s` continues from the last evaluation", done, command)
     return rows
 

@@ -63,7 +63,7 @@ def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial, stop: Stop) -> str
     finally:
         if stop.signal is not None:
             status = "KILLED"
-            hint = f"python -m rllib_pruner.train --resume {shown(out)}/trials/NAME"
+            hint = f"fedray agent train --resume {shown(out)}/trials/NAME"
             logger.warning("interrupted; `%s` continues a trial", hint)
         for name in plan.trials:
             _settle(out / "trials" / name, store, status)

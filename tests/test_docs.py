@@ -76,9 +76,9 @@ def commands() -> dict[str, Any]:
     """Return the commands of `fedray` by name, those of groups as `group name`."""
 
     def walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if hasattr(command, "commands"):
-            for key, inner in command.commands.items():
-                yield from walk(inner, f"{name} {key}".strip())
+        if hasattr(command, "list_commands"):
+            for key in command.list_commands(None):
+                yield from walk(command.get_command(None, key), f"{name} {key}".strip())
         else:
             yield name, command
 
@@ -216,6 +216,8 @@ def test_what_a_page_names_is_there(page: Path):
         "fedray runs x.yaml",
         "fedray run x.yaml --outt y",
         "python -m rllib_pruner.trains",
+        "fedray agent trains x.yaml",
+        "fedray agent train --resum x",
         "make tests",
     ],
 )
@@ -237,6 +239,8 @@ def test_what_is_not_there_is_found(text: str):
         "fedray sweep x.yaml seed=1 --out y",
         "fedray report DIR --target 0.85",
         "python -m benchmarks.round",
+        "fedray agent",
+        "fedray agent train --resume runs/x",
         "make test-all",
         "weights_sha256",
         "docs/methods/<name>.md",

@@ -156,6 +156,7 @@ def test_every_file_is_named_after_what_it_holds():
     "code, unwanted",
     [
         ("import fedray, fedray.cli", HEAVY | {"torch"}),
+        ("import rllib_pruner.train, rllib_pruner.evaluate", HEAVY | {"torch"}),
         (
             "import fedray, fedray.federation.worker; [getattr(fedray, name) for name in fedray.__all__]",
             HEAVY,
@@ -165,7 +166,7 @@ def test_every_file_is_named_after_what_it_holds():
             {"torch", "ray", "mlflow", "sklearn", "torchvision"},
         ),
     ],
-    ids=["the command line", "all public names and a worker", "reports"],
+    ids=["the command line", "the commands of agents", "all public names and a worker", "reports"],
 )
 def test_importing_loads_nothing_heavy(code: str, unwanted: set[str]):
     code += f"; import sys; print(*sorted({unwanted!r} & set(sys.modules)))"

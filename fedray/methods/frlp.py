@@ -62,7 +62,7 @@ class FRLP(Method[FRLPMemory]):
 
     Args:
         solver: how the rate is searched: by a trained agent, step by step, or by bisection.
-        policy: folder of the agent for `dqn`, written by `rllib_pruner.train`; None: the one that ships.
+        policy: folder of the agent for `dqn`, written by `fedray agent train`; None: the one that ships.
         prune_rounds: rounds after which the server prunes; None: every `interval` up to `until`.
         interval: rounds between events; None: a fifth of the run, at most 20.
         until: last event, as a share of the run's rounds.

@@ -83,7 +83,7 @@ class Staged(Method[StagedMemory]):
         schedule: how density falls from stage to stage.
         policy: who says how much goes at a stage: `density` with `schedule`, or `threshold`; or an agent or a
             bandit, one of `fedray.policies.stages.ACTIONS` at a time.
-        agent: folder written by rllib_pruner.train; None: the one that ships.
+        agent: folder written by `fedray agent train`; None: the one that ships.
         preference: λ of agent and bandit: points of accuracy, in hundreds, that the dense model's whole
             traffic is worth. 0.01 keeps accuracy, 1 saves bytes.
         budget: traffic that the run should keep to, as a share of the dense model's; λ then starts at

@@ -3,7 +3,7 @@
     policy.json     what the agent decides, from which observation, how it was trained, and how well it did
     module/         the network: no optimizer, no replay, no environment
 
-`rllib_pruner.train` writes such folders with `save`, and those of `shipped` come with the package. Using one
+`fedray agent train` writes such folders with `save`, and those of `shipped` come with the package. Using one
 takes neither an Algorithm nor a running Ray, and nothing of `rllib_pruner`.
 
 A module is a pickle: only use policies that you trust.
@@ -55,7 +55,7 @@ class PolicyInterface:
 
 
 class TrainedPolicy:
-    """A policy as `rllib_pruner.train` wrote it. Make one by `load`.
+    """A policy as `fedray agent train` wrote it. Make one by `load`.
 
     Attributes:
         about: what `policy.json` says.
@@ -70,7 +70,7 @@ class TrainedPolicy:
         """Read a policy; a second call returns the same object.
 
         Args:
-            folder: written by `rllib_pruner.train`; None: the policy that ships for the process.
+            folder: written by `fedray agent train`; None: the policy that ships for the process.
             interface: of the process that will use the policy.
 
         Raises:
@@ -233,7 +233,7 @@ def _mismatch(about: Mapping[str, Any], wants: PolicyInterface) -> str | None:
 
 def _retrain(process: str) -> str:
     """Return how to get a policy that fits."""
-    command = f"python -m rllib_pruner.train tune_configs/rl_{process}.yaml --out DIR"
+    command = f"fedray agent train tune_configs/rl_{process}.yaml --out DIR"
     return f"train one with `{command}`, then give the folder DIR/policy"
 
 

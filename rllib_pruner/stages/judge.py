@@ -1,6 +1,8 @@
 """The command that judges the stage agent from the files of a sweep: at equal bytes, and at equal accuracy.
 
-    python -m rllib_pruner.stages.judge runs/stages_judged-001 [--out FILE.md]
+    fedray agent judge runs/stages_judged-001 [--out FILE.md]
+
+`python -m rllib_pruner.stages.judge` is the same command.
 
 Rows are settings of the sweep, seed by seed beside the front of fixed ones: those schedules and constant
 densities that no other one beats in mean test accuracy with fewer bytes, joined by lines over log(bytes). The
@@ -9,7 +11,6 @@ and no part of it: to be above the front is not to be above them. Intervals are 
 a report.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
 
-from fedray.errors import ConfigError, FedrayError
+from fedray.errors import ConfigError
 from fedray.report.reading import find_runs, load_run
 from fedray.report.series import Setting, settings
 from fedray.report.table import mean_and_interval
+from rllib_pruner.commands import run_app
 from rllib_pruner.tables import Table
 
 Floats = NDArray[np.float64]
@@ -33,7 +34,6 @@ CONSTANT = ("fedavg", "snip", "random_mask")
 MEGA = 1e6
 
 out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -203,12 +203,8 @@ def judge(
 
 
 def main() -> None:
-    """Run the command line; turn fedray's own errors into a message and an exit status."""
-    try:
-        app()
-    except FedrayError as error:
-        err.print(f"[bold red]cannot run:[/bold red] {escape(str(error))}")
-        sys.exit(2)
+    """Run the command line."""
+    run_app(app)
 
 
 if __name__ == "__main__":

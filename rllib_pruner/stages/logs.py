@@ -224,9 +224,7 @@ def load(folder: Path) -> pd.DataFrame:
     """
     rows = read_table(folder)
     if rows is None or rows.empty:
-        raise FileNotFoundError(
-            f"no log of episodes in {folder}; `python -m rllib_pruner.train` collects one"
-        )
+        raise FileNotFoundError(f"no log of episodes in {folder}; `fedray agent train` collects one")
     return rows
 
 

@@ -327,8 +327,8 @@ def test_an_agent_that_cannot_be_used_is_refused_before_anything_starts(tmp_path
 
     absent, stranger = tmp_path / "absent", tmp_path / "stranger"
     refused(
-        rf"method\.policy: policy {absent}: there is no policy\.json in it; train one with `python -m "
-        r"rllib_pruner\.train tune_configs/rl_rate_search\.yaml --out DIR`",
+        rf"method\.policy: policy {absent}: there is no policy\.json in it; train one with `fedray "
+        r"agent train tune_configs/rl_rate_search\.yaml --out DIR`",
         solver="dqn",
         policy=str(absent),
     )

@@ -80,7 +80,7 @@ def problem(folder: Path) -> str:
     with pytest.raises(ConfigError) as raised:
         TrainedPolicy.load(folder, MADE_UP)
     assert str(raised.value) == found
-    assert "python -m rllib_pruner.train tune_configs/rl_made up.yaml --out DIR" in found
+    assert "fedray agent train tune_configs/rl_made up.yaml --out DIR" in found
     return found
 
 
@@ -216,7 +216,7 @@ def test_a_module_that_rllib_cannot_load(folder: Path) -> None:
     files = json.loads((folder / "policy.json").read_text())["files"]
     rewrite(folder, files=files | {PARTS[0]: sha256(b"nothing").hexdigest()})
     assert policy_problem(folder, MADE_UP) is None
-    with pytest.raises(ConfigError, match=r"RLlib cannot load it \(UnpicklingError.*rllib_pruner\.train"):
+    with pytest.raises(ConfigError, match=r"RLlib cannot load it \(UnpicklingError.*fedray agent train"):
         TrainedPolicy.load(folder, MADE_UP)
 
 

@@ -24,9 +24,9 @@ def test_every_process_has_a_file_that_trains_it():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_loads_and_its_commands_can_be_run(path):
     text = path.read_text(encoding="utf-8")
-    assert text.startswith(f"# python -m rllib_pruner.train tune_configs/{path.name}")
+    assert text.startswith(f"# fedray agent train tune_configs/{path.name}")
     assert Plan.load(path).trials
-    for command in re.findall(r"^# python -m rllib_pruner\.train (.+)$", text, flags=re.MULTILINE):
+    for command in re.findall(r"^# fedray agent train (.+)$", text, flags=re.MULTILINE):
         file, *overrides = [word for word in shlex.split(command) if not word.startswith("--")]
         assert file == f"tune_configs/{path.name}"
         assert Plan.load(ROOT / file, overrides).trials

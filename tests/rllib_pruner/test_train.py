@@ -215,7 +215,7 @@ def test_a_signal_keeps_the_evaluations_and_ends_the_tracking(
     assert [row["iteration"] for row in TrainFiles.open(tmp_path / "t").progress()] == [1]
     (run,) = MlflowClient(uri).search_runs(["1"])
     assert run.info.status == "KILLED"
-    assert "interrupted; `python -m rllib_pruner.train --resume" in caplog.messages[-1]
+    assert "interrupted; `fedray agent train --resume" in caplog.messages[-1]
 
 
 def test_a_training_that_is_running_is_not_resumed(tmp_path):
