@@ -1,4 +1,4 @@
-"""The command line: `fedray run | sweep | report | resume | sync | ui | agent | methods | samplers | models | …`.
+"""The command line: `fedray run | sweep | report | resume | sync | ui | agent | methods | …`.
 
 Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted,
 143 and 129 ended by SIGTERM and SIGHUP.
