@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from fedray import cli
 from fedray.errors import ConfigError, DataError, RunError
-from rllib_pruner import commands
 from rllib_pruner.commands import run_app
 from tests.report.rundirs import write_run
 
@@ -95,4 +94,3 @@ def test_an_error_is_a_message_and_an_exit_status(
         run_app(fail)
     assert ended.value.code == status
     assert capsys.readouterr().err.strip() == shown
-    assert cli.run_app is commands.run_app
