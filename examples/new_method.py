@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedray.federation.client import Client, Step
-from fedray.federation.method import Method
-from fedray.methods import METHODS
-from fedray.types import ClientUpdate, NonNegativeFloat, Task
+from fedray import METHODS, Client, ClientUpdate, Method, NonNegativeFloat, Step, Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import fedray
-from fedray.federation.sampling import SamplerContext
-from fedray.types import ClientRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +19,13 @@ class InTurn(fedray.Sampler):
 
     candidates: int = 3
 
-    def draw(self, memory: dict[int, int] | None, ctx: SamplerContext) -> tuple[int, ...]:
+    def draw(self, memory: dict[int, int] | None, ctx: fedray.SamplerContext) -> tuple[int, ...]:
         """Return the cohort; a client that never took part comes first."""
         drawn, last = ctx.available(self.candidates * ctx.cohort), memory or {}
         return tuple(sorted(drawn, key=lambda client: (last.get(client, 0), client))[: ctx.cohort])
 
     def learn(
-        self, memory: dict[int, int] | None, records: Sequence[ClientRecord], round: int
+        self, memory: dict[int, int] | None, records: Sequence[fedray.ClientRecord], round: int
     ) -> dict[int, int]:
         """Note the round of each client of the cohort."""
         return (memory or {}) | {record.client: round for record in records}

@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from fedray.federation.aggregate import CohortUpdate
     from fedray.federation.client import Client, Step
     from fedray.federation.method import Method, ServerContext, Setting
-    from fedray.federation.sampling import SAMPLERS, Sampler
+    from fedray.federation.sampling import SAMPLERS, Sampler, SamplerContext
     from fedray.federation.server import Server
     from fedray.methods import METHODS
     from fedray.models import MODELS, Architecture, ModelSpec
     from fedray.report.reading import RunData, find_runs, load_run
     from fedray.report.table import write_report
     from fedray.types import (
+        ClientRecord,
         ClientUpdate,
         Cost,
         Density,
@@ -72,6 +73,7 @@ __all__ = [
     "Architecture",
     "Client",
     "ClientError",
+    "ClientRecord",
     "ClientUpdate",
     "CohortUpdate",
     "ConfigError",
@@ -106,6 +108,7 @@ __all__ = [
     "RunData",
     "RunError",
     "Sampler",
+    "SamplerContext",
     "Server",
     "ServerContext",
     "ServerState",
@@ -147,14 +150,14 @@ _MODULES = {
     "fedray.federation.aggregate": "CohortUpdate",
     "fedray.federation.client": "Client Step",
     "fedray.federation.method": "Method ServerContext Setting",
-    "fedray.federation.sampling": "SAMPLERS Sampler",
+    "fedray.federation.sampling": "SAMPLERS Sampler SamplerContext",
     "fedray.federation.server": "Server",
     "fedray.methods": "METHODS",
     "fedray.models": "MODELS Architecture ModelSpec",
     "fedray.report.reading": "RunData find_runs load_run",
     "fedray.report.table": "write_report",
-    "fedray.types": "ClientUpdate Cost DeviceProfile Layout Mask Params RoundReport ServerState Task "
-    "Density Fraction NonNegativeFloat NonNegativeInt PositiveFloat PositiveInt",
+    "fedray.types": "ClientRecord ClientUpdate Cost DeviceProfile Layout Mask Params RoundReport ServerState "
+    "Task Density Fraction NonNegativeFloat NonNegativeInt PositiveFloat PositiveInt",
 }
 """Module → the public names that live there. `fedray.report` is the package of reports itself."""
 

@@ -1,7 +1,7 @@
 """The command line: `fedray run | sweep | report | resume | sync | ui | agent | methods | …`.
 
-Exit status: 0 done, 1 broke on the way, 2 cannot be run as asked (nothing was started), 130 interrupted,
-143 and 129 ended by SIGTERM and SIGHUP.
+Exit status: 0 done, 1 failed while running, 2 refused before anything started, 130 interrupted, 143 and 129
+ended by SIGTERM and SIGHUP.
 """
 
 import inspect
@@ -39,7 +39,7 @@ app = typer.Typer(
 
 
 class _Console(Console):
-    """A terminal's width where there is one; in a pipe or a file, as wide as a table or a line needs."""
+    """As wide as the terminal; in a pipe or a file, as wide as the longest line."""
 
     @property  # type: ignore[misc]  # rich's can be set
     def size(self) -> ConsoleDimensions:
@@ -57,7 +57,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. method.lr=0.1 seed=1")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Directory of its own; default: the next under runs/.")
+    Path | None, typer.Option("--out", help="An empty or new directory; default: the next under runs/.")
 ]
 Import = Annotated[
     list[Path] | None,
@@ -75,16 +75,14 @@ def _common(
 
 @app.command()
 def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
-    """Make one run of a file's `base:`."""
+    """Make one run: of a config, or of the `base:` of a sweep."""
     from fedray.config.run_config import RunConfig
     from fedray.experiment.run import run as make
 
     config = RunConfig.load(file, [*(overrides or []), *_imports_override(file, imports)])
     if _has_space(file):
         name = _short(file)
-        text = (
-            f"{name} is a sweep: this makes the run of its base only; `fedray sweep {name}` tries its points"
-        )
+        text = f"{name} is a sweep: this runs its base only; `fedray sweep {name}` tries its points"
         err.print(text, highlight=False, soft_wrap=True)
     with _RunProgress(config.rounds) as progress:
         history = make(config, out=out_dir, on_round=progress.show)
@@ -112,11 +110,11 @@ def resume(
     directory: Annotated[Path, typer.Argument(help="Directory of a run or a sweep.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="rounds=200, or what does not change results."),
+        typer.Argument(metavar="[KEY=VALUE]…", help="rounds=200, or keys that change no result."),
     ] = None,
     imports: Import = None,
 ) -> None:
-    """Continue a run or a sweep that ended early, or give a run more rounds."""
+    """Resume an interrupted run or sweep, or give a run more rounds."""
     _import(imports)
     from fedray.durable import local_path
     from fedray.experiment.resuming import resumed_config
@@ -157,11 +155,11 @@ def _resume_sweep(directory: Path, changes: list[str]) -> None:
 @app.command()
 def sync(
     directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
-    uri: Annotated[str | None, typer.Option(help="The store; default: that of the run's config.")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow store; default: that of the run's config.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow's experiment; default: as above.")] = None,
     imports: Import = None,
 ) -> None:
-    """Bring MLflow up to the files of runs and sweeps, e.g. after it was out of reach."""
+    """Add to MLflow what it lacks of runs and sweeps, e.g. after it was out of reach."""
     _import(imports)
     from fedray.experiment.sync import sync as bring
 
@@ -173,12 +171,12 @@ def sync(
 @app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Where pictures and tables go.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for figures and tables.")] = None,
     target: Annotated[
-        float | None, typer.Option(help="Also say when each reached this validation accuracy.")
+        float | None, typer.Option(help="Also report when each run reached this validation accuracy.")
     ] = None,
 ) -> None:
-    """Draw pictures and tables from the files of runs."""
+    """Draw figures and tables from the files of runs."""
     from fedray.report.reading import find_runs, load_run
     from fedray.report.series import label_runs
     from fedray.report.table import comparison, render_table, write_report
@@ -192,7 +190,7 @@ def report(
 
 @app.command()
 def ui(
-    uri: Annotated[str | None, typer.Option(help="The store; default: the one that runs use.")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow store; default: the one that runs use.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's UI on this machine's loopback."""
@@ -215,10 +213,10 @@ def ui(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one of them with all its options.")] = None,
     imports: Import = None,
 ) -> None:
-    """List the methods, what each is and needs; or the options of one."""
+    """List the methods; or show one with its options."""
     _import(imports)
     from dataclasses import fields
 
@@ -232,15 +230,15 @@ def methods(
         table.add_row(known, _title(method), method.citation, _needs(method) or "—")
     out.print(table)
     common = ", ".join(f"{field.name}={field.default}" for field in fields(Method))
-    out.print(f"Every method has: {common}\nOptions of its own: fedray methods NAME")
+    out.print(f"Every method has: {common}\nIn full: fedray methods NAME")
 
 
 @app.command()
 def samplers(
-    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one of them with all its options.")] = None,
     imports: Import = None,
 ) -> None:
-    """List the client samplers; or the options of one."""
+    """List the client samplers; or show one with its options."""
     _import(imports)
     from fedray.federation.sampling import SAMPLERS
 
@@ -296,10 +294,10 @@ def datasets(imports: Import = None) -> None:
 
 @app.command()
 def partitions(
-    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one of them with all its options.")] = None,
     imports: Import = None,
 ) -> None:
-    """List the kinds of partition, each with its options; or describe one."""
+    """List the kinds of partition; or show one with its options."""
     _import(imports)
     from fedray.data import PARTITIONS
 
@@ -391,12 +389,12 @@ def main() -> None:
     run_app(app)
 
 
-# ── what is shown
+# ── output
 # ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 LINES = 20
-"""Where there is no terminal, progress is about so many lines in place of a bar."""
+"""Without a terminal, progress prints about this many lines instead of a bar."""
 
 
 def _bar() -> Progress:
@@ -412,14 +410,14 @@ def _bar() -> Progress:
     )
 
 
-def _say_progress(line: str, before: int, after: int, total: int | None) -> None:
-    """Print a line where there is no bar, each time that another of LINES parts is done."""
-    if not err.is_terminal and (total is None or before * LINES // total != after * LINES // total):
+def _say_progress(line: str, before: int, done: int, total: int | None) -> None:
+    """Without a terminal, print a line whenever another of LINES parts is done."""
+    if not err.is_terminal and (total is None or before * LINES // total != done * LINES // total):
         err.print(line, highlight=False, soft_wrap=True)
 
 
 class _RunProgress:
-    """A bar with round, accuracy, density, bytes and time left; lines where there is no terminal."""
+    """A bar with round, accuracy, density, bytes and time left; without a terminal, lines."""
 
     def __init__(self, rounds: int) -> None:
         self.rounds, self.bar, self.done = rounds, _bar(), 0
@@ -443,7 +441,7 @@ class _RunProgress:
 
 
 class _Checking:
-    """A bar over the points of a sweep while they are validated."""
+    """A bar over the points of a sweep during validation."""
 
     def __init__(self) -> None:
         self.bar = _bar()
@@ -462,7 +460,7 @@ class _Checking:
 
 
 class _SweepProgress:
-    """A bar over the rounds of all trials, and the newest figures; lines where there is no terminal."""
+    """A bar over the rounds of all trials, with the newest metrics; without a terminal, lines."""
 
     def __init__(self, rounds: Mapping[str, int]) -> None:
         self.bar, self.done = _bar(), dict[str, int]()
@@ -480,9 +478,9 @@ class _SweepProgress:
         """Show a round of a trial."""
         before = sum(self.done.values())
         self.done[trial] = int(metrics["round"])
-        after, now = sum(self.done.values()), f"{trial}: {_now(metrics)}"
-        self.bar.update(self.task, completed=after, now=now)
-        _say_progress(f"{trial}, round {self.done[trial]}: {_now(metrics)}", before, after, self.total)
+        done, now = sum(self.done.values()), f"{trial}: {_now(metrics)}"
+        self.bar.update(self.task, completed=done, now=now)
+        _say_progress(f"{trial}, round {self.done[trial]}: {_now(metrics)}", before, done, self.total)
 
 
 def _now(metrics: Mapping[str, Any]) -> str:
@@ -522,9 +520,9 @@ def _say_sweep(result: Any) -> None:
         best, value = result.best
         out.print(f"Best {result.metric}: {value:.4g}, of {best.point.name}", highlight=False, soft_wrap=True)
     for trial in result.failed:
-        told = _escape(trial.error or "interrupted")
+        reason = _escape(trial.error or "interrupted")
         name = f"[bold red]{trial.point.name} {trial.status}:[/bold red]"
-        err.print(f"{name} {told}", highlight=False, soft_wrap=True)
+        err.print(f"{name} {reason}", highlight=False, soft_wrap=True)
     if result.failed:
         path = _short(result.path)
         err.print(f"`fedray resume {path}` resumes them from their checkpoints", soft_wrap=True)
@@ -532,7 +530,7 @@ def _say_sweep(result: Any) -> None:
 
 
 def _tracked(path: Path, what: str) -> str:
-    """Say how to see a run or a sweep in MLflow; nothing where it is not tracked there."""
+    """Return how to see a run or a sweep in MLflow; nothing if MLflow does not track it."""
     from fedray.config.run_config import TrackingConfig
     from fedray.config.uri import without_password
     from fedray.report.reading import store_of
@@ -560,7 +558,7 @@ def _table(*columns: str) -> Table:
 
 
 def _method(name: str) -> None:
-    """Print one method: what it is, its own options with their defaults, and what they mean."""
+    """Print one method: its summary, its own options, their defaults and meaning."""
     from dataclasses import fields
 
     from fedray.federation.method import Method
@@ -573,7 +571,7 @@ def _method(name: str) -> None:
     out.print(f"{name}: {_title(method)}", style="bold", highlight=False)
     out.print(f"Source: {method.citation or '—'}   Needs: {_needs(method) or '—'}\n", highlight=False)
     out.print(_escape(inspect.getdoc(method) or ""), highlight=False)
-    out.print("\nDefaults: " + ("  ".join(own) or "none of its own"), highlight=False)
+    out.print("\nDefaults: " + ("  ".join(own) or "no further options"), highlight=False)
 
 
 def _list_entries(what: str, table: Mapping[str, type[Any]], section: str) -> None:

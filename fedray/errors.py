@@ -1,12 +1,12 @@
-"""What can go wrong, as one tree.
+"""All errors of fedray, as one tree.
 
 FedrayError
 ├── ConfigError         a config, an override or a command line that cannot be run (exit status 2)
 ├── DataError           a data set that is missing, unreadable or does not fit (exit status 2)
-├── WireError           bytes that are not a payload of ours, or not for the mask that the receiver holds
+├── WireError           bytes that are no payload of fedray, or for another mask than the receiver's
 ├── MethodError         a method used something that it did not declare, or returned something malformed
 ├── ClientError         a client's code raised; carries the client's id and the round
-└── RunError            a run that cannot go on, or cannot be resumed
+└── RunError            a run that cannot continue or be resumed
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ class DataError(FedrayError):
 
 
 class WireError(FedrayError):
-    """Bytes that are not a payload of ours, or not for the mask that the receiver holds."""
+    """Bytes that are no payload of fedray, or for another mask than the receiver's."""
 
 
 class MethodError(FedrayError):
@@ -39,7 +39,7 @@ class ClientError(FedrayError):
     Args:
         client: id of the client.
         round: round in which it happened.
-        cause: what the client's code raised, as text.
+        cause: the exception of the client's code, as text.
     """
 
     def __init__(self, client: int, round: int, cause: str) -> None:
@@ -52,7 +52,7 @@ class ClientError(FedrayError):
 
 
 class RunError(FedrayError):
-    """A run that cannot go on, or cannot be resumed."""
+    """A run that cannot continue or be resumed."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
@@ -62,6 +62,6 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
-    """Return the message for a name that is not in a table: what was given, the nearest, and all."""
+    """Return the message for a name that a table lacks: the given name, the nearest one, and all."""
     names = sorted(allowed)
     return f"unknown {what} {given!r}{nearest(given, names)} Known: {', '.join(names)}"

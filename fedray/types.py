@@ -1,4 +1,4 @@
-"""The words of the house: what a model, a mask, a client, a cost and a round are.
+"""The types that all rooms share: model, mask, task, update, device, cost, round.
 
 A model is ONE contiguous float32 vector with named views (`Params`), a mask is one bool vector of the same
 layout (`Mask`). Aggregation, masking, top-k and shipping are then single operations, and names stay readable
@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0, le=2**63 - 1)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
-"""What torch's generators take, and NumPy's."""
+"""A seed that torch's and NumPy's generators take."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -33,12 +33,12 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 def _absolute(path: Path) -> Path:
     try:
         return path.expanduser().absolute()  # trials and resumed runs work in other directories
-    except RuntimeError as error:  # ~somebody
+    except RuntimeError as error:  # ~user of an unknown user
         raise ValueError(f"must be a path: {error}") from None
 
 
 LocalPath = Annotated[Path, AfterValidator(_absolute)]
-"""A path that a config gives: made absolute where it is validated."""
+"""A path of a config; validation makes it absolute."""
 
 Direction = Literal["max", "min"]
 """Whether more of a metric is better, or less."""
@@ -85,7 +85,7 @@ def direction_of(metric: str) -> Direction | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each named tensor lies in a model's flat vector, and what may be done to it.
+    """Where each named tensor lies in a model's flat vector, and whether it is pruned and trained.
 
     Args:
         names: dotted names, in the order of the vector.
@@ -148,7 +148,7 @@ class Layout:
         return {n: flat[span].view(self.shape_of[n]) for n, span in self.spans.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the four fields, not what was derived from them."""
+        """Pickle the four fields without the cached properties."""
         return {name: self.__dict__[name] for name in ("names", "shapes", "prunable", "trainable")}
 
 
@@ -173,7 +173,7 @@ class ChannelGroup:
 
 
 class _Flat(Mapping[str, Tensor]):
-    """A flat vector with named views; what Params and Mask share."""
+    """A flat vector with named views: the common part of Params and Mask."""
 
     dtype: torch.dtype
 
@@ -230,13 +230,13 @@ class Params(_Flat):
     dtype = torch.float32
 
     def masked(self, mask: "Mask") -> "Params":
-        """Return a copy with exact zeros wherever `mask` is False, whatever stood there (NaN too)."""
+        """Return a copy with exact zeros wherever `mask` is False, also in place of NaN."""
         # an `and` of the bits; torch.where takes ten times as long if the mask is scattered
         return Params((self.flat.view(torch.int32) & mask.bits).view(torch.float32), self.layout)
 
     def is_finite(self) -> bool:
-        """Tell whether there is neither NaN nor infinity in the vector."""
-        # one pass without a temporary; finite values whose sum overflows are looked at one by one
+        """Tell whether every entry of the vector is finite."""
+        # one pass without a temporary; if the sum of finite values overflows, each is checked
         return isfinite(float(self.flat.sum())) or bool(torch.isfinite(self.flat).all())
 
     def within(self, bound: float) -> bool:
@@ -248,7 +248,7 @@ class Params(_Flat):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of the little-endian bytes of the vector: what `result.json` records."""
+        """SHA-256 (hex) of the little-endian bytes of the vector, as in `result.json`."""
         return sha256(np.ascontiguousarray(self.flat.numpy(), dtype="<f4").tobytes()).hexdigest()
 
 
@@ -256,7 +256,7 @@ class Mask(_Flat):
     """Which entries a model holds: one bool vector `.flat` (size,). Treat it as immutable.
 
     A server's mask is True on everything that is not prunable, except in channels that it removed as a whole.
-    An update's mask says what the client vouches for, and may be False anywhere.
+    An update's mask marks the entries that count in the mean; it may be False anywhere.
     """
 
     dtype = torch.bool
@@ -268,7 +268,7 @@ class Mask(_Flat):
 
     @classmethod
     def none(cls, layout: Layout) -> "Mask":
-        """Return the mask that holds nothing: what a client vouches for that sends no weights."""
+        """Return the mask that holds nothing, for an update without weights."""
         return cls(torch.zeros(layout.size, dtype=torch.bool), layout)
 
     @cached_property
@@ -278,7 +278,7 @@ class Mask(_Flat):
 
     @cached_property
     def digest(self) -> bytes:
-        """Eight bytes that name this mask: what a payload of values only refers to."""
+        """Eight bytes that identify this mask; a payload without positions refers to it by them."""
         return blake2b(self.packed, digest_size=8).digest()
 
     @cached_property
@@ -304,7 +304,7 @@ class Mask(_Flat):
         return kept / prunable if prunable else 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the vector and the layout, not what was derived from them."""
+        """Pickle the vector and the layout without the cached properties."""
         return {"flat": self.flat, "layout": self.layout}
 
 
@@ -314,7 +314,7 @@ Exploits = Literal["nothing", "structured", "unstructured"]
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a simulated device can do.
+    """A simulated device on its link.
 
     Args:
         name: as in the table of devices.
@@ -322,11 +322,11 @@ class DeviceProfile:
         downlink_bytes_per_s: server → device, > 0.
         uplink_bytes_per_s: device → server, > 0.
         latency_s: added once to each exchange, ≥ 0.
-        memory_bytes: what training may use, > 0.
+        memory_bytes: memory for training, > 0.
         availability: probability that the device can be asked in a round, in (0, 1].
         dropout: probability that an asked device never answers, in [0, 1).
         exploits: which zeros of a mask make it faster.
-        sources: field → where its number comes from, with a date.
+        sources: field → source of its number, with a date.
     """
 
     name: str
@@ -343,7 +343,7 @@ class DeviceProfile:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """All that the server may know of a client."""
+    """What the server may know of a client: its number of examples and its device."""
 
     id: int
     num_examples: int
@@ -352,13 +352,13 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Cost:
-    """What was spent. Filled by the pool and the client's meter, never by a method.
+    """Bytes, FLOPs and seconds. The pool and the client's meter fill it, never a method.
 
     Args:
         bytes_down: bytes of the encoded payloads, server → client.
         bytes_up: bytes of the encoded payloads, client → server.
         flops: FLOPs of training and scoring, counting only unmasked weights (the theoretical count).
-        executed_flops: FLOPs that the device really runs, given which zeros it can skip.
+        executed_flops: FLOPs that the device runs; it skips only some zeros.
         seconds: simulated seconds on the device's clock.
     """
 
@@ -369,7 +369,7 @@ class Cost:
     seconds: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
-        """Add field by field (seconds too: one thing after the other)."""
+        """Add field by field; seconds too, as of consecutive work."""
         return Cost(
             self.bytes_down + other.bytes_down,
             self.bytes_up + other.bytes_up,
@@ -380,7 +380,7 @@ class Cost:
 
 
 Extra = bool | int | float | str | Tensor
-"""What may travel beside a model. It is encoded and its bytes are counted."""
+"""A value that travels with a model; it is encoded, and its bytes are counted."""
 
 
 E = TypeVar("E")
@@ -421,9 +421,9 @@ class ClientUpdate:
 
     Args:
         params: the trained weights; only entries under `mask` are sent.
-        mask: what the client vouches for.
-        sums: named vectors or numbers that the server needs added up over the cohort.
-        each: named tensors that the server needs client by client.
+        mask: the entries that the client sends, and that count in the mean.
+        sums: named vectors or numbers that the server gets as sums over the cohort.
+        each: named tensors that the server gets for each client.
         metrics: named numbers for the report, e.g. `loss`; averaged over the cohort by examples. One that is
             not finite is left out of its mean.
     """
@@ -436,12 +436,12 @@ class ClientUpdate:
 
 
 Fate = Literal["folded", "late", "dropped", "non-finite", "malformed"]
-"""What became of an update: only `folded` ones count in the mean."""
+"""The fate of an update: only `folded` ones count in the mean."""
 
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client in one round, as it stands in `clients.parquet`."""
+    """One client in one round: a row of `clients.parquet`."""
 
     client: int
     device: str
@@ -477,13 +477,13 @@ class ServerState(Generic[M_co]):
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a round came to.
+    """The metrics, client records and notes of a round.
 
     Args:
         round: 1 for the first. Round 0 is the set-up (initial pruning, exploration, server pre-training).
         metrics: names of METRICS (and their totals) → value. `val/…` only where the round was evaluated.
-        clients: a record for each client that was asked, in order of id.
-        notes: what a reader of the run should know, e.g. updates left out.
+        clients: a record for each client of the cohort, in order of id.
+        notes: remarks for the reader of the run, e.g. updates that were left out.
     """
 
     round: int

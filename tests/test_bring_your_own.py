@@ -16,6 +16,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "A device, a link": {"clients.devices": {"esp32": 0.7, "esp32@lora": 0.3}},
     "A partition": {"data.partition.kind": "blocks"},
     "A model": {"model": "attention"},
+    "A client sampler": {"clients.sampler.name": "largest"},
     "A method": {"method.name": "half", "method.density": 0.3},
 }
 """Heading → the keys that choose what its file adds."""

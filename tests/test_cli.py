@@ -158,8 +158,7 @@ def test_run_of_a_sweep_s_file_says_that_it_makes_the_base_only(fedray, in_tmp):
     done = fedray("run", "sweep.yaml", "--out", "mine")
     assert done.status == 0
     assert done.err.startswith(
-        "sweep.yaml is a sweep: this makes the run of its base only; `fedray sweep sweep.yaml` tries its "
-        "points\n"
+        "sweep.yaml is a sweep: this runs its base only; `fedray sweep sweep.yaml` tries its points\n"
     )
     assert "is a sweep" not in fedray("run", "x.yaml", "rounds=1", "--out", "other").err
 

@@ -1,1 +1,1 @@
-"""What a user asks for: the config of a run, its keys, and what is wrong with them."""
+"""The config of a run: its keys, how they are read, changed and checked, and the messages about them."""

@@ -1,4 +1,4 @@
-"""Whether the parts of a config fit each other. Costs no process, and writes nothing."""
+"""Check that the parts of a config fit each other. Starts no process and writes nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,11 +27,11 @@ MOST_CLIENTS = 100_000_000
 """A run keeps some 20 bytes for each client of the population."""
 
 Problem = tuple[str, str]
-"""The key to change, and what is wrong with it."""
+"""The key to change, and the reason."""
 
 
 def problems(config: "RunConfig") -> list[Problem]:
-    """Return everything that keeps a well-formed config from running."""
+    """Return every reason why a well-formed config cannot run."""
     found: list[Problem] = []
     for check in (_clients, _devices, _data, _model, _norm, _method):
         found += check(config)
@@ -113,7 +113,7 @@ def _data(config: "RunConfig") -> Iterator[Problem]:
         natural = sorted(name for name, other in DATASETS.items() if other.has_writers)
         yield (
             "data.partition.kind",
-            f"natural: {data.name} does not say who made its examples; {', '.join(natural)} does",
+            f"natural: {data.name} does not name the writers of its examples; {', '.join(natural)} does",
         )
 
 
@@ -148,7 +148,7 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
 
 
 def _built(config: "RunConfig", spec: DatasetSpec) -> tuple[ModelSpec | None, str]:
-    """Return the model of a config if it can be trained; else None, and what is wrong with it."""
+    """Return the model of a config and no text, or None and the reason why it cannot be trained."""
     try:
         model = _outline(config, spec)
         fault = broken(model) or _not_counted(model)
@@ -185,8 +185,8 @@ def _norm(config: "RunConfig") -> Iterator[Problem]:
     if config.model in able and not has_batch_norm(config.model):
         yield (
             "norm",
-            f"{config.norm}, but {config.model} has no BatchNorm, so there is nothing to choose; leave it at "
-            f"average, or take a model that has one: {', '.join(filter(has_batch_norm, able)) or 'none'}",
+            f"{config.norm}, but {config.model} has no BatchNorm, so norm has no effect; leave it at "
+            f"average, or use a model that has one: {', '.join(filter(has_batch_norm, able)) or 'none'}",
         )
 
 
@@ -201,11 +201,11 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     if method.uses_validation_data and not config.data.validation_fraction:
         yield (
             "data.validation_fraction",
-            f"0, but {config.method.name} decides by validation data with these options; set it, e.g. "
+            f"0, but {config.method.name} uses validation data with these options; set it, e.g. "
             "data.validation_fraction=0.1",
         )
     if method.optimizer == "adam" and method.momentum:
-        yield "method.momentum", f"{method.momentum:g}, but Adam has moments of its own; set it to 0"
+        yield "method.momentum", f"{method.momentum:g}, but Adam does not use momentum; set it to 0"
     spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
     if spec is None or architecture is None or refusal(architecture, spec.input_shape, spec.tokens):
         return  # already reported

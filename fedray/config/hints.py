@@ -1,4 +1,4 @@
-"""What a user may have meant: words of other tools for our keys, and values in other notations."""
+"""Hints in messages: our keys for the words of other tools, and our notation for values in others."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,12 +11,12 @@ from fedray.errors import nearest
 
 @dataclass(frozen=True)
 class Meant:
-    """Our key for a word of others.
+    """Our key for a word of other tools.
 
     Args:
-        key: dotted.
-        rule: how the values go together; empty: they are the same.
-        value: theirs → ours, for numbers.
+        key: dotted key.
+        rule: how to convert the value; empty if the values are equal.
+        value: converts a number of theirs to ours.
     """
 
     key: str
@@ -80,17 +80,17 @@ _WORDS: dict[Meant, str] = {
     Meant("tracking.experiment"): "experiment experiment_name project project_name",
 }
 WORDS: Mapping[str, Meant] = {word: meant for meant, words in _WORDS.items() for word in words.split()}
-"""A word of others, in lower case with `_` → our key."""
+"""Word of other tools, in lower case with `_` → our key."""
 
 
 def for_key(key: str, value: Any, known: Iterable[str], section: str) -> str:
-    """Return a hint for a key that is not there, which ends the sentence: `; did you mean …?` or a full stop.
+    """Return a hint for an unknown key, which ends the sentence: `; did you mean …?` or a full stop.
 
     Args:
-        key: dotted, as given.
-        value: what was given for it.
-        known: all dotted keys that there are.
-        section: where it was looked for, dotted; empty: at the top.
+        key: the given dotted key.
+        value: the given value.
+        known: all dotted keys of the config.
+        section: dotted key of the section with the unknown key; empty at the top.
     """
     known = list(dict.fromkeys(known))
     last = key.rpartition(".")[2]
@@ -115,11 +115,11 @@ def _rule(meant: Meant, value: Any) -> str:
 
 
 def for_value(key: str, value: Any, kind: str) -> str:
-    """Return a hint for a value of the wrong kind, `; …` without a full stop; empty: there is none.
+    """Return a hint for a value of the wrong kind, `; …` without a full stop, or nothing.
 
     Args:
-        key: dotted.
-        value: as given.
+        key: dotted key.
+        value: the given value.
         kind: pydantic's name of the problem.
     """
     if key in TABLES:
@@ -137,7 +137,7 @@ def for_value(key: str, value: Any, kind: str) -> str:
 
 
 def _number(value: Any, *, whole: bool) -> str:
-    """Return a number in another notation as YAML 1.2 has it; empty if it is none."""
+    """Return a number of another notation in that of YAML 1.2, or nothing if the value is no number."""
     found: float | None = None
     if isinstance(value, float):
         found = value

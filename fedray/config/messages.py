@@ -1,4 +1,4 @@
-"""What is said of a config that does not validate: key (file): what was given, what is allowed."""
+"""Messages about a config that does not validate: key (file): the given value, the allowed ones, a hint."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from fedray.config.trees import dotted_keys
 from fedray.errors import nearest
 
 Where = str | Callable[[str], str]
-"""What a message says of where a key was given: a file, or a function of the dotted key."""
+"""Origin of a key in a message: the name of a file, or a function of the dotted key."""
 
 COMPLETE = "complete"
-"""Type of a problem whose message says all: what was given, what is allowed, and the nearest match."""
+"""Type of a problem whose message is complete: given value, allowed values, nearest match."""
 
 WORDS = {
     "Input should be ": "must be ",
@@ -35,10 +35,10 @@ def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix:
     """Turn pydantic's errors into a line each.
 
     Args:
-        error: of validating a `root`; problems of type `COMPLETE` have the whole message.
-        root: the model, for the keys that it has.
-        where: the keys were given.
-        prefix: keys above those of `root`.
+        error: pydantic's error about `root`.
+        root: the validated model, for its keys.
+        where: origin of the keys.
+        prefix: sections above `root`.
     """
     lines = []
     for problem in error.errors(include_url=False):
@@ -66,7 +66,7 @@ def shortened(value: Any) -> str:
 
 
 def _unknown_key(path: Sequence[str], root: type[BaseModel], value: Any) -> str:
-    """Say which key is meant: of this section, of another one, or by a word of other tools."""
+    """Return the message for an unknown key, with the nearest one of ours or of other tools."""
     section = _section(root, path[:-1])
     above = ".".join(path[:-1])
     known = [*keys_of(root), *(f"{above}.{key}".lstrip(".") for key in section.model_fields)]
@@ -75,7 +75,7 @@ def _unknown_key(path: Sequence[str], root: type[BaseModel], value: Any) -> str:
 
 
 def keys_of(root: type[BaseModel]) -> list[str]:
-    """Return the dotted keys of a config, with the options of all methods and partitions if it has these."""
+    """Return all dotted keys of a config; those of a run include the options of every entry of its tables."""
     own = dotted_keys(root().model_dump(mode="json"))
     return [*own, *hints.option_keys()] if "method" in root.model_fields else own
 

@@ -1,8 +1,7 @@
-"""Dotted overrides: where a config's keys come from, and how they are changed.
+"""Dotted overrides: how a file and `key=value` arguments become one tree of plain values.
 
-A file and the `key=value` arguments after it become one nested mapping of plain values, which
-`RunConfig.from_tree` validates. What is given whole is taken apart first, so that a section, a dotted key and
-a point of a sweep mean the same.
+`RunConfig.from_tree` validates the tree. A section given as a mapping is flattened first, so that a section,
+a dotted key and a point of a sweep mean the same.
 """
 
 import json
@@ -22,13 +21,13 @@ from fedray.errors import ConfigError, unknown
 from fedray.federation.method import Method
 
 SHARED = {"method": frozenset(field.name for field in fields(Method))}
-"""Options that survive when the choice changes."""
+"""Section → options that keep their values when another entry is chosen."""
 
 SECTIONS = frozenset({"data", "clients", "clients.resources", "tracking", *CHOICES})
 """Mappings with known keys: an override by a whole mapping changes the keys in it and no others."""
 
 MOST_VALUES = 100_000
-"""A few lines of nested aliases would make a mapping that no memory holds."""
+"""Values of a config, at most: a few lines of nested YAML aliases could fill the memory."""
 
 
 def base_of(tree: Tree, path: str | Path) -> Tree:
@@ -66,7 +65,7 @@ def parse_overrides(arguments: Sequence[str]) -> Tree:
 
 
 def origin(path: str | Path, overrides: Mapping[str, Any]) -> Where:
-    """Return what says where a dotted key was given: in an override, or in the file."""
+    """Return the origin of each dotted key: `override`, or the file."""
 
     def where(key: str) -> str:
         related = (f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
@@ -99,38 +98,38 @@ def override_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
 
 
 def plain_copy(tree: Mapping[str, Any]) -> Tree:
-    """Return a nested mapping as JSON holds it: a copy, and see `plain`.
+    """Return a copy of a nested mapping with the values that JSON has (see `plain`).
 
     Raises:
-        ConfigError: if something in it cannot be written so.
+        ConfigError: if JSON has no such value.
     """
     try:
         text = json.dumps(plain(tree, "", [MOST_VALUES]), ensure_ascii=False)
         text.encode()  # half a surrogate pair is no text
         copy: Tree = json.loads(text)
     except RecursionError:
-        raise ConfigError("a config holds no value that contains itself, and none nested so deep") from None
+        raise ConfigError("a config holds no value that contains itself, and no endless nesting") from None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"a config holds text, numbers, lists and mappings only: {error}") from None
     return copy
 
 
 def plain(value: Any, key: str, left: list[int]) -> Any:
-    """Return what a value of Python is in a config file: a path is text, an array a list, an enum its value.
+    """Return a value of Python as a file holds it: a path as text, an array as a list, an enum as its value.
 
     Args:
         value: text, a number (NumPy's too), a path, an enum, None, a section, a method, a partition, or a
             list, tuple, range, array or mapping of these.
-        key: where it stands, for the message.
-        left: how many values there may be yet; one is taken off for each.
+        key: dotted key of the value, for the message.
+        left: number of further values that are allowed; the function lowers it.
 
     Raises:
-        ConfigError: if a config cannot hold it, or if there are too many.
+        ConfigError: if a config cannot hold the value, or if there are too many values.
     """
     left[0] -= 1
     if left[0] < 0:
         raise ConfigError(f"a config holds at most {MOST_VALUES:,} values, aliases written out")
-    value = _taken_apart(value)
+    value = _as_mapping(value)
     if isinstance(value, Mapping):
         return _plain_mapping(value, key, left)
     if isinstance(value, list | tuple | range):
@@ -147,8 +146,8 @@ def plain(value: Any, key: str, left: list[int]) -> Any:
     return found
 
 
-def _taken_apart(value: Any) -> Any:
-    """Return a section, or an entry of a table of choices, as a mapping; anything else as it is."""
+def _as_mapping(value: Any) -> Any:
+    """Return a section, or an entry of a table of choices, as a mapping; any other value unchanged."""
     if hasattr(value, "given_tree"):
         return value.given_tree()
     for section, table in OPTIONS.items():
@@ -159,7 +158,7 @@ def _taken_apart(value: Any) -> Any:
 
 
 def options_given(options: Any, given: frozenset[str] = frozenset()) -> Tree:
-    """Return the fields of a dataclass that are in `given`, or that are not at their defaults."""
+    """Return the fields of a dataclass that are in `given`, or that differ from their defaults."""
     default = type(options)()
     return {
         field.name: getattr(options, field.name)
@@ -173,7 +172,7 @@ def _plain_mapping(value: Mapping[Any, Any], key: str, left: list[int]) -> Tree:
     for name, inner in value.items():
         text = name if isinstance(name, str) else json.dumps(_plain_scalar(name))
         if text in copy:
-            raise ConfigError(f"{key or 'config'}: the key {text!r} stands twice, as text and as a number")
+            raise ConfigError(f"{key or 'config'}: duplicate key {text!r}, as text and as a number")
         copy[text] = plain(inner, f"{key}.{text}".lstrip("."), left)
     return copy
 
@@ -207,6 +206,6 @@ def _descend(tree: Tree, parents: Sequence[str], dotted: str) -> Tree:
         if child is None:
             child = tree[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{dotted}: {parent} is {child!r}, not a section with keys of its own")
+            raise ConfigError(f"{dotted}: {parent} is {child!r}, not a section with keys")
         tree = child
     return tree

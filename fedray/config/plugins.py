@@ -1,12 +1,12 @@
-"""Methods, models and data sets from outside the package: a Python file that adds to the tables.
+"""Methods, models, devices, … from outside the package: a Python file that adds to the tables.
 
     import_modules(paths)     in the process that reads a config
     take_over(sources())      in a worker process: the same text under the same names
 
-The file is imported by its path, and what lies beside it by its name. A worker runs the text that was read
-then: it needs no file, and an edit during a sweep does not reach trials that start after it. Objects of these
-modules are pickled by name, like all others. A module that Python code imported itself is found by what it
-added to the tables (`files_of`), and its file is recorded like one that was given.
+The file is imported by its path, modules of its folder by their names. A worker runs the text that the first
+process read: it needs no file, and later trials of a sweep do not see an edit. Objects of these modules are
+pickled by name, like all others. `files_of` finds a module that Python code imported by the entries that it
+added to the tables, and its file is recorded like a given one.
 """
 
 import ast
@@ -36,7 +36,7 @@ class Source:
         name: of the module.
         path: of its file.
         text: of its file.
-        given: whether it is a file of `imports`; else one beside such a file.
+        given: whether it is a file of `imports`; else it lies in the folder of one.
     """
 
     name: str
@@ -52,7 +52,7 @@ _adopted: dict[Path, ModuleType] = {}
 
 
 def import_modules(paths: Iterable[str | Path]) -> None:
-    """Import Python files, each once per process; what Python has imported already is taken as it is.
+    """Import Python files, each once per process; a file that Python imported already is not run again.
 
     Raises:
         ConfigError: if a file is missing or raises.
@@ -70,17 +70,17 @@ def import_modules(paths: Iterable[str | Path]) -> None:
 
 
 def imported_modules() -> tuple[ModuleType, ...]:
-    """Return the modules of `imports:` files, and of files beside them, that were imported so far."""
+    """Return the imported modules of `imports:` files and of their folders."""
     return (*_imported.values(), *_beside.values())
 
 
 def sources() -> tuple[Source, ...]:
-    """Return what `imported_modules` were imported from."""
+    """Return the sources of `imported_modules`."""
     return tuple(_sources.values())
 
 
 def take_over(sources: Sequence[Source]) -> None:
-    """Import what another process has imported, from the texts that it read.
+    """Import the modules that another process imported, from the texts that it read.
 
     Raises:
         ConfigError: if a file raises.
@@ -93,14 +93,14 @@ def take_over(sources: Sequence[Source]) -> None:
         if source.given:
             _imported[source.path] = _imported_from(source)
         if str(source.path.parent) not in sys.path:
-            sys.path.append(str(source.path.parent))  # for what its functions import later
+            sys.path.append(str(source.path.parent))  # for imports inside functions
 
 
 class _Sent(InspectLoader, MetaPathFinder):
-    """Finds the modules that were taken over by name: those beside a file of `imports`, and its package."""
+    """Finds the received modules by name: those in the folder of a file of `imports`, and its package."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Return how to import a module, if its text was sent."""
+        """Return how to import a module whose text was received."""
         if name not in _sources:
             return None
         file = _sources[name].path
@@ -125,7 +125,7 @@ def modules_called(stem: str) -> list[ModuleType]:
 
 
 def files_of(entries: Iterable[Any]) -> list[Path]:
-    """Return the files, each once, that define entries of tables: those from outside the package."""
+    """Return the files outside the package that define entries of tables, each once."""
     found: list[Path] = []
     for entry in entries:
         module = home(entry)
@@ -150,9 +150,9 @@ def unrecorded(entries: Mapping[str, Any]) -> dict[str, str]:
 
 
 def home(entry: Any) -> ModuleType | None:
-    """Return the module outside the package that defines an entry of a table; None if there is none.
+    """Return the module outside the package that defines an entry of a table, or None.
 
-    Of an entry that is not a class, the functions in its fields tell; what is installed does not count then.
+    An entry that is no class belongs to the module of the functions in its fields, unless that is installed.
     """
     if isinstance(entry, type):
         return _outside(entry)
@@ -208,7 +208,7 @@ def _import(path: Path, given: str | Path) -> ModuleType:
     else:
         _check_hidden(_names_beside(code, path), path, given)
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # last: what is installed comes first
+        sys.path.append(str(folder))  # last: installed modules come first
     invalidate_caches()
     before = set(sys.modules)
     source = Source(name, path, text, given=True)
@@ -277,13 +277,13 @@ def _names_beside(code: ast.Module, path: Path) -> set[str]:
 
 
 def _check_hidden(names: set[str], path: Path, given: str | Path) -> None:
-    """Refuse a file beside the imported one in whose place another module of its name would be imported."""
+    """Refuse a module of the file's folder if Python would import another one of its name."""
     for name in sorted(names - sys.stdlib_module_names):
         loaded = sys.modules.get(name)
         spec = loaded.__spec__ if loaded is not None else PathFinder.find_spec(name)
         origin = getattr(loaded, "__file__", None) or (spec.origin if spec is not None else None)
         if origin and not Path(origin).resolve().is_relative_to(path.parent):
             raise ConfigError(
-                f"imports: {given} imports {name}, which lies beside it, but Python finds {origin} under "
-                "that name; rename the one beside it"
+                f"imports: {given} imports {name}, which lies in its folder, but Python finds {origin} under "
+                "that name; rename the one in the folder"
             )

@@ -2,10 +2,10 @@
 
 A command-line argument and a Tune sample are the same thing.
 
-A config is validated in two goes, both before any process is started and before anything is written: field by
-field (keys, types, ranges), then as a whole (does the model take the data, is there server data for a method
-that needs it). All problems of a go are reported at once, each with what was given, what is allowed, the
-nearest match and where to change it.
+Validation has two steps, both before a process starts or a file is written: field by field (keys, types,
+ranges), then as a whole (whether the model takes the data, whether a method has the server data that it
+needs). A step reports all its problems at once, each with the given value, the allowed ones, the nearest
+match and the key to change.
 """
 
 import json
@@ -67,7 +67,7 @@ def _store_uri(value: str) -> str:
 
 
 StoreUri = Annotated[str, AfterValidator(_store_uri)]
-"""A store of MLflow, or `none`: a path in it is made absolute where it is validated."""
+"""An MLflow store, or `none`; validation makes a path in it absolute."""
 
 
 Actors = NonNegativeInt | Literal["auto", "per_client"]
@@ -81,10 +81,10 @@ def _actors(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, strict about values, and about keys that it does not know.
+    """A part of the config: frozen, and strict about types and unknown keys.
 
-    Python's values are taken as a file would hold them (`overrides.plain`): a NumPy number for a number, a
-    tuple for a list, a path for text.
+    Values from Python are converted to those of a file (`overrides.plain`): a NumPy number to a number, a
+    tuple to a list, a path to text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -209,11 +209,11 @@ class TrackingConfig(Section):
 
     def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)
-        self.__pydantic_fields_set__.add("uri")  # its default is of the directory where it was made
+        self.__pydantic_fields_set__.add("uri")  # its default depends on the working directory
 
 
 class Config(Section):
-    """A whole config. However it is made, all of it is checked, and what is wrong is a ConfigError.
+    """A whole config. Every way to make one checks all of it and raises ConfigError.
 
     It has a `tracking` section.
     """
@@ -246,13 +246,13 @@ class Config(Section):
             raise ConfigError("\n".join(problems))
 
     def _prepare(self, tree: Tree) -> None:
-        """Do what must be done before the keys of a plain tree can be validated."""
+        """Prepare for the validation of a plain tree, e.g. import the files that it names."""
 
     def _complete(self) -> None:
-        """Add what a valid config has to remember, though nobody gave it."""
+        """Complete a valid config, e.g. with the files of imported modules."""
 
     def _problems(self) -> Iterable[checks.Problem]:
-        """Return everything that keeps the config from being run, though each key is valid."""
+        """Return every reason why the config cannot run although each key is valid."""
         return ()
 
 
@@ -291,7 +291,7 @@ class RunConfig(Config):
     method: Annotated[Choice[Method], METHOD] = Field(default_factory=METHOD.default)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
-    def __init__(self, /, **values: Any) -> None:  # said here, else mypy wants sections, and refuses mappings
+    def __init__(self, /, **values: Any) -> None:  # else mypy refuses mappings for sections
         super().__init__(**values)
 
     @classmethod
@@ -316,7 +316,7 @@ class RunConfig(Config):
         known = {path.resolve() for path in self.imports}
         missing = [path for path in files_of(entries) if path not in known]
         if missing:
-            self.__dict__["imports"] = (*self.imports, *missing)  # else `resume` would not know them
+            self.__dict__["imports"] = (*self.imports, *missing)  # `resume` imports them
             self.__pydantic_fields_set__.add("imports")
 
     def chosen(self) -> dict[str, str]:
@@ -324,7 +324,7 @@ class RunConfig(Config):
         return {key: attrgetter(key)(self) for key in TABLES}
 
     def unrecorded(self) -> dict[str, tuple[str, str]]:
-        """Return key → name and module of what is chosen, but whose module `imports` cannot name."""
+        """Return key → name and module of chosen entries whose module `imports` cannot name."""
         names = self.chosen()
         modules = unrecorded({key: TABLES[key][name] for key, name in names.items()})
         return {key: (names[key], module) for key, module in modules.items()}
@@ -343,10 +343,10 @@ class RunConfig(Config):
         return RunConfig.from_tree(override_tree(self.given_tree(), dict(changes or {}) | more), "override")
 
     def build_model(self, input_shape: InputShape, num_classes: int) -> ModelSpec:
-        """Return the model for a data set, as this config wants it.
+        """Return the config's model for a data set.
 
         Raises:
-            ConfigError: if there is no such model, or if it does not take such inputs.
+            ConfigError: if the model is unknown, or does not take such inputs.
         """
         return build_model(
             self.model,
@@ -359,10 +359,7 @@ class RunConfig(Config):
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hex digits that name what determines the result.
-
-        Not where it is computed, tracked or read from.
-        """
+        """Twelve hex digits that identify the keys on which the result depends."""
         tree = decisive(self.to_tree())
         for dotted, value in SINCE.items():
             section, _, key = dotted.rpartition(".")

@@ -1,6 +1,6 @@
-"""`tune:` how the points of a sweep are tried and compared, and whether they can be compared so.
+"""`tune:` how the points of a sweep are tried and compared, and whether that is possible.
 
-Nothing here loads Ray: all of it is decided before a process is started.
+Nothing here loads Ray: every check comes before a process starts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ def tune_config(options: Tree, where: Where) -> TuneConfig:
 
 
 def _problems(config: TuneConfig) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with the section, whatever the points are."""
+    """Yield the problems of the section that do not depend on the points."""
     if config.metric not in COMPARABLE and not config.metric.startswith(OWN):
         yield "tune.metric", unknown("metric", config.metric, COMPARABLE)
         return
@@ -116,7 +116,7 @@ def _problems(config: TuneConfig) -> Iterator[tuple[str, str]]:
 
 
 def comparison_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> list[tuple[str, str]]:
-    """Return what keeps a sweep's points from being compared as `tune` says: keys and messages."""
+    """Return the reasons why a sweep's points cannot be compared as `tune` says: keys and messages."""
     found: list[tuple[str, str]] = []
     if tune.compares:
         found += dict.fromkeys(problem for config in configs for problem in _metric_problems(tune, config))

@@ -17,7 +17,7 @@ def check_uri(uri: str) -> str:
     """Return `uri` if it names a store that can be used. Touches neither disk nor network.
 
     Raises:
-        ConfigError: if it does not; the message says what is allowed.
+        ConfigError: if it does not, with the allowed forms.
     """
     scheme, colon, _ = uri.partition(":")
     if uri == "none" or (uri.startswith(SQLITE) and _is_file(uri.removeprefix(SQLITE))):

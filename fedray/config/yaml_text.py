@@ -1,7 +1,7 @@
 """YAML 1.2 (core schema): `010` is ten, `1e-3` is a number, and `1:30`, `off` and `2001-01-01` are text.
 
-A key may not stand twice, and errors name the line. What `dump` writes reads back the same here, and means
-the same to a reader of YAML 1.1.
+A duplicate key is an error, and errors name the line. Text that `dump` writes has the same values here and
+for a reader of YAML 1.1.
 """
 
 import codecs
@@ -31,7 +31,7 @@ _ENCODINGS = (
 
 
 class _Repeated(yaml.MarkedYAMLError):
-    """A key that stands twice in one mapping."""
+    """A duplicate key in one mapping."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         for key_node in keys:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise _Repeated(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise _Repeated(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

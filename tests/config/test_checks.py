@@ -34,7 +34,7 @@ def refused(changes: Tree) -> str:
 def test_adam_with_momentum_is_refused(name: str) -> None:
     options = {"method.name": name, "data.server_fraction": 0.1, "method.optimizer": "adam"}
     message = refused(options | {"method.momentum": 0.9})
-    assert message == "method.momentum (config): 0.9, but Adam has moments of its own; set it to 0"
+    assert message == "method.momentum (config): 0.9, but Adam does not use momentum; set it to 0"
     assert tiny.config(options).method.options.optimizer == "adam"
     assert tiny.config(options | {"method.momentum": 0}).method.options.momentum == 0
 
@@ -58,7 +58,7 @@ DECIDING = {
 def test_whoever_decides_by_validation_data_needs_some(who: str) -> None:
     message = refused(DECIDING[who] | {"data.validation_fraction": 0})
     assert message.startswith(
-        f"data.validation_fraction (config): 0, but {DECIDING[who]['method.name']} decides"
+        f"data.validation_fraction (config): 0, but {DECIDING[who]['method.name']} uses"
     )
     assert tiny.config(DECIDING[who] | {"data.validation_fraction": 0.01}).method.options.uses_validation_data
 

@@ -333,7 +333,7 @@ $ method.name=staged  method.start=0.9
 method (x.yaml): method.start=0.9 comes after method.until=0.5
 
 $ data.partition.kind=natural
-data.partition.kind (x.yaml): natural: digits does not say who made its examples; mnist does
+data.partition.kind (x.yaml): natural: digits does not name the writers of its examples; mnist does
 
 $ clients.population=5000
 clients.population (x.yaml): 5,000 clients, but digits leaves about 1,293 training examples for them; lower
@@ -451,15 +451,15 @@ def test_the_message_says_whether_the_file_or_an_override_is_to_be_changed(write
     [
         ("rounds: [1", "x.yaml, line 1: not YAML: expected ',' or ']', but got '<stream end>'"),
         ("a: 1\n b: 2", "x.yaml, line 2: not YAML: mapping values are not allowed here"),
-        ("seed: 1\nmodel: mlp\nseed: 2", "x.yaml, line 3: the key 'seed' stands twice"),
-        ("data:\n  name: digits\n  name: mnist", "x.yaml, line 3: the key 'name' stands twice"),
+        ("seed: 1\nmodel: mlp\nseed: 2", "x.yaml, line 3: duplicate key 'seed'"),
+        ("data:\n  name: digits\n  name: mnist", "x.yaml, line 3: duplicate key 'name'"),
         ("- seed", "x.yaml: holds list, not a mapping of keys to values"),
         ("just text", "x.yaml: holds str, not a mapping of keys to values"),
         ("? [1, 2]\n: 3", "x.yaml, line 1: not YAML: found unhashable key"),
         ("seed: 2001-99-99", "seed (x.yaml): got '2001-99-99'; must be a whole number"),
         (
             "seed: &a [*a]",
-            "a config holds no value that contains itself, and none nested so deep",
+            "a config holds no value that contains itself, and no endless nesting",
         ),
         ("seed: !!python/object:os.system x", "x.yaml, line 1: not YAML: could not determine a constructor"),
         ("base: 3", "base (x.yaml): got 3; must be a mapping of keys to values"),

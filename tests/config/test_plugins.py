@@ -108,7 +108,7 @@ def test_what_is_installed_is_neither_hidden_nor_hides(in_tmp):
     (in_tmp / "random.py").write_text("raise RuntimeError\n")
     (in_tmp / "one.py").write_text("import yaml\n")
     with pytest.raises(
-        ConfigError, match=r"^imports: one\.py imports yaml, which lies beside it, but Python finds"
+        ConfigError, match=r"^imports: one\.py imports yaml, which lies in its folder, but Python finds"
     ):
         plugins.import_modules(["one.py"])
     (in_tmp / "two.py").write_text("import random\nassert random.random\n")

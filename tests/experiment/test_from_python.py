@@ -44,7 +44,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": {1, 2}}, "seed: got {1, 2}; a config holds text, numbers, lists and mappings only, not set"),
     ({"seed": Decimal(1)}, "seed: got Decimal('1'); a config holds text, numbers"),
     ({"data": {"root": object}}, "data.root: got <class 'object'>; a config holds"),
-    ({"clients": {"devices": {1: 1, "1": 2}}}, "clients.devices: the key '1' stands twice"),
+    ({"clients": {"devices": {1: 1, "1": 2}}}, "clients.devices: duplicate key '1'"),
 ]
 
 
