@@ -1,4 +1,4 @@
-"""What a simulated device is: hardware on a link, each number with its source; and how long a cost takes it.
+"""Simulated devices: hardware on a link, each number with its source; and the seconds that a cost takes.
 
 Two tables, `HARDWARE` and `LINKS`. `DEVICES` puts each piece of hardware on its usual link, and `profile`
 also resolves `device@link`. `draw` gives every client of a population a device and a jitter.
@@ -28,13 +28,13 @@ class Hardware:
     """A piece of hardware. Fields that DeviceProfile has too mean the same there.
 
     Args:
-        stands_for: the product that the numbers are of.
+        stands_for: the product with these numbers.
         link: its usual link, a key of LINKS.
         flops_per_s: sustained float32 FLOP/s while training, > 0.
-        memory_bytes: what training may use, > 0.
+        memory_bytes: memory for training, > 0.
         availability: probability that it can be asked in a round, in (0, 1].
         dropout: probability that it never answers, in [0, 1).
-        sources: where each of these four numbers comes from.
+        sources: source of each of these four numbers.
         exploits: which zeros of a mask make it faster.
     """
 
@@ -358,7 +358,7 @@ def entries_of(name: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
-    """Which device each client of a population has: 17 bytes a client, and no profile until one is asked for.
+    """The device of each client of a population: 17 bytes a client; profiles are created on request.
 
     Args:
         profiles: the devices of the mix, in order of their names.
@@ -410,8 +410,8 @@ def draw(
 ) -> Fleet:
     """Give every client a device.
 
-    The mix fixes how many clients have which device (largest remainders), the seed which ones. Neither the
-    order in which the mix is written nor `jitter` changes who gets what.
+    The mix fixes how many clients have which device (largest remainders), the seed which clients. Neither
+    the order of the mix nor `jitter` changes the assignment.
 
     Args:
         population: number of clients, > 0.
@@ -454,7 +454,7 @@ def _apportion(population: int, mix: Mapping[str, float]) -> dict[str, int]:
 
 
 def seconds(cost: Cost, device: DeviceProfile) -> float:
-    """Return how long one exchange takes on the device's clock: latency + download + computing + upload.
+    """Return the seconds of one exchange on the device's clock: latency + download + computing + upload.
 
     Of `cost`, only `bytes_down`, `executed_flops` and `bytes_up` are read. Nothing overlaps.
     """

@@ -1,4 +1,4 @@
-"""What travels beside a model: named tensors and scalars → bytes, and back. Their length is what a run pays.
+"""Extras sent beside a model: named tensors and scalars → bytes, and back. A run pays for their length.
 
 Tensors are written as safetensors, scalars as JSON in its metadata. Decoding reads numbers and JSON, never
 code.
@@ -36,7 +36,7 @@ def encode_extras(extras: Mapping[str, Extra]) -> bytes:
         extras: name → bool, int, float, str, or tensor of float32, float16, int64, int32, uint8 or bool.
 
     Returns:
-        The same bytes for the same content, in whatever order it is given; none at all for no extras.
+        The same bytes for the same content, in any order; no bytes for no extras.
 
     Raises:
         MethodError: for any other type.
@@ -54,8 +54,8 @@ def encode_extras(extras: Mapping[str, Extra]) -> bytes:
             given = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise MethodError(
-                f"extra {name!r} is {given}; bool, int, float, str and tensors of {dtypes} can travel, not "
-                f"under the name {_METADATA!r}. Change what the method puts in `extras`, `sums` or `each`."
+                f"extra {name!r} is {given}; bool, int, float, str and tensors of {dtypes} can be sent, "
+                f"except under the name {_METADATA!r}. Change `extras`, `sums` or `each` of the method."
             )
     # one entry of metadata: safetensors writes several in any order
     metadata = {"scalars": json.dumps(scalars, sort_keys=True, separators=(",", ":"))} if scalars else None
@@ -63,10 +63,10 @@ def encode_extras(extras: Mapping[str, Extra]) -> bytes:
 
 
 def decode_extras(data: bytes) -> dict[str, Extra]:
-    """Read what `encode_extras` wrote.
+    """Read extras written by `encode_extras`.
 
     Raises:
-        WireError: if it is something else.
+        WireError: if the bytes are anything else.
     """
     if not data:
         return {}

@@ -12,9 +12,9 @@ Conventions:
   layer needs no gradient of its inputs; that is not deducted.
 * A gradient taken outside the mask, as regrowth needs it, is charged as dense: one forward pass under the
   mask and two dense ones. Evci et al. charge the gradient of the weights alone as dense.
-* A network with early exits (`models/fedlp_cnn.py`) is run whole, and its exits' heads cost nothing, unless
-  the mask holds nothing of its classifier. Then it is left early: what runs, on any device, are the layers
-  of which something is held, heads included.
+* A network with early exits (`models/fedlp_cnn.py`) runs as a whole, and its exits' heads cost nothing. If
+  the mask holds nothing of its classifier, it is left early: then any device runs the layers of which the
+  mask holds something, heads included.
 
 Sources: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix on FLOPs; for
 dense gradients the accounting in Huang et al., "FedRTS", NeurIPS 2025, arXiv 2501.19122.
@@ -41,12 +41,12 @@ CACHED_MASKS = 4096
 
 @dataclass(frozen=True)
 class FlopModel:
-    """What each weight of a model costs.
+    """The FLOPs of each weight of a model.
 
     Args:
         layout: the model's layout.
         positions: name of a weight tensor → number of multiply-adds that each of its weights takes part in,
-            per example, in the order of a forward pass. Tensors that are not named cost nothing.
+            per example, in the order of a forward pass. Other tensors cost nothing.
         exits: the same for tensors that only an early exit runs.
         fixed: FLOPs of a forward pass, per example, that no mask removes: products of activations, as in
             attention.
@@ -107,9 +107,9 @@ class FlopModel:
     def structured(self, mask: Mask) -> float:
         """Return the FLOPs of a forward pass on a device that can skip whole rows and whole input channels.
 
-        Of each tensor (out, in, …) counts what is left without the rows (dim 0) and the input channels
-        (dim 1) that hold nothing: `forward(mask)` ≤ this ≤ `dense()`. Each tensor for itself: where a row
-        goes, the input channel that it fed goes only if the next tensor's mask says so.
+        Rows (dim 0) and input channels (dim 1) of a tensor (out, in, …) that hold nothing do not count:
+        `forward(mask)` ≤ this ≤ `dense()`. Each tensor counts by itself: without a row, the input channel
+        that it fed is free only if the next tensor's mask holds nothing of it.
         """
         return self._count(mask)[1]
 
@@ -123,7 +123,7 @@ class FlopModel:
         return self._with_backward(self.forward(mask), mask, dense_gradient)
 
     def executed(self, mask: Mask, exploits: Exploits, *, dense_gradient: bool = False) -> float:
-        """Return the FLOPs that a device really runs to train on one example: what drives its clock.
+        """Return the FLOPs that a device really runs to train on one example; they drive its clock.
 
         Args:
             mask: the weights that are held.
@@ -147,7 +147,7 @@ class FlopModel:
         return forward + 2 * (self._all_of(self._run(mask)) if dense_gradient else forward)
 
     def _run(self, mask: Mask) -> Mapping[str, float]:
-        """Return the positions of what a forward pass runs: the whole network, or what is held of it."""
+        """Return the positions that a forward pass runs: of the whole network, or of its held layers."""
         if not self.exits or bool(mask[list(self.positions)[-1]].any()):
             return self.positions
         return {name: n for name, n in {**self.positions, **self.exits}.items() if bool(mask[name].any())}

@@ -1,10 +1,10 @@
-"""How long a round takes, as a sum over the weights that are held: what a search for a mask can reason with.
+"""The time of a round as a sum over the held weights, for methods that search for a mask.
 
     T(M) = c + Σ_l |M_l| · t_l,     t_l = τ · comp_l + comm
 
 A held weight of layer l is computed with in each of τ local steps and crosses the wire once down and once up;
-c is what no pruning saves. The coefficients come from the profiles of devices, or from the measurements that
-PruneFL published. The model informs a method's decisions; what is charged is always the clock of `devices`.
+no pruning saves c. The coefficients come from the profiles of devices, or from the measurements that
+PruneFL published. The model informs a method's decisions; a run is always charged by the clock of `devices`.
 
 Source: Jiang et al. (PruneFL), TNNLS 2022, and its repository (jiangyuang/PruneFL, configs).
 """
@@ -28,9 +28,9 @@ class LayerTimes:
     """The time of a round, linear in the number of weights held in each layer.
 
     Args:
-        constant_s: seconds that pass whatever the mask holds, > 0.
-        per_weight_s: name of a weight tensor → seconds that each held entry of it adds, > 0. Tensors that are
-            not named add nothing.
+        constant_s: seconds that no mask saves, > 0.
+        per_weight_s: name of a weight tensor → seconds that each held entry of it adds, > 0. Other tensors
+            add nothing.
     """
 
     constant_s: float
@@ -50,13 +50,13 @@ class LayerTimes:
 
     @classmethod
     def of_vector(cls, vector: Tensor, layout: Layout) -> "LayerTimes":
-        """Return the model that `vector` wrote, with a time for every tensor of the layout."""
+        """Read a vector written by `vector`; the model has a time for every tensor of the layout."""
         constant_s, *per_weight_s = vector.tolist()
         return cls(constant_s, dict(zip(layout.names, per_weight_s, strict=True)))
 
 
 SURVEYED = 100
-"""Clients, at least, that a mean is taken over, if there are so many."""
+"""Number of clients, at least, in a mean; all of them if the population is smaller."""
 
 COMMUNICATION_S = 5.561621025626998e-6
 """PruneFL's seconds per weight on the wire: 4 bytes down and 4 up at 1.4384 MB/s."""
@@ -126,15 +126,15 @@ def of_devices(
     uplink: Codec,
     dense_gradient: bool = False,
 ) -> LayerTimes:
-    """Return the mean over clients of what a round takes on the clocks of their devices.
+    """Return the mean time of a round over clients, by the clocks of their devices.
 
     For all weights held T is exactly that mean. A held weight costs its value on the wire, and on a device
     that can skip any zero also its share of the FLOPs; on other devices all computing is in the constant.
 
     Args:
-        clients: at least one; of many, a hundred or two in equal distances are looked at.
+        clients: at least one; of a large population, one or two hundred in equal distances count.
         flops: of the model.
-        examples: how many examples a client has → how many it trains on in a round.
+        examples: number of a client's examples → number of examples that it processes in a round.
         downlink: how tasks are written.
         uplink: how updates are written.
         dense_gradient: whether gradients are taken for the masked weights too; the mask then saves computing
@@ -170,7 +170,7 @@ def weights(layout: Layout) -> tuple[str, ...]:
 
 
 def mismatch(names: Iterable[str], layout: Layout, *, complete: bool = False) -> str | None:
-    """Return which layers of a model a time model leaves out, or names in vain; None if it fits.
+    """Return how the layers of a time model differ from those of a model; None if they fit.
 
     Args:
         names: of the weight tensors that have a time.

@@ -1,4 +1,4 @@
-"""What is learnt from: data sets, and how their examples are spread over the clients."""
+"""DATASETS, PARTITIONS: data sets, and how clients share their examples."""
 
 from fedray.data.checking import checked
 from fedray.data.datasets import DATASETS, Dataset, DatasetSpec, Examples, Splits, split

@@ -154,7 +154,7 @@ def _load_digits(root: Path | None) -> Dataset:
 
     images, labels = load_digits(return_X_y=True)  # float64 (1797, 64) in 0..16
     x = np.rint(images * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
-    # the stream of RandomState is frozen by numpy, that of a Generator is not: this split stays what it is
+    # numpy froze the stream of RandomState, not that of Generator: so this split never changes
     order = np.random.RandomState(0).permutation(len(x))
     train, test = np.split(order, [DATASETS["digits"].train_examples])
     return _dataset("digits", (x[train], labels[train]), (x[test], labels[test]), "load_digits")
@@ -248,9 +248,9 @@ class Splits:
     """Rows of `Dataset.train` (int64, ascending): disjoint, and together all of them.
 
     Args:
-        train: what the clients share.
-        validation: what `val/…` is measured on.
-        server: the server's own data.
+        train: rows of the clients.
+        validation: rows that `val/…` is measured on.
+        server: rows of the server.
     """
 
     train: Indices
@@ -259,45 +259,45 @@ class Splits:
 
 
 def set_aside(fraction: float, examples: int) -> int:
-    """Return how many examples a fraction of them is: the nearest number, at least 1 if it is above 0."""
+    """Return the number of examples in a fraction of them, rounded; at least 1 for a fraction above 0."""
     return max(round(fraction * examples), int(fraction > 0))
 
 
 def split(
     dataset: Dataset, validation_fraction: float, server_fraction: float, rng: np.random.Generator
 ) -> Splits:
-    """Set validation and server data aside, stratified by class; `dataset.test` is not looked at.
+    """Set validation and server data aside, stratified by class; `dataset.test` is not read.
 
     The totals are the fractions of `dataset.train`, rounded (at least 1 where a fraction is > 0). Each class
-    gives its share rounded down; what is then missing comes from the classes with the largest remainders.
+    gives its share rounded down; the rest comes from the classes with the largest remainders.
 
     Args:
         dataset: whose training rows are split.
         validation_fraction: of the training rows, in [0, 1).
         server_fraction: of the training rows, in [0, 1).
-        rng: where the rows of a class are drawn from.
+        rng: draws the rows of a class.
 
     Raises:
         ConfigError: if a fraction is negative or the two leave nothing to train on.
     """
     y = dataset.train.y
-    wanted = [set_aside(fraction, len(y)) for fraction in (validation_fraction, server_fraction)]
-    if min(validation_fraction, server_fraction) < 0 or sum(wanted) >= len(y):
+    totals = [set_aside(fraction, len(y)) for fraction in (validation_fraction, server_fraction)]
+    if min(validation_fraction, server_fraction) < 0 or sum(totals) >= len(y):
         raise ConfigError(
             f"data.validation_fraction={validation_fraction} and data.server_fraction={server_fraction} "
             f"leave no client any of the {len(y):,} training examples; both must be ≥ 0, their sum below 1"
         )
     _, class_of, class_sizes = np.unique(y, return_inverse=True, return_counts=True)
-    of_validation = _shares(class_sizes, wanted[0], class_sizes)
-    of_server = _shares(class_sizes, wanted[1], class_sizes - of_validation)
+    of_validation = _shares(class_sizes, totals[0], class_sizes)
+    of_server = _shares(class_sizes, totals[1], class_sizes - of_validation)
 
     shuffled = rng.permutation(len(y))
     by_class = shuffled[np.argsort(class_of[shuffled], kind="stable")]  # rows of class 0, of class 1, …
     class_starts = np.cumsum(class_sizes) - class_sizes
-    place = np.arange(len(y)) - np.repeat(class_starts, class_sizes)  # 0, 1, … within each class
+    rank = np.arange(len(y)) - np.repeat(class_starts, class_sizes)  # 0, 1, … within each class
     validation_end = np.repeat(of_validation, class_sizes)
     server_end = np.repeat(of_validation + of_server, class_sizes)
-    part = np.where(place < validation_end, 1, np.where(place < server_end, 2, 0))
+    part = np.where(rank < validation_end, 1, np.where(rank < server_end, 2, 0))
     return Splits(*(np.sort(by_class[part == i]) for i in range(3)))
 
 

@@ -1,7 +1,7 @@
 """The files of data sets: reading them, and fetching those that are missing.
 
-What is returned is what stands in the files; whether it is the data set is checked in `datasets`. A file that
-cannot be read raises a DataError with its path.
+These functions return the content of the files; `datasets` checks that it is the data set. An unreadable file
+raises a DataError with its path.
 """
 
 import gzip
@@ -57,7 +57,7 @@ def read_idx(path: Path, axes: int) -> Pixels:
 
 
 def read_writers(path: Path, labels: Pixels) -> Indices | None:
-    """Return who wrote each training image (int64), or None without the file.
+    """Return the writer of each training image (int64), or None without the file.
 
     Its columns are index, label, hsf_series, writer_id, digit_index; they come from QMNIST (Yadav and Bottou,
     Cold case: the lost MNIST digits, NeurIPS 2019).
@@ -90,7 +90,7 @@ def _md5(path: Path) -> str:
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Reads arrays, lists and strings only: a pickle from anywhere must not run code."""
+    """Reads arrays, lists and strings only, so that a foreign pickle cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         match module.replace("numpy.core", "numpy._core"), name:
@@ -139,7 +139,7 @@ def _read_images(folder: Path, part: str) -> Pixels:
 
 
 def cache() -> Path:
-    """Return the folder that data sets are read from, and downloaded into, if none is given."""
+    """Return the default folder of data sets, for reading and downloading."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedray"
 
 
@@ -147,7 +147,7 @@ def download(name: str, dataset_class: str, folder: str, root: Path, needed: str
     """Have torchvision fetch its `dataset_class`, and move the files to ROOT/`folder`.
 
     Raises:
-        DataError: if that fails; it says which files are `needed`.
+        DataError: if that fails; it lists the `needed` files.
     """
     import torchvision
 

@@ -1,7 +1,7 @@
-"""Who holds which training examples: one frozen dataclass per kind of partition.
+"""Partitions of the training examples among clients: one frozen dataclass per kind.
 
 iid, dirichlet, shards, quantity_skew and natural deal the rows out: every row goes to one client, and every
-client gets at least one row. bootstrap lets each client draw rows of its own, for more clients than examples.
+client gets at least one row. bootstrap lets each client draw its own rows, for more clients than examples.
 """
 
 from abc import ABC, abstractmethod
@@ -22,11 +22,11 @@ Indices = NDArray[np.int64]
 Seed = int | SeedSequence
 
 DEALS = 10
-"""How many random deals may leave a client empty; the last of them is repaired."""
+"""Number of random deals that may leave a client empty; the last one is repaired."""
 
 
 class Partition(ABC):
-    """Which rows of `Dataset.train` each client holds.
+    """The rows of `Dataset.train` that each client holds.
 
     Attributes:
         population: number of clients; their ids are 0..population − 1.
@@ -54,8 +54,8 @@ class Dealt(Partition):
     """Disjoint rows, client after client in one array.
 
     Args:
-        rows: int64 (n,), the rows that are dealt out.
-        owner: int64 (n,), the client that gets each.
+        rows: int64 (n,), the rows to deal out.
+        owner: int64 (n,), the client of each row.
         population: number of clients.
     """
 
@@ -72,11 +72,11 @@ class Dealt(Partition):
 
 
 class Drawn(Partition):
-    """Rows that each client draws with replacement from all, when it is asked; nothing is kept per client.
+    """Rows that each client draws from all, with replacement, when asked; nothing is stored per client.
 
     Args:
-        rows: what is drawn from.
-        examples: drawn by each client.
+        rows: rows to draw from.
+        examples: number of rows that each client draws.
         population: number of clients.
         seed: client k draws with the generator of `seed` and k.
     """
@@ -99,7 +99,7 @@ class Drawn(Partition):
 
 
 class PartitionKind(Protocol):
-    """What every entry of PARTITIONS can do."""
+    """The interface of every entry of PARTITIONS."""
 
     def split(
         self, labels: Indices, writers: Indices | None, rows: Indices, population: int, seed: Seed
@@ -109,12 +109,12 @@ class PartitionKind(Protocol):
         Args:
             labels: (n,), of all training examples.
             writers: (n,), of all training examples, or None.
-            rows: what is given out; distinct indices into `labels`.
+            rows: rows to give out; distinct indices into `labels`.
             population: number of clients, ≥ 1.
             seed: of this partition alone.
 
         Raises:
-            DataError: if the rows cannot be given out so.
+            DataError: if the rows cannot be given out in this way.
         """
 
 
@@ -136,7 +136,7 @@ class Dirichlet:
 
     Yurochkin et al., Bayesian nonparametric federated learning, ICML 2019; without the cap on sizes that some
     codes add. A deal that leaves a client empty is drawn anew, up to DEALS deals in all; the last one is
-    repaired: each empty client gets one random example of whoever then has most.
+    repaired: each empty client gets one random example of the client that then has most.
 
     Args:
         alpha: concentration; 0.1 leaves few classes per client, 100 is nearly iid.
@@ -147,7 +147,7 @@ class Dirichlet:
     def split(
         self, labels: Indices, writers: Indices | None, rows: Indices, population: int, seed: Seed
     ) -> Partition:
-        """Deal each class by proportions of its own."""
+        """Deal each class by separate proportions."""
         _enough(rows, population)
         rng, of_rows = default_rng(seed), labels[rows]
         classes = [np.flatnonzero(of_rows == label) for label in np.unique(of_rows)]
@@ -185,11 +185,11 @@ class Shards:
         _, class_of, class_sizes = np.unique(of_rows, return_inverse=True, return_counts=True)
         counts = self._shards_per_class(class_sizes, population)
         holders: list[list[int]] = [[] for _ in counts]
-        left = counts.copy()
+        unassigned = counts.copy()
         for client in range(population):
-            # the classes with most shards left, ties at random: none is left with more shards than clients
-            chosen = np.lexsort((rng.random(len(left)), -left))[: self.classes_per_client]
-            left[chosen] -= 1
+            # the classes with most unassigned shards, ties at random: no class ends with more than clients
+            chosen = np.lexsort((rng.random(len(unassigned)), -unassigned))[: self.classes_per_client]
+            unassigned[chosen] -= 1
             for c in chosen:
                 holders[c].append(client)
         owner = np.empty(len(rows), dtype=np.int64)
@@ -199,7 +199,7 @@ class Shards:
         return Dealt(rows, owner, population)
 
     def _shards_per_class(self, class_sizes: Indices, population: int) -> Indices:
-        """Return how many shards each class makes: 1 or more, at most one for each client and row."""
+        """Return the number of shards of each class: 1 or more, at most one for each client and row."""
         total, most = population * self.classes_per_client, np.minimum(class_sizes, population)
         if not len(class_sizes) <= total <= most.sum():
             raise DataError(
@@ -250,8 +250,9 @@ class Natural:
         if writers is None:
             known = ", ".join(name for name, spec in DATASETS.items() if spec.has_writers)
             raise DataError(
-                "data.partition.kind=natural: this data set does not say who wrote what; those that can: "
-                f"{known} (with its file of writers in data.root). Change data.name, data.root or the kind"
+                "data.partition.kind=natural: this data set does not name the writers of its examples; these "
+                f"can: {known} (with its file of writers in data.root). "
+                "Change data.name, data.root or the kind"
             )
         _enough(rows, population)
         ids, writer_of = np.unique(writers[rows], return_inverse=True)
@@ -269,7 +270,7 @@ class Bootstrap:
     """Each client draws its rows from all, with replacement: clients overlap, and there may be any number.
 
     Args:
-        examples: of each client; up to 10 million, since a client that trains holds them.
+        examples: number of each client's examples; at most 10 million, since they must fit in memory.
     """
 
     examples: Annotated[PositiveInt, Field(le=10_000_000)] = 60
@@ -298,7 +299,7 @@ def _owners(count: int, population: int, alpha: float, rng: Generator) -> Indice
 
 
 def _nobody_empty(deal: Callable[[], Indices], population: int, rng: Generator) -> Indices:
-    """Return a deal in which every client owns something: redrawn, and at last repaired (see Dirichlet)."""
+    """Return a deal in which every client owns something: redrawn, and finally repaired (see Dirichlet)."""
     for _ in range(DEALS):
         owner = deal()
         sizes = np.bincount(owner, minlength=population)

@@ -1,4 +1,4 @@
-"""Models: named architectures, and what ties one to a flat vector (`ModelSpec`).
+"""MODELS: named architectures, and `ModelSpec`, which binds one to a flat vector.
 
     spec = build_model("cnn", (1, 28, 28), 10)
     params = spec.init(seed=0)                 # Params: one float32 vector
@@ -152,7 +152,7 @@ def outline(
     prune_first: bool = True,
     prune_last: bool = False,
 ) -> ModelSpec:
-    """Return a model's structure, for checks before a run: without values, and it cannot be run.
+    """Return a model's structure for checks before a run; it has no values and cannot be run.
 
     It is built once for the same arguments, on the meta device where the architecture can be built there.
     Arguments and errors are those of `build_model`, for a model of the table that takes such inputs.
@@ -184,5 +184,5 @@ def _outline(
 
     try:
         return built("meta")
-    except Exception:  # it looks at values while it is built; what is wrong with it shows here too
+    except Exception:  # `build` reads values; built on the CPU, a broken model raises its error
         return built("cpu")

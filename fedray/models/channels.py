@@ -1,9 +1,10 @@
-"""Which channels of a network can be taken out, and all that goes with each: read from its structure.
+"""The channels of a network that can be removed, and the entries of each, read from its structure.
 
-A convolution or linear layer makes channels; normalisation, activations and pooling keep them apart; the next
-convolution or linear layer takes them in. A channel is then one row of the first, one entry of each vector on
-the way, and one block of columns of the second. Where anything else lies between (a sum of branches, a
-GroupNorm, which mixes channels, a layer of another kind, or one with a `forward` of its own), there is none.
+A convolution or linear layer computes channels; normalisation, activations and pooling do not mix them; the
+next convolution or linear layer takes them as inputs. A channel is one row of the first layer, one entry of
+each vector in between, and one block of columns of the second. If anything else lies in between (a sum of
+branches, a GroupNorm, which mixes channels, a layer of another kind or with its own `forward`), no channel
+can be removed.
 """
 
 from collections import Counter
@@ -37,7 +38,7 @@ KEEPS_CHANNELS = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
 )
-"""What computes each channel from itself alone."""
+"""Layers that compute each channel from itself alone."""
 FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, *KEEPS_CHANNELS)
 
 
@@ -52,10 +53,10 @@ def is_sequence(module: nn.Module) -> bool:
 
 
 def not_followed(module: nn.Module, chains: Sequence[Chain]) -> str:
-    """Return why a module has no channels that can be taken out."""
+    """Return why a module has no channels that can be removed."""
     if not chains:
         return (
-            f"{type(module).__name__} is a class with a `forward` of its own, and its Architecture does not "
+            f"{type(module).__name__} is a class with its own `forward`, and its Architecture does not "
             "say in `chains` which of its modules follow each other"
         )
     strange = {type(m).__name__ for chain in chains for _, m in chain if not _as_known(m, FOLLOWED)}
@@ -105,7 +106,7 @@ def _along(chain: Chain, shared: Collection[int], vectors: bool) -> Iterator[Cha
     """Yield a group for each pair of neighbouring layers with nothing between them that mixes channels."""
     producer: tuple[str, nn.Conv2d | nn.Linear] | None = None
     rows: list[str] = []
-    flat = False  # whether images were flattened since the producer
+    flat = False  # whether examples are flattened after the producer
     calls = Counter(id(module) for _, module in chain)
     for name, module in chain:
         if _in_several_places(module, calls, shared) or not _as_known(module, FOLLOWED):
@@ -137,19 +138,19 @@ def _outputs(layer: nn.Conv2d | nn.Linear) -> int:
 
 
 def _spread(producer: nn.Conv2d | nn.Linear, consumer: nn.Conv2d | nn.Linear, flat: bool) -> int:
-    """Return how many columns of the consumer a channel enters; 0 if that cannot be told.
+    """Return the number of columns of the consumer that take a channel; 0 if unknown.
 
     Args:
-        producer: makes the channels.
-        consumer: takes them in.
-        flat: whether images were flattened in between.
+        producer: layer that computes the channels.
+        consumer: layer that takes them as inputs.
+        flat: whether examples are flattened in between.
     """
     if isinstance(producer, nn.Conv2d) and producer.groups != 1:
         return 0
     if isinstance(consumer, nn.Conv2d):
         return int(consumer.groups == 1 and consumer.in_channels == _outputs(producer) and not flat)
     spread, rest = divmod(consumer.in_features, _outputs(producer))
-    # without flattening, a linear layer takes in the last dimension of images, which is no channel; and of
-    # vectors that a linear layer made of each row, channels are not what comes first
+    # without flattening, a linear layer takes the last dimension of images, which is no channel; and vectors
+    # that a linear layer computes for each row do not begin with channels
     one_by_one = isinstance(producer, nn.Linear) and spread == 1
     return spread if not rest and (one_by_one or (flat and isinstance(producer, nn.Conv2d))) else 0

@@ -7,12 +7,12 @@ activation between them. Three poolings need 8×8; odd sides lose their last row
 
 `fedlp_cnn` is the network itself. `fedlp_cnn_exits` adds a head like the classifier after each of the first
 four blocks. With the same seed its own layers start alike. The heads are larger than the network (they add
-2,364,968 parameters on CIFAR-10), and methods that know nothing of exits send them for nothing: only take it
-for methods that leave early.
+2,364,968 parameters on CIFAR-10), and methods that ignore exits send them in vain: use it only with
+methods that leave early.
 
-How a network says where it can be left: its class has an attribute `exits`, and `build` of its Architecture
-is that class. For each exit, shallowest first, it holds the dotted names of the modules that are called one
-after the other. The last exit is the whole network; what a shallower one calls beside it is that exit's head.
+A network declares its exits so: its class has an attribute `exits`, and `build` of its Architecture is that
+class. For each exit, shallowest first, it holds the dotted names of the modules that are called in sequence.
+The last exit is the whole network; a shallower exit also calls its head.
 The classifier must be the last linear layer among the class's modules, after the heads. `exits_of` and
 `along` read this.
 """
@@ -30,7 +30,7 @@ SMALLEST = 8  # three poolings leave 1×1
 HIDDEN = 128
 
 Path = tuple[str, ...]
-"""Dotted names of modules that are called one after the other."""
+"""Dotted names of modules that are called in sequence."""
 
 
 def exits_of(network: object) -> tuple[Path, ...]:
@@ -40,7 +40,7 @@ def exits_of(network: object) -> tuple[Path, ...]:
 
 
 def along(module: nn.Module, path: Path, x: Tensor) -> Tensor:
-    """Return what the modules of a path make of images (n, channels, height, width)."""
+    """Return the output of the modules of a path for images (n, channels, height, width)."""
     for name in path:
         x = module.get_submodule(name)(x)
     return x
@@ -49,10 +49,10 @@ def along(module: nn.Module, path: Path, x: Tensor) -> Tensor:
 def _block(first: int, *channels: int, pool: bool) -> nn.Sequential:
     """Return convolutions numbered from `first`, from each number of channels to the next."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (before, after) in enumerate(pairwise(channels), start=first):
-        layers[f"conv{number}"] = nn.Conv2d(before, after, 3, padding=1)
+    for number, (inputs, outputs) in enumerate(pairwise(channels), start=first):
+        layers[f"conv{number}"] = nn.Conv2d(inputs, outputs, 3, padding=1)
         layers[f"relu{number}"] = nn.ReLU()
-        layers[f"bn{number}"] = nn.BatchNorm2d(after)
+        layers[f"bn{number}"] = nn.BatchNorm2d(outputs)
     if pool:
         layers["pool"] = nn.MaxPool2d(2)
     return nn.Sequential(layers)

@@ -1,4 +1,4 @@
-"""What becomes of batch normalisation in a federation: one policy for a run, declared in its config.
+"""Batch normalisation in a federation: one policy for a run, declared in its config.
 
 average   scale, shift and running statistics are entries like others: sent, averaged, evaluated with
 local     they stay with each client and are never sent (FedBN: Li et al., ICLR 2021). The global model
@@ -26,10 +26,10 @@ Norm = Literal["average", "local", "static", "group"]
 """A policy for the normalisation of a run."""
 
 MOST_GROUPS = 32
-"""A GroupNorm has gcd(32, channels) groups; 32 is what Wu and He take."""
+"""A GroupNorm has gcd(32, channels) groups; Wu and He use 32."""
 
 CACHED_MASKS = 8
-"""Of how many masks the shared part is remembered, the latest ones."""
+"""The shared parts of this many masks are remembered, the latest ones."""
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -42,10 +42,10 @@ def batch_norms(module: nn.Module) -> list[tuple[str, BatchNorm]]:
 
 
 def under_policy(module: nn.Module, norm: Norm) -> nn.Module:
-    """Return a newly built module as a policy wants it; it is changed in place.
+    """Apply a policy to a newly built module, in place, and return it.
 
     Raises:
-        ConfigError: if a BatchNorm of another kind than BatchNorm2d was to become a GroupNorm.
+        ConfigError: if a BatchNorm of another kind than BatchNorm2d would become a GroupNorm.
     """
     for name, layer in batch_norms(module):
         if norm == "group":
@@ -61,11 +61,11 @@ def under_policy(module: nn.Module, norm: Norm) -> nn.Module:
 
 
 def overlaid(params: Params, index: Tensor, values: Tensor, mask: Mask | None = None) -> Params:
-    """Return a copy with other values at some entries, of those only where the mask holds them.
+    """Return a copy with other values at those of some entries that the mask holds.
 
     Args:
-        params: stays as it is.
-        index: (k,) int64, which entries.
+        params: not changed.
+        index: (k,) int64, positions.
         values: (k,) float32.
         mask: None: all are held.
     """
@@ -76,7 +76,7 @@ def overlaid(params: Params, index: Tensor, values: Tensor, mask: Mask | None = 
 
 @dataclass(frozen=True)
 class Norms:
-    """Where the BatchNorm of a model lies in its vector, and what of it is shared.
+    """The positions of a model's BatchNorm in its vector, and which of them clients share.
 
     Args:
         policy: of the run.
@@ -117,12 +117,12 @@ class Norms:
 
     @cached_property
     def entries(self) -> Tensor:
-        """Where the norms lie: (k,) int64."""
+        """Positions of the norms: (k,) int64."""
         return self._index(self.names)
 
     @cached_property
     def statistics(self) -> Tensor:
-        """Where the running statistics lie: (s,) int64."""
+        """Positions of the running statistics: (s,) int64."""
         return self._index(
             [f"{layer}.{n}" for layer in self.tracked for n in ("running_mean", "running_var")]
         )
@@ -131,7 +131,7 @@ class Norms:
 
     @cached_property
     def sent_layout(self) -> Layout:
-        """The layout of what crosses the wire."""
+        """The layout of the vector that is sent."""
         if not self.private:
             return self.layout
         whole, stays = self.layout, set(self.names)
@@ -152,21 +152,21 @@ class Norms:
         return Params(params.flat[self._travels], self.sent_layout) if self.private else params
 
     def received(self, params: Params) -> Params:
-        """Return weights of the wire in the layout of the model, zero where nothing came."""
+        """Return weights of the wire in the layout of the model, zero where nothing was sent."""
         if not self.private:
             return params
         flat = torch.zeros(self.layout.size)
         flat[self._travels] = params.flat
         return Params(flat, self.layout)
 
-    # ── and what each side makes of that ─────────────────────────────────────────────────────────────────
+    # ── and the masks that follow from it ────────────────────────────────────────────────────────────────
 
     def shared_mask(self, mask: Mask) -> Mask:
-        """Return a mask without what stays with the clients: what an update vouches for."""
+        """Return a mask without the entries that stay with the clients: an update vouches for the others."""
         return self._split(mask)[1] if self.private else mask
 
     def global_mask(self, mask: Mask) -> Mask:
-        """Return a mask without the statistics where only clients have some: how the model is evaluated."""
+        """Return the mask that the model is evaluated with: without statistics if only clients have them."""
         if not self.private:
             return mask
         flat = mask.flat.clone()
@@ -186,7 +186,7 @@ class Norms:
 
     @cached_property
     def _travels(self) -> Tensor:
-        """Where the entries that cross the wire lie in the whole vector: int64."""
+        """Positions of the entries that are sent in the whole vector: int64."""
         return self._index(self.sent_layout.names)
 
     def _index(self, names: Sequence[str]) -> Tensor:

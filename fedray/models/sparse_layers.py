@@ -1,4 +1,4 @@
-"""What sparse training changes inside a model's layers: standardised weights, and activations stored in part.
+"""Layers in sparse training: standardised weights, and activations that are stored in part.
 
 Both leave the model as it is. `standardised` maps weights to the ones that the forward pass uses, and
 `PrunedActivations` is another way to call a module; they fit `view=` and `forward=` of a client's SGD.
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 RELU_GAIN = sqrt(2 / (1 - 1 / pi))
-"""What keeps the variance of a signal through standardised weights and a ReLU: Brock et al., ICLR 2021."""
+"""Gain that keeps a signal's variance through standardised weights and a ReLU: Brock et al., ICLR 2021."""
 SMALLEST_SQUARES = 1e-4
 """Below this sum of squares a channel's scale is held: Brock et al., ICLR 2021, in the code of the paper."""
 
@@ -62,11 +62,11 @@ def _standardise(weight: Tensor, held: Tensor, gain: float) -> Tensor:
 class PrunedActivations:
     """Compute logits with all activations, and keep the largest ones alone for the backward pass.
 
-    What a convolution or a linear layer was given is needed for the gradient of its weights. Of that the
-    smallest entries are not stored, and count as zeros there; the gradients of inputs and biases are exact.
+    The gradient of a convolution's or linear layer's weights needs the layer's input. The input's smallest
+    entries are not stored and count as zeros there; the gradients of inputs and biases are exact.
 
     Args:
-        share: of each layer's input, over the whole batch, that is not stored; in [0, 1).
+        share: share of each layer's input, over the whole batch, that is not stored; in [0, 1).
 
     Source: scaled activation pruning in Huang et al., "FedMef", CVPR 2024, after Jiang et al., "Back Razor",
         NeurIPS 2022.
@@ -75,14 +75,14 @@ class PrunedActivations:
     share: float
 
     def __call__(self, module: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Return the logits of images `x` by a module with other weights, name → tensor."""
+        """Return the logits of examples `x` by a module with other weights, name → tensor."""
         with _PrunedInputs(self.share):
             logits: Tensor = torch.func.functional_call(module, dict(weights), (x,))
         return logits
 
 
 class _PrunedInputs(TorchFunctionMode):
-    """Let convolutions and linear layers store their inputs in part, whatever calls them."""
+    """Let convolutions and linear layers, in any module, store their inputs in part."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _PrunedInputs(TorchFunctionMode):
 
 
 class Stored(NamedTuple):
-    """What is left of a tensor: its largest entries, and a bit for each entry that says which they are."""
+    """A tensor's largest entries, and a bit for each entry that marks them."""
 
     values: Tensor
     bits: Tensor
@@ -125,12 +125,12 @@ class Stored(NamedTuple):
 
 
 def store(x: Tensor, share: float) -> Stored:
-    """Keep what is largest by magnitude; zeros are never stored.
+    """Store the entries of largest magnitude; zeros are never stored.
 
     Args:
         x: float32 of any shape.
-        share: of its entries that is left out at least, in [0, 1); met to one entry. Of equal ones those stay
-            that come first in memory.
+        share: share of its entries that is left out at least, in [0, 1); met to one entry. Of equal entries
+            the first ones in memory are stored.
     """
     x = x.detach()
     if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
@@ -143,7 +143,7 @@ def store(x: Tensor, share: float) -> Stored:
 
 
 def restore(stored: "Tensor | Stored") -> Tensor:
-    """Return the tensor with zeros for what was not stored; a tensor as it is."""
+    """Return a stored tensor with zeros for the entries left out; return a tensor unchanged."""
     if isinstance(stored, Tensor):
         return stored
     kept = (stored.bits.unsqueeze(1) & _BITS.to(stored.bits.device)) != 0

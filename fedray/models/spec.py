@@ -103,10 +103,10 @@ class ModelSpec:
         name: as in the table of models.
         input_shape: shape of one example.
         num_classes: number of logits.
-        architecture: what it was built from.
-        layout: where each tensor lies in the flat vector.
-        module: the structure. What the layout names is on torch's meta device and has no values, so that the
-            module weighs nothing and cannot be mistaken for a trained one; `bind` gives it values.
+        architecture: its architecture.
+        layout: position of each tensor in the flat vector.
+        module: the structure. Its tensors in the layout are on torch's meta device, without values, so that
+            the module needs no memory and cannot be mistaken for a trained one; `bind` gives it values.
         norm: the policy for its batch normalisation.
     """
 
@@ -144,8 +144,8 @@ class ModelSpec:
             device: where it is built; on `meta` nothing is initialised, and the module cannot be run.
 
         Raises:
-            ConfigError: if it cannot be built, if the module holds what cannot lie in one float32 vector, or
-                if the policy does not fit it.
+            ConfigError: if it cannot be built, if the module holds tensors that do not fit into one float32
+                vector, or if the policy does not fit it.
         """
         try:
             module = _build(architecture, input_shape, num_classes, norm, seed=0, device=device)
@@ -164,18 +164,18 @@ class ModelSpec:
 
     @cached_property
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
-        """The channels that can be taken out as a whole; empty where none can be told apart."""
+        """The channels that can be removed as a whole; empty if there are none."""
         chains, shared = self.architecture.chains(self.module), shared_parameters(self.module)
         return channel_groups(chains, shared, vectors=len(self.input_shape) == 1)
 
     @cached_property
     def without_channels(self) -> str:
-        """Why there are no channels that can be taken out; of interest where there are none."""
+        """The reason for having no channels that can be removed, if there are none."""
         return not_followed(self.module, self.architecture.chains(self.module))
 
     @cached_property
     def norms(self) -> Norms:
-        """Where its batch normalisation lies, and what of it is shared."""
+        """The positions of its batch normalisation, and which of them clients share."""
         return Norms.of(self.module, self.layout, self.norm)
 
     @cached_property
@@ -242,7 +242,7 @@ class ModelSpec:
         return Params(torch.cat([tensors[n].detach().flatten() for n in self.layout.names]), self.layout)
 
     def bind(self, flat: Tensor) -> nn.Module:
-        """Return a module of its own whose parameters and running statistics are views into `flat`.
+        """Return a new module whose parameters and running statistics are views into `flat`.
 
         Writing to `flat` changes the module, an optimiser's in-place step or BatchNorm's update changes
         `flat`; nothing is ever copied.
@@ -355,8 +355,8 @@ def _initialise(
     with torch.no_grad():
         module.eval()(blank(2, input_shape))
     module.train()
-    if left := _lazy(module):
-        raise ConfigError(f"model: {left[0]} has no shape after a forward pass, in which it takes no part")
+    if unused := _lazy(module):
+        raise ConfigError(f"model: {unused[0]} has no shape after a forward pass, in which it takes no part")
 
 
 def _lazy(module: nn.Module) -> list[str]:
@@ -372,23 +372,23 @@ def _place(error: Exception) -> str:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what belongs to the flat vector, in its order; a tied tensor once, under its first name."""
+    """Yield the tensors of the flat vector, in its order; a tied tensor once, under its first name."""
     yield from module.named_parameters()
     saved = module.state_dict().keys()
     yield from ((n, b) for n, b in module.named_buffers() if b.is_floating_point() and n in saved)
 
 
 def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Return a copy of `module` that holds `tensors` themselves in place of its own."""
+    """Return a copy of `module` with `tensors` themselves in place of the module's."""
     replaced: dict[int, Tensor] = {}
     for name, old in _tensors(module):
         new = tensors[name]
         # views of one vector share its version counter, so that autograd notices who writes to it between
-        # forward and backward; `.data` has one of its own, for statistics are rightly updated just then
+        # forward and backward; `.data` has a separate one, for statistics may be updated just then
         replaced[id(old)] = (
             nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new.data
         )
-    # deepcopy takes what it finds in its memo as the copy: no weight is copied, and tied ones stay tied
+    # deepcopy takes tensors in its memo as the copies: no weight is copied, and tied ones stay tied
     try:
         return deepcopy(module, replaced)
     except (RuntimeError, TypeError) as error:

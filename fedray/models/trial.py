@@ -1,4 +1,4 @@
-"""A model on trial: whether it can be trained in a federation at all, found out before anything starts.
+"""A user's model is tried before a run: can it be trained in a federation?
 
 Two random examples go through a model that a user wrote, forward and backward. An error that a worker would
 otherwise find in mid-run becomes one message that names the model and the module.
@@ -32,7 +32,7 @@ def fault(spec: ModelSpec) -> str | None:
 
 
 def _faults(spec: ModelSpec) -> Iterator[str]:
-    yield from _held_apart(spec.module)
+    yield from _foreign_state(spec.module)
     module = spec.bind(spec.init(0).flat)
     leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not leaves:
@@ -62,8 +62,8 @@ def _random(spec: ModelSpec) -> Tensor:
     return torch.randint(tokens, shape, generator=rng) if tokens else torch.randn(shape, generator=rng)
 
 
-def _held_apart(module: nn.Module) -> Iterator[str]:
-    """Find what a module holds beside its parameters and buffers that a client would leave to the next."""
+def _foreign_state(module: nn.Module) -> Iterator[str]:
+    """Find state outside parameters and buffers, which would pass from one client to the next."""
     for name, part in module.named_modules():
         for attribute, value in vars(part).items():
             where = f"{name}.{attribute}".lstrip(".")
@@ -71,25 +71,25 @@ def _held_apart(module: nn.Module) -> Iterator[str]:
                 yield f"holds {where}, a tensor that is trained but is no nn.Parameter; make it one"
             elif isinstance(value, GENERATORS):
                 yield (
-                    f"holds {where}, a generator whose numbers would depend on who was trained before; draw "
-                    "from the global ones (torch.rand, np.random.rand), which are seeded for each client"
+                    f"holds {where}, a generator whose numbers would depend on the clients trained before; "
+                    "draw from the global ones (torch.rand, np.random.rand), which are seeded for each client"
                 )
 
 
 def _unlike_logits(logits: object, num_classes: int) -> Iterator[str]:
-    wanted = f"expected are logits, float32 ({BATCH}, {num_classes}): a row for each example"
+    expected = f"expected are logits, float32 ({BATCH}, {num_classes}): a row for each example"
     if not isinstance(logits, Tensor):
-        yield f"{type(logits).__name__}; {wanted}"
+        yield f"{type(logits).__name__}; {expected}"
     elif logits.shape != (BATCH, num_classes):
-        yield f"a tensor of shape {tuple(logits.shape)}; {wanted}"
+        yield f"a tensor of shape {tuple(logits.shape)}; {expected}"
     elif logits.dtype != torch.float32:
-        yield f"{str(logits.dtype).removeprefix('torch.')}; {wanted}"
+        yield f"{str(logits.dtype).removeprefix('torch.')}; {expected}"
     elif not bool(logits.isfinite().all()):
         yield "NaN or infinity for random examples, untrained; look at its initialisation"
 
 
 def _gradients(logits: Tensor, leaves: dict[str, nn.Parameter]) -> Iterator[str]:
-    """Find what keeps a loss from being followed back to the parameters."""
+    """Find the reasons why a loss has no gradient for the parameters."""
     if not logits.requires_grad:
         yield "returns logits that do not depend on any parameter that can be trained"
         return

@@ -1,1 +1,1 @@
-"""What to remove: pure functions of weights and masks, and who decides how much."""
+"""WHAT TO REMOVE: masks, scores, schedules and channels, as pure functions of weights and masks."""

@@ -1,8 +1,8 @@
-"""Channels: which to take out, the mask that takes them out, and the physically smaller model that is left.
+"""Whole channels: which to remove, the mask that removes them, and the physically smaller model.
 
-A channel goes as a whole: its row in the layer that makes it, its bias and normalisation, its columns in the
-layer that takes it in, and all of these entries are then False in the mask, prunable or not. What is left is
-an ordinary smaller network, and `shrink` says where each of its entries lies in the whole one.
+A channel is removed as a whole: its row in the layer that computes it, its bias and normalisation, its
+columns in the next layer. The mask is False on all these entries, prunable or not. The rest is an ordinary
+smaller network; `shrink` returns the position of each of its entries in the whole one.
 """
 
 from bisect import bisect_left
@@ -18,11 +18,11 @@ from fedray.shares import ceil_of
 from fedray.types import ChannelGroup, Layout, Mask, Params
 
 WORTHWHILE = 0.75
-"""A model is trained as a smaller one if at most this share of its entries is left."""
+"""A smaller model is trained if it has at most this share of the entries."""
 
 
 def channel_scores(scores: Tensor, group: ChannelGroup, layout: Layout) -> Tensor:
-    """Return a score for each channel (group.size,): the sum over the weights that make it.
+    """Return a score for each channel (group.size,): the sum over the weights that compute it.
 
     With |w| as scores this is the L1 norm of Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017.
 
@@ -53,15 +53,15 @@ def best_channels(scores: Tensor, share: float) -> Tensor:
 
 
 def channels_at(share: float, size: int) -> int:
-    """Return ⌈share · size⌉, how many of `size` channels a share in [0, 1] is; at least one."""
+    """Return ⌈share · size⌉, the number of channels for a share in [0, 1] of `size`; at least one."""
     return max(1, ceil_of(share, size))
 
 
 def density_at(share: float, layout: Layout, groups: Sequence[ChannelGroup]) -> float:
-    """Return the share of the prunable weights that is left if each group keeps a share of its channels.
+    """Return the density of the model if each group keeps a share of its channels.
 
     Args:
-        share: in [0, 1]; at 0 a channel of each group is left.
+        share: in [0, 1]; at 0 each group keeps one channel.
         layout: the model's layout.
         groups: the model's.
     """
@@ -75,18 +75,18 @@ def too_narrow(share: float, layout: Layout, groups: Sequence[ChannelGroup], min
     """Return which prunable layer would keep fewer than `min_layer` weights (or than it has); or None.
 
     Args:
-        share: of its channels that each group keeps, in [0, 1]; at least one is left.
+        share: share of its channels that each group keeps, in [0, 1]; at least one channel.
         layout: the model's layout.
         groups: the model's.
         min_layer: weights that each prunable layer keeps at least.
     """
     shapes = _shapes(layout, groups, {group.name: channels_at(share, group.size) for group in groups})
     for name in layout.prunable_names:
-        left, whole = prod(shapes[name]), prod(layout.shape_of[name])
-        if left < min(min_layer, whole):
+        smaller, whole = prod(shapes[name]), prod(layout.shape_of[name])
+        if smaller < min(min_layer, whole):
             return (
-                f"method.min_layer={min_layer} is more than the {left:,} of {whole:,} weights that {name} "
-                "has left with so few channels; lower it, or keep more channels"
+                f"method.min_layer={min_layer} is more than the {smaller:,} of {whole:,} weights that {name} "
+                "keeps with these channels; lower it, or keep more channels"
             )
     return None
 
@@ -117,7 +117,7 @@ def channel_mask(
         layout: the model's layout.
         groups: the model's.
         kept: name of a group → bool (group.size,); a group that is not named keeps all.
-        within: what is held of the rest; None: everything.
+        within: mask of the other entries; None: all are held.
     """
     flat = torch.ones(layout.size, dtype=torch.bool) if within is None else within.flat.clone()
     for group in groups:
@@ -152,14 +152,14 @@ def cannot_narrow(
     density: float,
     why: str = "none go from one layer to the next",
 ) -> str | None:
-    """Return why no channels can be removed down to a density, beginning with the key to change; or None.
+    """Return why removing channels cannot reach a density, beginning with the key to change; or None.
 
     Args:
         model: its name.
         layout: its layout.
         groups: its channels.
-        density: share of the prunable weights that shall be left; 1 asks for channels to remove, no more.
-        why: why it has none, if it has none.
+        density: target share of the prunable weights; at 1 the model only needs channels to remove.
+        why: reason for having no channels, if it has none.
     """
     if not groups:
         return (
@@ -182,16 +182,16 @@ def as_initialised(params: Params, mask: Mask, groups: Sequence[ChannelGroup]) -
     fan_in, so its weights and bias are multiplied by √(fan_in before / fan_in after).
 
     Args:
-        params: of the whole model, as they were drawn.
-        mask: the whole model's, without the removed channels; some of each group are left.
+        params: of the whole model, freshly initialised.
+        mask: the whole model's, without the removed channels; each group keeps at least one.
         groups: the model's.
     """
     scaled = params.clone()
     for group in groups:
-        left = group.size - int(removed_channels(mask, group).count_nonzero())
+        kept = group.size - int(removed_channels(mask, group).count_nonzero())
         bias = f"{group.columns.removesuffix('weight')}bias"
         for name in {group.columns, bias} & scaled.keys():
-            scaled[name].mul_(sqrt(group.size / left))
+            scaled[name].mul_(sqrt(group.size / kept))
     return scaled
 
 
@@ -201,7 +201,7 @@ class Shrunken:
 
     Args:
         layout: of the smaller model.
-        index: (layout.size,) int64, where each of its entries lies in the whole model's vector.
+        index: (layout.size,) int64, position of each entry in the whole model's vector.
     """
 
     layout: Layout
@@ -211,17 +211,17 @@ class Shrunken:
 def shrink(mask: Mask, groups: Sequence[ChannelGroup]) -> Shrunken | None:
     """Return the smaller model without the removed channels, or None if that would save too little.
 
-    None also where a group lost all its channels: there are no layers of width zero. Entries that the mask
-    does not hold in channels that stay are kept; they have to be masked there too.
+    Also None if a group lost all its channels: there are no layers of width zero. The smaller model keeps the
+    masked entries of its channels; the caller has to mask them.
 
     Args:
         mask: of the whole model.
         groups: the model's.
     """
     gone = removed_entries(mask, groups)
-    left = mask.layout.size - int(gone.count_nonzero())
+    smaller = mask.layout.size - int(gone.count_nonzero())
     kept = {g.name: g.size - int(removed_channels(mask, g).count_nonzero()) for g in groups}
-    if left > WORTHWHILE * mask.layout.size or 0 in kept.values():
+    if smaller > WORTHWHILE * mask.layout.size or 0 in kept.values():
         return None
     shapes = _shapes(mask.layout, groups, kept)
     layout = replace(mask.layout, shapes=tuple(shapes[name] for name in mask.layout.names))
@@ -231,7 +231,7 @@ def shrink(mask: Mask, groups: Sequence[ChannelGroup]) -> Shrunken | None:
 def _shapes(
     layout: Layout, groups: Sequence[ChannelGroup], kept: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Return name → shape when each group keeps so many channels."""
+    """Return name → shape if each group keeps `kept` channels."""
     shapes = {name: list(shape) for name, shape in layout.shape_of.items()}
     for group in groups:
         for name in group.rows:

@@ -1,12 +1,12 @@
-"""Masks that buy the most importance for their time: drop what is small, admit what pays for itself.
+"""Masks with the most importance for their time: drop small weights, admit those that are worth their time.
 
 With the importance Δ(M) = Σ_{j∈M} g_j² and the time of a round T(M) = c + Σ_{j∈M} t_j, the mask that
 maximises
 
     Γ(M) = Δ(M) / T(M)
 
-over all supersets of what is kept takes candidates in the order of g_j²/t_j, as long as that exceeds the Γ
-reached so far: each of them raises Γ, and every later one would lower it.
+over all supersets of the kept weights admits candidates in the order of g_j²/t_j, as long as this ratio
+exceeds the current Γ: each of them raises Γ, and every later one would lower it.
 
 Source: Jiang et al. (PruneFL), TNNLS 2022.
 """
@@ -30,11 +30,11 @@ class Times(Protocol):
 
     @property
     def constant_s(self) -> float:
-        """Seconds that pass whatever is held, > 0."""
+        """Seconds that no mask saves, > 0."""
 
     @property
     def per_weight_s(self) -> Mapping[str, float]:
-        """Name of a tensor → seconds that each held entry adds; what is not named adds nothing."""
+        """Name of a tensor → seconds that each held entry adds; other tensors add nothing."""
 
 
 def rebuild(
@@ -46,16 +46,16 @@ def rebuild(
     max_density: float | None = None,
     min_layer: int = 0,
 ) -> Mask:
-    """Return PruneFL's next mask: without the smallest weights, and with whatever pays for its time.
+    """Return PruneFL's next mask: without the smallest weights, and with those that are worth their time.
 
     Args:
         params: the weights.
-        mask: what is held now.
+        mask: the current mask.
         importance: (size,) ≥ 0, of each weight, held or not.
         times: of a round.
         drop: share of each layer's held weights that is dropped before the search, in [0, 1].
-        max_density: the mask never holds more, whatever pays. Where more than that would be left after the
-            drop, each layer drops a larger share, the same in all of them, so that what is left just fits.
+        max_density: limit of the new mask. If the mask would exceed it after the drop, each layer drops a
+            larger share, the same in all layers, that just fits.
         min_layer: weights that each layer keeps at least, of those that it holds.
     """
     cap = 1.0 if max_density is None else max_density
@@ -63,7 +63,7 @@ def rebuild(
     if round(kept.density * mask.layout.prunable_count) > round(cap * mask.layout.prunable_count):
         larger = max(drop, 1 - cap / mask.density)
         kept = drop_smallest(params, larger, within=mask, min_layer=min_layer)
-        # shares are rounded down, so a few weights may be left over
+        # shares are rounded down, so a few weights may exceed the limit
         kept = top_k(magnitude(params), cap, mask.layout, within=kept, min_layer=min_layer)
     return maximise_ratio(importance, kept, times, max_density=cap)
 
@@ -74,14 +74,14 @@ def drop_smallest(params: Params, share: float, *, within: Mask, min_layer: int 
     Args:
         params: the weights; only those under the mask are looked at.
         share: in [0, 1]; of n held weights of a layer, ⌊share · n⌋ go.
-        within: what is held before.
-        min_layer: a layer keeps so many, or as many as it holds.
+        within: the mask before.
+        min_layer: weights that each layer keeps at least, of those that it holds.
     """
     kept = {}
     for name in within.layout.prunable_names:
         held = int(within[name].count_nonzero())
-        left = max(held - floor_of(share, held), min(min_layer, held))
-        kept[name] = left / within[name].numel()
+        stays = max(held - floor_of(share, held), min(min_layer, held))
+        kept[name] = stays / within[name].numel()
     return top_k_per_layer(magnitude(params), kept, within.layout, within=within)
 
 
@@ -94,11 +94,11 @@ def maximise_ratio(
 ) -> Mask:
     """Return the superset of a mask with the highest ratio Γ of importance to time.
 
-    Ties go to the lower index, and a candidate that would leave Γ as it is is not admitted.
+    Ties go to the lower index. A candidate that would not change Γ is not admitted.
 
     Args:
         importance: (size,) ≥ 0, e.g. squared gradients; any positive factor of it gives the same mask.
-        kept: what is held in any case; all prunable entries that it does not hold are candidates.
+        kept: mask of the entries that stay; all other prunable entries are candidates.
         times: T; every prunable tensor must take time.
         max_density: nothing is admitted beyond this share of the prunable entries.
 
@@ -137,9 +137,9 @@ def settled(counts: Sequence[int], change: float = 0.1, times: int = 5) -> bool:
     """Tell whether each of the last sizes differs from the one before by a share of at most `change`.
 
     Args:
-        counts: sizes of a model in the order in which it had them, > 0.
+        counts: sizes of a model, > 0, from the oldest to the latest.
         change: in [0, 1].
-        times: how many changes are looked at; fewer are not enough.
+        times: number of latest changes that count; False if there are fewer.
     """
-    changes = [abs(after / before - 1) for before, after in pairwise(counts)]
+    changes = [abs(later / earlier - 1) for earlier, later in pairwise(counts)]
     return len(changes) >= times and max(changes[-times:]) <= change

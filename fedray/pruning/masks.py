@@ -1,12 +1,12 @@
-"""Masks from scores: what is kept at a density, above a threshold, or at random; what is grown again.
+"""Masks from scores: keep entries at a density, above a threshold, or at random; grow entries again.
 
 Every function returns a `Mask` that is True on all that is not prunable. Scores are flat float32 vectors
 (size,) in the layout of the model; only their prunable entries are looked at. Ties go to the lower index, so
 that every way of computing a mask keeps the same set and masks of falling density are nested.
 
-`min_layer` is how many entries each prunable tensor keeps at least, its best ones (all candidates, where it
-has fewer). A count that is asked for stays as it is: the other tensors lose their lowest entries for it. Only
-where the minima add up to more is more kept, which `lowest_density` tells before.
+`min_layer` is the number of entries that each prunable tensor keeps at least, its best ones (all candidates,
+if it has fewer). The total stays the one asked for: other tensors lose their lowest entries instead. Only if
+the minima add up to more than the total is more kept; `lowest_density` returns that limit beforehand.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def top_k(
         scores: (size,), higher is kept.
         density: share of the prunable entries to keep, in [0, 1]; met to one entry.
         layout: the model's layout.
-        within: entries that may be kept; if it holds fewer than asked for, all of them are.
+        within: entries that may be kept; if they are fewer than asked for, all are kept.
         min_layer: entries that each tensor keeps at least.
 
     Raises:
@@ -74,7 +74,7 @@ def at_least(
 ) -> Mask:
     """Keep the entries of `within` that score `threshold` or more, and at least the `min_density` best.
 
-    No count is asked for, so that the entries for `min_layer` are kept beside the others.
+    The total is not fixed, so the entries for `min_layer` are kept in addition.
 
     Raises:
         MethodError: if a score among the prunable entries of `within` is NaN.
@@ -92,7 +92,7 @@ def filled(mask: Mask, scores: Tensor, min_layer: int, *, among: Tensor | None =
     """Return the mask with the best other entries in each prunable tensor that holds fewer than `min_layer`.
 
     Args:
-        mask: what is held.
+        mask: the mask to fill.
         scores: (size,), higher is taken first.
         min_layer: entries of each tensor.
         among: (size,) bool, what may be taken; None: every prunable entry.
@@ -122,7 +122,7 @@ def grow(scores: Tensor, count: int, layout: Layout, *, within: Mask) -> Mask:
 
     Args:
         scores: (size,), higher is added first.
-        count: how many are added, at least 0; if fewer are outside, all of them are.
+        count: number of entries to add, ≥ 0; if fewer are outside, all are added.
         layout: the model's layout.
         within: entries that stay.
 
@@ -195,7 +195,7 @@ def _with_kept(kept: Tensor, layout: Layout) -> Mask:
 
 
 def _exchanged(kept: Tensor, scores: Tensor, candidates: Tensor, layout: Layout, min_layer: int) -> Tensor:
-    """Return a bool vector of as many entries, with `min_layer` of each tensor; the lowest others go."""
+    """Return a bool vector with the same number of entries, and at least `min_layer` of each tensor."""
     if not _short(kept, candidates, layout, min_layer):
         return kept
     best = torch.zeros_like(kept)

@@ -1,4 +1,4 @@
-"""What helps a pruned model to recover: a teacher made of classifiers, and learning from it.
+"""Recovery of a pruned model: a teacher that combines classifiers, and distillation from it.
 
 A classifier is written as one matrix (classes, width + 1), with its bias in the last column.
 """
@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, linear, log_softmax
 
 
 def classifier(weights: Mapping[str, Tensor], head: str) -> Tensor:
-    """Return a model's classifier as one matrix (classes, width + 1), in memory of its own.
+    """Return a model's classifier as one matrix (classes, width + 1), a copy.
 
     Args:
         weights: name → weight, e.g. the model's params.
@@ -23,12 +23,12 @@ def classifier(weights: Mapping[str, Tensor], head: str) -> Tensor:
 
 
 def classify(rows: Tensor, features: Tensor) -> Tensor:
-    """Return the logits (n, classes) that a classifier gives to its inputs (n, width)."""
+    """Return the logits (n, classes) of a classifier for inputs (n, width)."""
     return linear(features, rows[:, :-1], rows[:, -1])
 
 
 def ensemble(rows: Tensor, weights: Tensor, otherwise: Tensor) -> Tensor:
-    """Return the one classifier that an ensemble of classifiers is.
+    """Return the classifier that equals an ensemble of classifiers.
 
     With logits z[c] = Σ_k a[k, c] (W_k φ + b_k)[c] and Σ_k a[k, c] = 1, an ensemble is linear in the features
     φ, and its row of class c is Σ_k a[k, c] · (row c of classifier k).
@@ -36,7 +36,7 @@ def ensemble(rows: Tensor, weights: Tensor, otherwise: Tensor) -> Tensor:
     Args:
         rows: (classes, width + 1), the members' rows, each times its weight, added up.
         weights: (classes,), the members' weights of each class, added up, each ≥ 0.
-        otherwise: (classes, width + 1), whose rows stand in for classes that nobody has a weight for.
+        otherwise: (classes, width + 1), rows for classes in which no member has a weight.
     """
     return torch.where(weights[:, None] > 0, rows / weights[:, None], otherwise)
 
@@ -46,7 +46,7 @@ def distillation(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
 
     Args:
         logits: (n, classes), of the student.
-        taught: (n, classes), of the teacher; no gradient goes there.
+        taught: (n, classes), of the teacher; it gets no gradient.
         temperature: τ > 0.
 
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.

@@ -1,4 +1,4 @@
-"""When a method acts, and how far: rounds of events, and density as a function of progress.
+"""Schedules: the rounds in which a method acts, and density as a function of progress.
 
 A schedule goes from `initial` at progress 0 to `final` at progress 1. Progress is the share of the pruning
 phase that has passed, clipped to [0, 1]. All schedules are monotone and end exactly at `final`.
@@ -68,7 +68,7 @@ def spread(rounds: int, count: int, start: float, until: float) -> tuple[int, ..
 def due(rounds: Iterable[int], done: int, now: int) -> bool:
     """Tell whether a method has to act in round `now`: an event's round has come since round `done`.
 
-    An event whose round brought no answer stays due, so that the next round with an answer makes up for it.
+    An event whose round had no answer stays due, and the next round with an answer makes up for it.
 
     Args:
         rounds: the rounds of all events.
@@ -106,7 +106,7 @@ def adjust_rate(round: int, stop: float, initial: float) -> float:
 
     Args:
         round: t, ≥ 0.
-        stop: round from which nothing is exchanged any more, > 0.
+        stop: first round without an exchange, > 0.
         initial: share at round 0, in [0, 1].
 
     Source: Evci et al., "Rigging the Lottery", ICML 2020, after Dettmers and Zettlemoyer, 2019.

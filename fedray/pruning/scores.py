@@ -1,4 +1,4 @@
-"""How much each weight matters. Every score is a flat float32 vector (size,), higher is more important."""
+"""Scores: the importance of each weight, as a flat float32 vector (size,); higher is more important."""
 
 from math import inf, sqrt
 from typing import Literal
@@ -43,22 +43,22 @@ def in_units_of_layer(scores: Tensor, mask: Mask) -> Tensor:
     return scaled
 
 
-def loss_deviation(before: Params, after: Params) -> Tensor:
-    """Return (after − before)²: how far training on some examples has pulled each weight.
+def loss_deviation(initial: Params, trained: Params) -> Tensor:
+    """Return (trained − initial)²: how far training on some examples has moved each weight.
 
     Its mean over clients is the guidance of AutoFLIP, Internò et al., 2024, before it is scaled.
     """
-    return (after.flat - before.flat).square()
+    return (trained.flat - initial.flat).square()
 
 
 def scaled_per_layer(scores: Tensor, layout: Layout, scaling: Scaling) -> Tensor:
     """Bring the scores of each prunable tensor to a common range.
 
-    A tensor whose scores are all equal, as in a layer that did not move, gets infinity: nothing tells its
-    entries apart, and to remove all of them would cut the network in two.
+    A tensor whose scores are all equal, as in a layer that did not move, gets infinity: its entries cannot be
+    ranked, and removing all of them would cut the network in two.
 
     Args:
-        scores: (size,), finite; what is not prunable stays as it is.
+        scores: (size,), finite; those of entries that are not prunable stay unchanged.
         layout: the model's layout.
         scaling: `minmax`: (s − min) / (max − min), in [0, 1]; `robust`: (s − median) / IQR, without bounds,
             over max − min instead where the quartiles coincide. Of an even number of scores the median is
@@ -97,7 +97,7 @@ def above_quantile(scores: Tensor, share: float) -> Tensor:
 
 
 def l2_distance(first: Params, second: Params) -> float:
-    """Return ‖first − second‖₂ over all weights of convolutions and linear layers, pruned ones (zeros)
+    """Return ‖first − second‖₂ over all tensors of two or more dimensions, pruned weights (zeros)
     included.
 
     Running statistics, biases and affine parameters of norms are left out: they would dominate.

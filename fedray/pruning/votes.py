@@ -1,7 +1,7 @@
 """Growing by vote: clients name the entries that they would grow, and the server counts.
 
-A vote is what a client sends: where the gradient is largest outside the mask, and what it is there. That is a
-few numbers in place of a dense gradient.
+A client's vote holds the positions outside the mask at which its gradient is largest, and the gradient there:
+a few numbers in place of a dense gradient.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,10 +20,10 @@ def cast(gradient: Tensor, count: int, mask: Mask) -> dict[str, Tensor]:
     """Return a client's vote: the prunable entries outside the mask with the largest |gradient|.
 
     Args:
-        gradient: (size,). What is not a number gets no vote before all others have one: an update of a
-            training that diverged is left out for its params, and is not an error here.
-        count: how many, at least 0; fewer if fewer are outside.
-        mask: what is held.
+        gradient: (size,). NaN and infinity count as zero, so all other entries come first. They are no error
+            here: the update of a training that diverged is left out for its params.
+        count: number of entries, ≥ 0; fewer if fewer are outside.
+        mask: the current mask.
     """
     finite = gradient.nan_to_num(0.0, 0.0, 0.0)
     best = grow(finite.abs(), count, mask.layout, within=mask)
@@ -32,13 +32,13 @@ def cast(gradient: Tensor, count: int, mask: Mask) -> dict[str, Tensor]:
 
 
 def tally(votes: Iterable[tuple[int, Vote]], mask: Mask) -> Tensor:
-    """Return |Σ n·g| (size,) over those who voted for an entry: what `grow` ranks.
+    """Return |Σ n·g| (size,) over the clients that voted for an entry, as scores for `grow`.
 
-    Entries of the mask count −1, so that what has just been removed does not come back for want of votes.
+    Entries of the mask count −1, so that entries that were just removed do not return for want of votes.
 
     Args:
-        votes: number of examples, and vote, of each client, in order.
-        mask: outside of which they voted.
+        votes: (number of examples, vote) of each client, in order.
+        mask: mask that the votes are outside of.
     """
     total = torch.zeros(mask.layout.size)
     for examples, vote in votes:

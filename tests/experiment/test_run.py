@@ -350,7 +350,7 @@ def test_runs_cannot_be_made_where_there_is_no_folder(in_tmp):
     ("partition", "message"),
     [
         ({"kind": "shards", "classes_per_client": 11}, r"data\.partition\.classes_per_client=11 "),
-        ({"kind": "natural"}, r"data\.partition\.kind=natural: this data set does not say who wrote what"),
+        ({"kind": "natural"}, r"data\.partition\.kind=natural: this data set does not name the writers"),
     ],
 )
 def test_data_that_cannot_be_dealt_leaves_nothing_behind(in_tmp, monkeypatch, no_ray, partition, message):

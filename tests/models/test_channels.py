@@ -219,7 +219,7 @@ def test_normalisation_behind_a_flattening_goes_with_its_channel() -> None:
             "channels are not followed through Conv1d",
         ),
         (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(), Doubled()), "through Doubled, PReLU"),
-        (lambda: Residual(nn.Linear(16, 16)), "Residual is a class with a `forward` of its own"),
+        (lambda: Residual(nn.Linear(16, 16)), "Residual is a class with its own `forward`"),
         (lambda: nn.Sequential(nn.Linear(16, 3)), "none go from one layer to the next"),
     ],
 )
