@@ -15,6 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "bring_your_own.md"
 CHANGES: dict[str, dict[str, Any]] = {
     "A device, a link": {"clients.devices": {"esp32": 0.7, "esp32@lora": 0.3}},
     "A partition": {"data.partition.kind": "blocks"},
+    "A data set": {"data.name": "wine"},
     "A model": {"model": "attention"},
     "A client sampler": {"clients.sampler.name": "largest"},
     "A method": {"method.name": "half", "method.density": 0.3},
@@ -69,6 +70,9 @@ def test_all_files_work_together_in_a_sweep_on_ray(ray_local, in_tmp):
         yaml_text.dump({"base": base, "space": {"clients.actors": {"grid": [1, 0]}}})
     )
     result = fedray.sweep(fedray.Sweep.load("x.yaml"), out="sweep")
-    assert [(trial.status, trial.error) for trial in result.trials] == [("finished", None)] * 2
-    (digest,) = {fedray.load_run(trial.path).result["weights_sha256"] for trial in result.trials}  # type: ignore[index]
-    assert digest == fedray.run(tiny.config(changes), out="alone").weights_sha256
+    assert [(trial.status, trial.error) for trial in result.trials] == [("finished", None)] * 4
+    for trial in result.trials:
+        config = trial.point.config.override({"clients.actors": 0})
+        alone = fedray.run(config, out=f"alone-{trial.point.name}")
+        found = fedray.load_run(trial.path).result
+        assert found is not None and found["weights_sha256"] == alone.weights_sha256

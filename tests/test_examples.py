@@ -192,11 +192,15 @@ def test_the_commands_of_a_page_are_ones_that_can_be_run(page: Path, monkeypatch
     assert ("fedprox" if page is ADDING else page.stem) in shown
 
 
-def test_the_method_of_the_page_on_adding_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    (source,) = re.findall(r"```python\n(.*?)```", ADDING.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_methods_of_the_page_on_adding_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    file, memory = re.findall(r"```python\n(.*?)```", ADDING.read_text(encoding="utf-8"), re.DOTALL)
     module = ModuleType("adding_a_method")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look a class's module up
-    exec(source, module.__dict__)
+    exec(file, module.__dict__)
+    exec(memory, module.__dict__)
+    remembering = small.server(module.Mine())
+    small.run(remembering)
+    assert remembering.state.memory == module.Memory()
     server = small.server(module.Random(density=0.25))
     first = server.evaluate(server.side.validation).loss
     last = small.run(server)[-1]
