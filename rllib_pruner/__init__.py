@@ -1,5 +1,5 @@
-"""Training of agents that choose the pruning rate, with RLlib.
+"""Training of agents that choose how much to prune, with RLlib.
 
-The decision processes live in `fedray.policies`, so that training and deployment step the same object. This
-package imports fedray; fedray never imports this package.
+The decision processes are in `fedray.policies`: a training and a run step the same objects. This package
+imports fedray; in fedray, only the command line imports this package.
 """

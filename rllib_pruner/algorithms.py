@@ -1,7 +1,7 @@
-"""What learns: RLlib's DQN and PPO on its new API stack, each as a dataclass of what may be set.
+"""Learning algorithms: RLlib's DQN and PPO on its new API stack, each as a dataclass of its options.
 
-Everything runs in one process (no env runner or learner of its own): with so small a network, sending
-weights would cost more than it saves.
+Everything runs in one process, without separate env runners and learners: the networks are so small that
+sending weights would cost more than it saves.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class DQN:
         gamma: discount.
         hidden: units of each hidden layer.
         batch: transitions in an update.
-        envs: environments that are stepped at a time.
+        envs: environments that are stepped together.
         fragment: steps of each between two updates.
         epsilon: share of random actions at the start, and in the end.
         epsilon_steps: environment steps over which it falls.
-        replay: environment steps that are remembered.
+        replay: capacity of the replay buffer, in environment steps.
         warm_up: environment steps before the first update.
-        n_step: rewards that are summed before the network's own estimate counts.
+        n_step: rewards that are summed before the network's estimate counts.
         target_every: environment steps between copies to the target network.
         double_q: let the network choose the action that the target network values.
         dueling: separate heads for value and advantage.

@@ -1,4 +1,4 @@
-"""What is trained, how, and for how long: one file, read as fedray reads its own.
+"""The config of a training, read from one YAML file like a run's.
 
 base:
   process: {name: rate_search}
@@ -38,13 +38,13 @@ ALGORITHM: Chooser[DQN | PPO] = Chooser("algorithm", "name", ALGORITHMS, "dqn")
 
 
 class Budget(Section):
-    """`budget:` when training ends, unless the process says earlier that the policy is good enough.
+    """`budget:` when training ends, unless the process finds the policy good enough earlier.
 
     Args:
         env_steps: steps of the environment, at most.
         evaluate_every: steps between two evaluations; each also leaves a checkpoint.
-        stop_score: a score that is good enough too; None: only the process decides.
-        in_a_row: evaluations that must be good enough before training ends: one may be luck.
+        stop_score: a score that is good enough, too; None: only the process decides.
+        in_a_row: consecutive evaluations that must be good enough before training ends.
     """
 
     env_steps: PositiveInt = 40_000
@@ -54,7 +54,7 @@ class Budget(Section):
 
 
 class TrainTracking(TrackingConfig):
-    """`tracking:` as a run's, in an experiment of its own."""
+    """`tracking:` like a run's, with another default experiment."""
 
     experiment: str = "rllib_pruner"
 
@@ -63,11 +63,11 @@ class TrainConfig(Config):
     """All of one training.
 
     Args:
-        process: which decisions are learnt, with the process's own options.
-        algorithm: what learns them, with its own options.
+        process: the decision process, with its options.
+        algorithm: the learning algorithm, with its options.
         seed: of the environments, the network and the exploration.
-        budget: for how long.
-        tracking: where MLflow keeps what it is told.
+        budget: when training ends.
+        tracking: MLflow's store and experiment.
     """
 
     process: Annotated[Choice[Process], PROCESS] = Field(default_factory=PROCESS.default)
@@ -77,7 +77,7 @@ class TrainConfig(Config):
     tracking: TrainTracking = Field(default_factory=TrainTracking)
 
     def portable(self) -> Tree:
-        """Return the config without what says where something is: folders, and where it is tracked."""
+        """Return the config without folders and tracking."""
         tree = self.to_tree()
         del tree["tracking"]
         _drop_paths(tree["process"], asdict(self.process.options))  # type: ignore[call-overload]
@@ -85,13 +85,13 @@ class TrainConfig(Config):
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hex digits that name what determines the policy."""
+        """Twelve hex digits of all that determines the policy."""
         tree = self.portable()
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _drop_paths(tree: Tree, values: Mapping[str, Any]) -> None:
-    """Take the keys out of a tree whose values are paths."""
+    """Remove the keys whose values are paths."""
     for key, value in values.items():
         if isinstance(value, Path):
             del tree[key]
@@ -101,13 +101,13 @@ def _drop_paths(tree: Tree, values: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The trainings of a file, all known to be valid; one, unless it has a `space`.
+    """The trainings of a file, all validated; one, unless the file has a `space`.
 
     Args:
         name: of the file.
         trials: name of each and its config; without a space, a single one without a name.
-        concurrent: trials at once; None: one per CPU.
-        max_failures: how often a trial that broke is resumed from its checkpoint.
+        concurrent: trials that train together; None: one per CPU.
+        max_failures: times that a failed trial is resumed from its checkpoint.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Plan:
             "space": tree.get("space") or {},
             "tune": tree.get("tune") or {},
         }
-        given = dict(whole["space"])  # before an override fixes what would be drawn
+        given = dict(whole["space"])  # before an override fixes a key
         for key, value in changes.items():
             section, _, rest = key.partition(".")
             if section in ("space", "tune") and rest:

@@ -1,12 +1,12 @@
-"""The directory of a training, which is enough to go on with it.
+"""The directory of a training; a training can be resumed from it.
 
-    config.yaml          all of it, defaults included
+    config.yaml          the config, with all defaults
     progress.jsonl       a line for each evaluation
     checkpoints/         the newest two of RLlib's own
-    policy/              the best policy so far: what `method.policy` takes
+    policy/              the best policy so far, for `method.policy` or `method.agent`
     curve.png            score and return over the steps, at the end
 
-What is not appended to is written beside its place and renamed.
+Files other than progress.jsonl are written under a temporary name and renamed.
 """
 
 import json
@@ -30,11 +30,11 @@ DIGESTS = "digests.json"
 """Of a checkpoint's other files."""
 
 Row = dict[str, float]
-"""What an evaluation found: `iteration`, `env_steps`, `return` and `length` of episodes, and measures."""
+"""An evaluation: `iteration`, `env_steps`, `return` and `length` of episodes, and the process's measures."""
 
 
 class TrainFiles:
-    """One training's directory; use `create` for a new one, `open` for one that is there."""
+    """One training's directory; `create` makes one, `open` opens an existing one."""
 
     def __init__(self, path: Path) -> None:
         self.path = local_path(path).resolve()  # RLlib takes absolute paths only
@@ -42,7 +42,7 @@ class TrainFiles:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, *, taken: bool = False) -> "TrainFiles":
-        """Make a directory that nobody else has, unless the caller did, and write the config into it.
+        """Make a new directory, unless the caller did, and write the config into it.
 
         Raises:
             ConfigError: if there is something in it.
@@ -63,9 +63,7 @@ class TrainFiles:
         """
         path = local_path(path)
         if not (path / "config.yaml").is_file() or not (path / "checkpoints").is_dir():
-            hint = (
-                f"; go on with its trials one by one, in {path}/trials" if (path / "trials").is_dir() else ""
-            )
+            hint = f"; resume its trials one by one, in {path}/trials" if (path / "trials").is_dir() else ""
             raise ConfigError(
                 f"{path} is not the directory of a training: it has no config.yaml or checkpoints{hint}"
             )
@@ -77,7 +75,7 @@ class TrainFiles:
         """Read the config.
 
         Raises:
-            RunError: if it is not as it was written, with what differs from the newest checkpoint's.
+            RunError: if the file was changed, with the differences to the newest checkpoint's config.
         """
         place = self.path / "config.yaml"
         problem = sealed.fault(place)
@@ -96,7 +94,7 @@ class TrainFiles:
         )
 
     def append(self, row: Row) -> None:
-        """Add an evaluation, and see it onto the disk."""
+        """Append an evaluation and flush it to the disk."""
         with self.writing("progress.jsonl") as place:
             durable.append(place, durable.as_lines([row]))
 
@@ -109,18 +107,18 @@ class TrainFiles:
         return durable.read_lines(self.path / "progress.jsonl")
 
     def rewind(self) -> tuple[list[Row], Path | None]:
-        """Go back to the newest sound checkpoint: forget evaluations after it, which are made again.
+        """Go back to the newest sound checkpoint; later evaluations are dropped and made again.
 
         Returns:
-            The evaluations that stay, and the checkpoint; none and None before the first.
+            The remaining evaluations and the checkpoint; [] and None before the first.
 
         Raises:
             RunError: if there are checkpoints, or evaluations, but no sound checkpoint; nothing is changed.
         """
         rows = self.progress()
-        made = {int(row["iteration"]) for row in rows}
-        # a checkpoint is written before its evaluation, which a crash may have kept from being written
-        usable = [place for place in self.checkpoints() if _iteration(place) in made and _is_sound(place)]
+        evaluated = {int(row["iteration"]) for row in rows}
+        # a checkpoint is written before its evaluation; a crash may have come in between
+        usable = [path for path in self.checkpoints() if _iteration(path) in evaluated and _is_sound(path)]
         if rows and not usable:
             names = ", ".join(place.name for place in self.checkpoints()) or "there is none"
             raise RunError(
@@ -138,7 +136,7 @@ class TrainFiles:
         return rows, usable[0] if usable else None
 
     def save(self, algorithm: Any, iteration: int) -> None:
-        """Write a checkpoint of RLlib's with the config and the digests of its files; keep the newest two."""
+        """Write a checkpoint of RLlib with the config and the digests of its files; keep the newest two."""
         with self.writing(f"checkpoints/iteration-{iteration:06d}") as place:
             partial = place.with_name(f".{place.name}.writing")
             rmtree(partial, ignore_errors=True)
@@ -153,22 +151,22 @@ class TrainFiles:
         return sorted((self.path / "checkpoints").glob("iteration-*"), reverse=True)
 
     def run_id(self) -> str | None:
-        """Return the id that the training has in MLflow."""
+        """Return the training's run id in MLflow."""
         known = durable.read_mapping(self.path / "mlflow.json")
         return known["run_id"] if known else None
 
     def write_run_id(self, run_id: str | None) -> None:
-        """Remember that id."""
+        """Write that id, if there is one."""
         if run_id is not None:
             with self.writing("mlflow.json") as place:
                 durable.replace(place, (json.dumps({"run_id": run_id}) + "\n").encode())
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """Yield the path of a file that is written.
+        """Yield the path of a file to write.
 
         Raises:
-            RunError: if the disk refuses.
+            RunError: if the file cannot be written.
         """
         place = self.path / name
         with durable.on_disk(place, f"`fedray agent train --resume {shown(self.path)}`"):
@@ -180,7 +178,7 @@ def _iteration(checkpoint: Path) -> int:
 
 
 def _is_sound(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint's files are those that were written."""
+    """Whether a checkpoint's files are unchanged."""
     try:
         written = durable.read_mapping(checkpoint / DIGESTS)
         found = durable.digests(checkpoint)
@@ -190,7 +188,7 @@ def _is_sound(checkpoint: Path) -> bool:
 
 
 def as_row(iteration: int, env_steps: int, episodes: Mapping[str, Any], measures: Mapping[str, float]) -> Row:
-    """Return an evaluation's row; `return` and `length` are missing until an episode has ended."""
+    """Return an evaluation's row; it has no `return` and `length` before an episode has ended."""
     row: Row = {"iteration": iteration, "env_steps": env_steps}
     for name, theirs in (("return", "episode_return_mean"), ("length", "episode_len_mean")):
         if theirs in episodes:

@@ -1,4 +1,4 @@
-"""The picture of trainings: the judge's score and the episodes' return over the environment's steps."""
+"""A figure of trainings: score and return over the environment's steps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ def draw_curves(trainings: Mapping[str, Sequence[Row]], path: Path, title: str) 
 
     Args:
         trainings: name → its evaluations; names are shown where there are several.
-        path: of the picture.
-        title: above it.
+        path: of the figure.
+        title: of the figure.
     """
     figure = Figure(figsize=(6, 4.5), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,9 +30,9 @@ def draw_curves(trainings: Mapping[str, Sequence[Row]], path: Path, title: str) 
             markersize=3,
             label=name,
         )
-        told = [row for row in rows if "return" in row]
+        ended = [row for row in rows if "return" in row]
         below.plot(
-            [row["env_steps"] for row in told], [row["return"] for row in told], marker="o", markersize=3
+            [row["env_steps"] for row in ended], [row["return"] for row in ended], marker="o", markersize=3
         )
     above.set(title=title, ylabel="score, held out")
     if scores and max(scores) - min(scores) < 0.05:  # or noise would fill the picture

@@ -1,6 +1,6 @@
 """The decision processes that an agent can be trained for.
 
-A process says what RLlib trains in, and judges a greedy policy on problems that training never sees. Its
+A process gives RLlib an environment and judges a greedy policy on problems that training never sees. Its
 dataclass fields are its options in a config: `process: {name: rate_search, states: 100}`.
 """
 
@@ -36,35 +36,35 @@ class Process(Protocol):
     interface: ClassVar[PolicyInterface]
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Make what training needs and what is not there yet, e.g. logs; go on with what was begun.
+        """Make missing inputs of the training, e.g. logs; continue what an earlier call began.
 
         Args:
-            say: takes a line for whoever waits.
+            say: called with a line of progress.
         """
         ...
 
     def environment(self) -> tuple[type[gymnasium.Env[Any, Any]], dict[str, Any]]:
-        """Return an environment's class, and the config that RLlib gives it."""
+        """Return the environment's class and its config."""
         ...
 
     def judge(self, acts: Acts) -> dict[str, float]:
-        """Return measures of a greedy policy on held-out problems; `score` is the one to be large."""
+        """Return measures of a greedy policy on held-out problems; a larger `score` is better."""
         ...
 
     def good_enough(self, measures: Mapping[str, float]) -> bool:
-        """Tell from what `judge` returned whether training may stop."""
+        """Whether training may stop, given the result of `judge`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateSearchProcess:
-    """FRLP's rate search, on made-up curves.
+    """FRLP's rate search, on synthetic curves.
 
     Args:
-        states: of the range in training; 100 is what a walk of FRLP's default `stride` sees.
+        states: of the range in training; a walk with FRLP's default `stride` has 100.
         families: weight of each family of curves in training.
-        problems: held-out curves of each family that a policy is judged on.
-        enough: share of them on which the policy must settle where the line search does.
+        problems: held-out curves of each family for the evaluation.
+        enough: share of them on which the policy must settle on the rate of the line search.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -76,7 +76,7 @@ class RateSearchProcess:
     enough: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Nothing: curves are made as they are needed."""
+        """Do nothing: the environment draws its curves."""
 
     def environment(self) -> tuple[type[gymnasium.Env[Any, Any]], dict[str, Any]]:
         """Return RateSearchEnv and its config."""
@@ -96,27 +96,27 @@ class RateSearchProcess:
             walk_together(walked, acts)
             found = np.array([search.density(search.settled) for search in walked])
             searches = [RateSearch(1.0, 1 - SPAN, curve) for curve in curves]
-            wanted = np.array([search.density(scan(search)) for search in searches])
-            measures[f"agreement/{family}"] = float(np.mean(found == wanted))
-            measures[f"gap/{family}"] = float(np.mean(np.abs(found - wanted)))
+            optimal = np.array([search.density(scan(search)) for search in searches])
+            measures[f"agreement/{family}"] = float(np.mean(found == optimal))
+            measures[f"gap/{family}"] = float(np.mean(np.abs(found - optimal)))
         measures["score"] = float(np.mean([measures[f"agreement/{family}"] for family in FAMILIES]))
         return measures
 
     def good_enough(self, measures: Mapping[str, float]) -> bool:
-        """Whether the policy is the line search on as many curves as asked."""
+        """Whether the policy settles where the line search does on the share `enough` of curves."""
         return measures["score"] >= self.enough
 
 
 def walk_together(searches: Sequence[RateSearch], acts: Acts, stride: int = 10) -> None:
-    """Walk many searches to their ends, asking for all actions of a step at once."""
+    """Walk many searches to their ends, with one call of the policy for all actions of a step."""
     for search in searches:
         search.start(stride)
-    going = [search for search in searches if not search.is_done]
-    while going:
-        actions = acts(np.stack([search.observation(search.state) for search in going]))
-        for search, action in zip(going, actions, strict=True):
+    active = [search for search in searches if not search.is_done]
+    while active:
+        actions = acts(np.stack([search.observation(search.state) for search in active]))
+        for search, action in zip(active, actions, strict=True):
             search.step(int(action))
-        going = [search for search in going if not search.is_done]
+        active = [search for search in active if not search.is_done]
 
 
 PROCESSES: dict[str, type[Any]] = {kind.interface.process: kind for kind in (RateSearchProcess, StageProcess)}

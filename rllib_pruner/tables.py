@@ -1,4 +1,4 @@
-"""A table that is shown on the terminal and written as Markdown."""
+"""Tables for the terminal and for Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ class Table:
     """Rows of text under names; all columns but the first are numbers.
 
     Args:
-        title: what is compared.
+        title: of the comparison.
         columns: names.
         rows: a text for each column.
-        note: how the figures were come by.
+        note: how the figures were obtained.
     """
 
     title: str

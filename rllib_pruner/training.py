@@ -1,9 +1,9 @@
 """The training of one agent: RLlib learns, the process judges, and the best policy so far is kept.
 
-    build → (train evaluate_every steps → judge → keep → checkpoint → report)* → curve
+    build → (train evaluate_every steps → judge → keep the best → checkpoint → report)* → curve
 
-An interrupted training goes on from its last checkpoint with its counters. The replay buffer is not part of
-RLlib's checkpoints: DQN fills it anew before it learns on, so the result is not that of an uninterrupted one.
+A resumed training starts from its last checkpoint. RLlib's checkpoints leave out the replay buffer: DQN
+refills it before it learns, so the result differs from that of an uninterrupted training.
 """
 
 import logging
@@ -44,18 +44,18 @@ def train(
     """Train an agent.
 
     Args:
-        config: what, how, and for how long.
-        out: directory of its own, empty or absent.
+        config: of the training.
+        out: its directory, empty or absent.
         on_evaluation: called after each evaluation.
         store: MLflow's; None: the one that the config names.
-        parent: MLflow run that this one belongs to.
-        taken: whether the caller made `out`, by `take_next`.
+        parent: the parent run in MLflow.
+        taken: whether the caller made `out` with `take_next`.
 
     Returns:
         All evaluations; the best policy is in `out/policy`.
 
     Raises:
-        ConfigError: if there is something in `out`.
+        ConfigError: if `out` is not empty.
     """
     if not taken:
         check_free(out)
@@ -72,16 +72,16 @@ def resume(
     store: Store | None = None,
     patience_s: float = 0.0,
 ) -> list[Row]:
-    """Resume a training that ended early; one that is over stays as it is.
+    """Resume an interrupted training; one that is over stays as it is.
 
     Args:
         path: its directory.
         on_evaluation: as for `train`.
         store: as for `train`.
-        patience_s: how long to wait for another process that is about to leave the training.
+        patience_s: how long to wait for another process that is ending its work on the training.
 
     Raises:
-        ConfigError: if `path` is not the directory of one.
+        ConfigError: if `path` is not the directory of a training.
         RunError: if another process works on it, or its files are damaged.
     """
     files = TrainFiles.open(path)
@@ -95,7 +95,7 @@ def resume(
 
 
 def is_over(config: TrainConfig, rows: Sequence[Row]) -> bool:
-    """Tell from all evaluations whether training ends with the last one."""
+    """Whether training ends with the last of these evaluations."""
     budget = config.budget
 
     def is_good(row: Row) -> bool:
@@ -118,7 +118,7 @@ def _track(
     parent: str | None,
     checkpoint: Path | None = None,
 ) -> list[Row]:
-    """Learn, and tell MLflow about it, however it ends."""
+    """Learn, and report to MLflow, also the end of a failed training."""
     tags = {
         "process": config.process.name,
         "algorithm": config.algorithm.name,
@@ -140,7 +140,7 @@ def _track(
         if on_evaluation is not None:
             on_evaluation(row)
 
-    for row in rows:  # what an earlier try could not deliver
+    for row in rows:  # MLflow may have missed some
         tracker.log_round(RoundReport(int(row["env_steps"]), row))
     status: RunStatus = "FAILED"
     with signals() as stop:
@@ -169,7 +169,7 @@ def _learn(
     checkpoint: Path | None,
     stop: Stop,
 ) -> list[Row]:
-    """Train and judge in turn; a signal drops the training since the last evaluation."""
+    """Train and judge in turn; a signal discards the training since the last evaluation."""
     with stop.cuts():
         algorithm = _build(config)
     try:
@@ -186,7 +186,7 @@ def _learn(
                 measures = config.process.options.judge(TrainedPolicy(module, about).acts)
             iteration = int(result["training_iteration"])
             row = as_row(iteration, about["env_steps"], result["env_runners"], measures)
-            if as_gain(row["score"]) >= best:  # of equals the one that has learnt longer
+            if as_gain(row["score"]) >= best:  # of equals the later one
                 best = as_gain(row["score"])
                 with files.writing("policy"):
                     save(module, files.policy, about | {"measures": measures})
@@ -209,12 +209,12 @@ def _build(config: TrainConfig) -> Any:
         algorithm = learner.build_algo()
     replay = algorithm.local_replay_buffer
     if replay is not None:
-        replay.rng = np.random.default_rng(config.seed)  # RLlib leaves this one to chance
+        replay.rng = np.random.default_rng(config.seed)  # RLlib does not seed it
     return algorithm
 
 
 def _about(config: TrainConfig, env_steps: int) -> dict[str, Any]:
-    """Return what `policy.json` says, beside what `save` adds; nothing of the machine."""
+    """Return the content of `policy.json` without the entries that `save` adds; nothing of the machine."""
     return {
         **asdict(config.process.options.interface),
         "algorithm": config.algorithm.name,

@@ -1,4 +1,4 @@
-"""Several trainings at once, as trials of Ray Tune; the best policy among them is kept."""
+"""Several trainings as trials of Ray Tune; the best policy among them is kept."""
 
 import logging
 import shutil
@@ -26,20 +26,20 @@ OnTrial = Callable[[str, Row], None]
 
 
 def train_all(plan: Plan, out: Path, on_evaluation: OnTrial, *, taken: bool = False) -> str:
-    """Train every trial of a plan; those that are there already are gone on with.
+    """Train every trial of a plan, and keep the best policy.
 
     Args:
         plan: with a space.
-        out: its directory; trials are in `out/trials`, the best policy of all in `out/policy`.
-        on_evaluation: called as the trials evaluate.
-        taken: whether the caller made the directory, with `trials` in it, by `take_next`.
+        out: its directory; trials are in `out/trials`, the best policy in `out/policy`.
+        on_evaluation: called after each evaluation of a trial.
+        taken: whether the caller made the directory, with `trials` in it, with `take_next`.
 
     Returns:
         The name of the best trial.
 
     Raises:
-        ConfigError: if there is something in `out`.
-        RunError: if trials broke; the others are kept.
+        ConfigError: if `out` is not empty.
+        RunError: if trials failed; the others are kept.
     """
     out = local_path(out)  # a trial works in a directory of Tune's
     if not taken:
@@ -58,8 +58,8 @@ def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial, stop: Stop) -> str
 
     status: RunStatus = "FAILED"
     try:
-        broken = _fit(plan, out, on_evaluation, stop, store, parent)
-        status = "FAILED" if broken else "FINISHED"
+        failed = _fit(plan, out, on_evaluation, stop, store, parent)
+        status = "FAILED" if failed else "FINISHED"
     finally:
         if stop.signal is not None:
             status = "KILLED"
@@ -69,8 +69,8 @@ def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial, stop: Stop) -> str
             _settle(out / "trials" / name, store, status)
         finish_parent(store, parent, status)
     stop.check()
-    if broken:
-        raise RunError("\n".join(f"trial {name} broke: {error}" for name, error in broken.items()))
+    if failed:
+        raise RunError("\n".join(f"trial {name} failed: {error}" for name, error in failed.items()))
     trained = {name: TrainFiles.open(out / "trials" / name).progress() for name in plan.trials}
     draw_curves(trained, out / "curve.png", plan.name)
     best = max(plan.trials, key=lambda name: _score(out / "trials" / name))
@@ -97,13 +97,13 @@ def _fit(
     )
 
 
-def _settle(place: Path, store: Store, cut: RunStatus) -> None:
-    """Tell MLflow how a trial ended that was cut, and could not do so itself; one that is over stays."""
-    if not (place / "config.yaml").is_file() or (place / "curve.png").is_file():
+def _settle(trial: Path, store: Store, status: RunStatus) -> None:
+    """Set the status in MLflow of a trial whose process was ended; a finished trial stays as it is."""
+    if not (trial / "config.yaml").is_file() or (trial / "curve.png").is_file():
         return
-    run_id = TrainFiles.open(place).run_id()
+    run_id = TrainFiles.open(trial).run_id()
     if run_id is not None:
-        finish_parent(store, run_id, cut)
+        finish_parent(store, run_id, status)
 
 
 def _score(path: Path) -> float:
@@ -111,16 +111,16 @@ def _score(path: Path) -> float:
 
 
 def _trial(plan: Plan, out: Path, store: Store, parent: str | None, name: str) -> None:
-    """Train one agent, or resume its training, and tell Tune about its evaluations."""
+    """Train one agent, or resume its training, and report its evaluations to Tune."""
     from ray import tune
 
     def report(row: Row) -> None:
         end_if_asked(out)
         tune.report(row)
 
-    place = out / "trials" / name
-    if (place / "config.yaml").is_file():
-        resume(place, on_evaluation=report, store=store)
+    path = out / "trials" / name
+    if (path / "config.yaml").is_file():
+        resume(path, on_evaluation=report, store=store)
     else:
-        shutil.rmtree(place, ignore_errors=True)  # it broke before it had begun
-        train(plan.trials[name], place, on_evaluation=report, store=store, parent=parent)
+        shutil.rmtree(path, ignore_errors=True)  # an earlier try failed before its start
+        train(plan.trials[name], path, on_evaluation=report, store=store, parent=parent)

@@ -1,1 +1,1 @@
-"""Policies: who decides how much to prune."""
+"""Policies: they decide how much to prune."""

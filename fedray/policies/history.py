@@ -32,7 +32,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class History:
-    """What a policy remembers of a run; each method returns a new history.
+    """A policy's memory of a run; each method returns a new history.
 
     Args:
         preference: λ of the next decision.

@@ -1,10 +1,10 @@
-"""Who decides the pruning rate: what solves FRLP's decision process.
+"""Solvers of FRLP's decision process: they choose the pruning rate.
 
-`solve` walks a `RateSearch` with the solver of that name: the line searches `scan` and `bisect`, or `dqn`, a
-trained agent that steps the same process.
+`solve` walks a `RateSearch` with a solver, by its name: the line searches `scan` and `bisect`, or `dqn`, a
+trained agent.
 
 Source: Nie et al., "Distributed model pruning by federated reinforcement learning", CSA 33(5), 2024, section
-    on RGP. The line searches are ours: without noise they are what the optimal agent does.
+    on RGP. The line searches are ours: without noise the optimal agent does the same.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def bisect(search: RateSearch, stride: int = 10) -> int:
         return scan(search, stride)
     if search.is_below(search.limit):
         return search.limit
-    below, above = -1, search.limit  # state −1 stands for "below", and is never looked at
+    below, above = -1, search.limit  # state −1 means "below"; its distance is never computed
     while above - below > 1:
         middle = (below + above) // 2
         if search.is_below(middle):
@@ -60,10 +60,9 @@ def bisect(search: RateSearch, stride: int = 10) -> int:
 
 
 def walk(search: RateSearch, agent: Agent, stride: int = 10) -> int:
-    """Return the state on which an agent settles, who moves `stride` states at a time from state 0.
+    """Return the state on which an agent settles, moving `stride` states at a time from state 0.
 
-    An agent that always increases looks at the same states as `scan` with this stride, and settles on the
-    same one.
+    An agent that always increases visits the states of `scan` with this stride, and settles on the same one.
     """
     state = search.start(stride)
     if search.limit == 0 or search.is_end(state):

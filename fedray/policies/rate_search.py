@@ -49,7 +49,7 @@ class RateSearch:
     """The search for a density in one pruning event.
 
     In the paper's words: rates `p = 1 − density` are sampled over the single-shot range, the one with the
-    smallest learning distance is `p_0` (state 0), state s stands for the rate `p_0 + s·step`, and a state is
+    smallest learning distance is `p_0` (state 0), state s is the rate `p_0 + s·step`, and a state is
     an end where |D(p)/D(p_0) − y| < ε.
 
     Args:
@@ -57,14 +57,14 @@ class RateSearch:
         stop: lowest density that the event may reach, below `now`.
         distance: density → learning distance D of the model pruned to it and fine-tuned; called once per
             density, which lies in [stop, now]. NaN (the fine-tuning diverged) counts as infinitely far.
-        samples: K, how many equally spaced rates are tried for p_0, both ends in; ≥ 2.
+        samples: K, the number of equally spaced rates that are tried for p_0, both ends included; ≥ 2.
         step: width of a state in rate.
-        ratio: y, the growth of the distance that is looked for.
+        ratio: y, the growth of the distance at an end.
         tolerance: ε.
 
     Attributes:
-        outcome: why the episode is over; None while it goes on.
-        state: where the episode is.
+        outcome: why the episode is over; None before its end.
+        state: of the episode now.
 
     Raises:
         MethodError: if no sampled rate has a finite distance.
@@ -104,11 +104,11 @@ class RateSearch:
 
     @property
     def evaluations(self) -> int:
-        """How many models were pruned and fine-tuned so far."""
+        """Number of models that were pruned and fine-tuned so far."""
         return len(self._seen)
 
     def density(self, state: int) -> float:
-        """Return the density that a state stands for."""
+        """Return the density of a state."""
         return self._density(self._rate(state))
 
     def growth(self, state: int) -> float:
@@ -117,11 +117,11 @@ class RateSearch:
         return self._at(self._rate(state)) / start if start > 0 else 1.0
 
     def is_end(self, state: int) -> bool:
-        """Tell whether a state lies in the window around the ratio."""
+        """Whether a state lies in the window around the ratio."""
         return abs(self.growth(state) - self.ratio) < self.tolerance
 
     def is_below(self, state: int) -> bool:
-        """Tell whether a state lies below that window: the search has to go on upwards."""
+        """Whether a state lies below that window: the search continues upwards."""
         return self.growth(state) - self.ratio <= -self.tolerance
 
     @property
@@ -176,18 +176,18 @@ class RateSearch:
 
     @property
     def settled(self) -> int:
-        """The state that an episode comes to: its end state, state 0 if it left below, or else the last one.
+        """The episode's answer: its end state, state 0 if it left below, or else the last state.
 
-        The last state is also what a line search settles on that finds no end.
+        A line search that finds no end settles on the last state, too.
         """
         if self.outcome == "end":
             return self.state
         return 0 if self.outcome == "below" else self.limit
 
     def observation(self, state: int) -> NDArray[np.float32]:
-        """Return what the agent sees of a state: the share of the range that lies below it, in [0, 1].
+        """Return the agent's observation of a state: the share of the range below it, in [0, 1].
 
-        Nothing of the model or its data, so that an agent can be used with any other.
+        It says nothing of the model or its data, so that one agent serves all.
 
         Returns:
             Shape (FEATURES,).

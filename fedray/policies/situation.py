@@ -1,4 +1,4 @@
-"""The situation of a stage: what a policy may know of a run, measured from a round."""
+"""The situation of a stage: the measurements of a run that a policy gets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,10 +1,10 @@
 """A trained agent as the server uses it: a folder with `policy.json` and a small RLModule of RLlib.
 
-    policy.json     what the agent decides, from which observation, how it was trained, and how well it did
-    module/         the network: no optimizer, no replay, no environment
+    policy.json     process, observations, actions, training and scores of the agent
+    module/         the network, without optimizer, replay and environment
 
-`fedray agent train` writes such folders with `save`, and those of `shipped` come with the package. Using one
-takes neither an Algorithm nor a running Ray, and nothing of `rllib_pruner`.
+`fedray agent train` writes such folders with `save`; those of `shipped` come with the package. Using one
+needs no Algorithm of RLlib, no running Ray, and nothing of `rllib_pruner`.
 
 A module is a pickle: only use policies that you trust.
 """
@@ -55,10 +55,10 @@ class PolicyInterface:
 
 
 class TrainedPolicy:
-    """A policy as `fedray agent train` wrote it. Make one by `load`.
+    """A policy that `fedray agent train` wrote; `load` makes one.
 
     Attributes:
-        about: what `policy.json` says.
+        about: content of `policy.json`.
     """
 
     def __init__(self, module: Any, about: Mapping[str, Any]) -> None:
@@ -86,8 +86,8 @@ class TrainedPolicy:
         """Return the index of the greedy action for an observation of shape (features,).
 
         Args:
-            observation: what is seen.
-            allowed: the actions of which the best is taken; None: all.
+            observation: of the process.
+            allowed: actions to choose from; None: all.
         """
         return int(self.acts(observation[None], allowed)[0])
 
@@ -102,7 +102,7 @@ class TrainedPolicy:
         return np.asarray(values.argmax(axis=1), dtype=np.int64)
 
     def _values(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return what the network thinks of each action, (n, actions): values or logits, NaN as the worst."""
+        """Return the network's values or logits of each action, (n, actions); NaN counts as the worst."""
         import torch
 
         batch = {"obs": torch.from_numpy(np.array(observations, dtype=np.float32))}
@@ -117,7 +117,7 @@ class TrainedPolicy:
 
 
 def shipped(process: str) -> Path:
-    """Return the folder of the policy that comes with the package for a process, if there is one."""
+    """Return the folder of a process's policy in the package; it need not exist."""
     return Path(__file__).parent / "shipped" / process
 
 
@@ -141,13 +141,13 @@ def policy_problem(folder: Path | None, interface: PolicyInterface) -> str | Non
 
 
 def save(module: Any, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write a module and what is to be said of it; `folder` is replaced whole.
+    """Write a module with its metadata, replacing `folder`.
 
     Args:
-        module: an RLModule of RLlib that decides among discrete actions.
-        folder: becomes the policy's.
-        about: must have the keys process, version, features, actions and algorithm (dqn or ppo); the format,
-            versions of Ray and torch, and digests of the files are added.
+        module: an RLModule of RLlib with discrete actions.
+        folder: of the policy.
+        about: the fields of `PolicyInterface`, `algorithm` (dqn or ppo), and any more. `save` adds the
+            format, the versions of Ray and torch, and the digests of the files.
     """
     partial = folder.with_name(f".{folder.name}.writing")
     rmtree(partial, ignore_errors=True)
@@ -177,22 +177,22 @@ def quiet() -> Iterator[None]:
 
 
 @lru_cache(maxsize=8)
-def _load(place: Path, text: str) -> TrainedPolicy:
-    """Load a folder that has no problem; `text` is its policy.json, so that a changed one is loaded anew."""
+def _load(folder: Path, text: str) -> TrainedPolicy:
+    """Load a folder that has no problem; `text` is its policy.json, so that a changed one is loaded again."""
     about = json.loads(text)
     try:
         with quiet():
             from ray.rllib.core.rl_module.rl_module import RLModule
         with quiet():  # once more: Ray sets its loggers' levels when it is imported
-            module = RLModule.from_checkpoint(str(place / "module"))
+            module = RLModule.from_checkpoint(str(folder / "module"))
     except Exception as error:
         reason = f"RLlib cannot load it ({type(error).__name__}: {error})"
-        raise ConfigError(f"policy {place}: {reason}; {_retrain(about['process'])}") from error
+        raise ConfigError(f"policy {folder}: {reason}; {_retrain(about['process'])}") from error
     return TrainedPolicy(module, about)
 
 
-def _damage(place: Path, about: Any) -> str | None:
-    """Return what is wrong with the files themselves."""
+def _damage(folder: Path, about: Any) -> str | None:
+    """Return which file is missing or damaged, or None."""
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         return f"policy.json has format {found!r}, and this version reads {FORMAT}"
@@ -201,10 +201,10 @@ def _damage(place: Path, about: Any) -> str | None:
         return f"policy.json lacks {', '.join(wrong or ['files'])}"
     for name in PARTS:
         try:
-            whole = _digest(place / "module" / name) == about["files"].get(name)
+            sound = _digest(folder / "module" / name) == about["files"].get(name)
         except OSError:
             return f"module/{name} is missing"
-        if not whole:
+        if not sound:
             return f"module/{name} is damaged: it is not the file that policy.json names"
     return None
 

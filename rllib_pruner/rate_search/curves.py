@@ -1,9 +1,9 @@
-"""Made-up learning distances: what a rate search is trained and judged on, without any model.
+"""Synthetic learning distances: a rate search is trained and judged on them, without any model.
 
-A curve is a callable density → D(p)/D(p_0), as `RateSearch` wants it. There are three families:
+A curve is a callable density → D(p)/D(p_0), for `RateSearch`. There are three families:
 
-    monotone       grows through the window in which a search ends; shapes include two that were measured
-    noisy          the same, each distance off by a random factor
+    monotone       grows through the window in which a search ends; two of its shapes are measured
+    noisy          the same, each distance times a random factor
     overshooting   jumps from below the window to above it: no state is an end
 """
 
@@ -37,13 +37,13 @@ class Curve:
     """One learning distance, on the scale of its smallest.
 
     Args:
-        shape: how it grows: as a power of the rate, or like a measured curve.
+        shape: of the growth: a power of the rate, or a measured curve.
         end: share of the range above `start` at which growth reaches the window; beyond 1 it never does.
-        start: share of the range below which the distance falls; where the search should begin.
-        fall: how much larger the distance is at rate 0, if `start` is above 0.
-        jumps: whether it leaps over the window at `end`.
-        noise: standard deviation of the factor by which a distance is off.
-        seed: of the noise. The same density always has the same distance, as with the same fine-tuning.
+        start: share of the range below which the distance falls; the search should begin there.
+        fall: excess of the distance at rate 0, if `start` is above 0.
+        jumps: whether the curve leaps over the window at `end`.
+        noise: standard deviation of the random factor of a distance.
+        seed: of the noise; one density always has the same distance.
     """
 
     shape: Shape = 1.0
@@ -96,12 +96,12 @@ def draw(family: Family, rng: np.random.Generator) -> Curve:
 
 
 def held_out(family: Family, count: int, seed: int = 0) -> list[Curve]:
-    """Return curves that no training sees: theirs come from another branch of the random numbers."""
+    """Return curves that no training sees: their random numbers have another seed."""
     rng = np.random.default_rng((0xFED, FAMILIES.index(family), seed))
     return [draw(family, rng) for _ in range(count)]
 
 
 def measured(model: Measured) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return (rates, D(p)/D(0) − 1) as measured."""
+    """Return the measured (rates, D(p)/D(0) − 1)."""
     rates, growths = _MEASURED[model]
     return np.array(rates), np.array(growths)

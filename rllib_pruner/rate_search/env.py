@@ -1,4 +1,4 @@
-"""FRLP's decision process as an environment of gymnasium: a made-up curve for each episode."""
+"""FRLP's decision process as an environment of gymnasium: a synthetic curve for each episode."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,11 @@ from rllib_pruner.rate_search.curves import FAMILIES, SPAN, draw
 
 
 class RateSearchEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
-    """Steps the very `RateSearch` that the server steps, over curves of `rllib_pruner.rate_search.curves`.
+    """Steps the server's `RateSearch` over curves of `rllib_pruner.rate_search.curves`.
 
     Args:
-        config: `states`, how many the range has (100 if not given), and `families`, a weight for each
-            family of curves (equal if not given).
+        config: `states` of the range (default 100), and `families`, a weight for each family of curves
+            (default: equal weights).
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +39,7 @@ class RateSearchEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         return self.search.observation(self.search.start()), {}
 
     def step(self, action: np.int64) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Move the rate; an episode that runs into the step limit is truncated, any other end is real."""
+        """Move the rate; an episode that reaches the step limit is truncated, any other end terminates it."""
         state, reward, done = self.search.step(int(action))
         truncated = self.search.outcome == "step limit"
         return self.search.observation(state), reward, done and not truncated, truncated, {}

@@ -1,6 +1,6 @@
-"""What one candidate of a rate search costs the server: the seconds of a masked fine-tune, measured.
+"""Cost of one candidate of a rate search on the server: the measured seconds of a masked fine-tune.
 
-Images are made up: their shape, the model and the number of steps decide how long training takes.
+The images are random: only their shape, the model and the number of steps matter.
 """
 
 import time
@@ -28,8 +28,8 @@ class FineTune:
 
     Args:
         model: of the table.
-        data: data set whose shape and number of classes the images have.
-        examples: that the server has; one epoch over them is one candidate.
+        data: data set that gives the images' shape and number of classes.
+        examples: of the server; one epoch over them is one candidate.
         density: of the candidate.
     """
 
@@ -43,10 +43,9 @@ class FineTune:
         return -(-self.examples // FRLP().batch_size)
 
     def measure(self, steps: int, seed: int = 0) -> tuple[float, float]:
-        """Return (wall, CPU) seconds of a step: means of `steps`, on one thread as the server trains.
+        """Return (wall, CPU) seconds of a step: means over `steps`, on one thread.
 
-        Where the machine has nothing else to do the two are the same. The first step is not counted: it also
-        sets up what later ones find.
+        On an idle machine the two are equal. The first step is not counted: it also sets up caches.
         """
         client = _server(self, seed)
         params = client.model.init(seed)

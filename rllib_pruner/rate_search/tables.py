@@ -1,4 +1,4 @@
-"""FRLP's agent beside what solves the same process without one: `scan`, `bisect`, and a table of values."""
+"""FRLP's agent beside other solvers of its process: `scan`, `bisect`, and Q-learning with a table."""
 
 import json
 import subprocess
@@ -24,12 +24,12 @@ TABULAR_EPISODES = 2000
 SOLVERS = ("dqn", "tabular", "scan", "bisect")
 
 Solved = tuple[np.ndarray, np.ndarray]
-"""Rates that a solver settles on, and how many candidates it has fine-tuned, one of each per curve."""
+"""For each curve: the rate that a solver settles on, and the number of candidates it fine-tuned."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How all solvers did on the curves of a family, at one stride."""
+    """Results of all solvers on the curves of a family, at one stride."""
 
     family: Family
     stride: int
@@ -37,7 +37,7 @@ class Outcome:
     solved: dict[str, Solved]
 
     def row(self, solver: str) -> list[str]:
-        """Return what is shown of a solver."""
+        """Return a solver's row of the table."""
         rates, tries = self.solved[solver]
         same = np.mean(np.isclose(rates, self.solved["scan"][0], atol=1e-9))
         off = np.abs(rates - self.clean_rates)
@@ -59,8 +59,8 @@ def tables(policy: Path | None, curves: int, with_cost: bool, root: Path | None 
     Args:
         policy: its folder; None: the one that ships.
         curves: held-out curves of each family, at the paper's step and FRLP's default range.
-        with_cost: also measure what a server's fine-tune takes, which is minutes of training.
-        root: folder of data sets; not used, for curves need none.
+        with_cost: also measure the server's fine-tuning, which takes minutes.
+        root: not used: curves need no data.
     """
     agent = TrainedPolicy.load(policy, INTERFACE)
     table = TabularQ()
@@ -77,7 +77,7 @@ def tables(policy: Path | None, curves: int, with_cost: bool, root: Path | None 
 
 def outcome(family: Family, stride: int, count: int, agents: dict[str, Acts]) -> Outcome:
     """Let every solver settle on every curve of a family."""
-    curves = held_out(family, count, seed=1)  # seed 0 judged the policy while it was trained
+    curves = held_out(family, count, seed=1)  # seed 0 judged the policy in training
     solved = {name: _walked(curves, acts, stride) for name, acts in agents.items()}
     for name, line_search in (("scan", scan), ("bisect", bisect)):
         solved[name] = _searched(curves, partial(line_search, stride=stride))
@@ -157,7 +157,7 @@ def decision_seconds(policy: Path | None, interface: PolicyInterface) -> tuple[f
 def _decision_time(policy: Path | None) -> Table:
     load_s, median_s, p95_s = decision_seconds(policy, INTERFACE)
     return Table(
-        "What a decision of the agent takes",
+        "Time of a decision of the agent",
         ("", "load s", "decision ms, median", "95th percentile"),
         [["dqn", f"{load_s:.1f}", f"{1000 * median_s:.2f}", f"{1000 * p95_s:.2f}"]],
         "In a fresh process; loading includes the import of RLlib. 990 single decisions, after ten more.",

@@ -1,4 +1,4 @@
-"""Q-learning with a table instead of a network: what FRLP's process asks of an agent, without deep learning.
+"""Q-learning with a table instead of a network: FRLP's process without deep learning.
 
 Source: Watkins and Dayan, "Q-learning", Machine Learning 8, 1992.
 """
@@ -33,17 +33,17 @@ class TabularQ:
         rate: float = 0.1,
         epsilon: tuple[float, float] = (1.0, 0.05),
     ) -> int:
-        """Learn from so many episodes of RateSearchEnv, exploring less from the first to the last.
+        """Learn from episodes of RateSearchEnv, with less exploration in each.
 
         Args:
-            episodes: how many.
+            episodes: number of episodes.
             seed: of the curves and the exploration.
             gamma: discount.
-            rate: share of its error that a value is moved by.
+            rate: learning rate.
             epsilon: share of random actions in the first episode, and in the last.
 
         Returns:
-            Steps of the environment that were taken.
+            The number of environment steps.
         """
         env, rng = RateSearchEnv({"states": self.states}), np.random.default_rng(seed)
         steps = 0
@@ -54,10 +54,10 @@ class TabularQ:
                 greedy = int(self.values[row].argmax())
                 action = int(rng.integers(2)) if rng.random() < share else greedy
                 observation, reward, ended, truncated, _ = env.step(np.int64(action))
-                after, is_over = int(self._rows(observation[0])), ended or truncated
-                target = reward if ended else reward + gamma * self.values[after].max()
+                following, is_over = int(self._rows(observation[0])), ended or truncated
+                target = reward if ended else reward + gamma * self.values[following].max()
                 self.values[row, action] += rate * (target - self.values[row, action])
-                row, steps = after, steps + 1
+                row, steps = following, steps + 1
         return steps
 
     def _rows(self, shares: NDArray[np.float32] | np.float32) -> NDArray[np.int64]:

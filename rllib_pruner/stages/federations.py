@@ -1,7 +1,7 @@
-"""Micro-federations: small federated runs, drawn at random, in which an agent learns what pruning does.
+"""Micro-federations: small random federated runs in which an agent learns to prune.
 
-Everything that an agent should not depend on is drawn anew for each: data, model, partition, clients, cohort,
-learning rate, local epochs, number of rounds, devices.
+Each has random data, model, partition, clients, cohort, learning rate, local epochs, rounds and devices, so
+that an agent does not depend on them.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from fedray.federation.server import Server
 from fedray.types import LocalPath
 
 STAGES = 12
-"""Decisions of a run, in training as in `staged`."""
+"""Stages of a run, in training and in `staged`."""
 
 EXAMPLES_PER_CLIENT = (40, 120)
 VALIDATION_EXAMPLES = 500
 JURY_EXAMPLES = 3000
-"""By which an episode is paid: more than an agent sees, so that less of the reward is chance.
+"""Examples for the reward of an episode: more than the validation examples, so that it is less noisy.
 
-They are training examples that no client has, kept where a server's own would be."""
+They are training examples that no client has, in the place of the server's examples."""
 
 DEVICES = ("phone", "raspberry_pi_4", "laptop", "jetson_nano")
 ALPHAS = (0.1, 0.5, 5.0)
@@ -36,11 +36,11 @@ TRAIN_EXAMPLES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000}
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Federations:
-    """What federations are drawn from.
+    """A distribution of federations.
 
     Args:
-        cases: pairs of a data set and a model; each is drawn as often as any other.
-        root: folder with the data sets that are downloaded; None: the default cache.
+        cases: pairs of a data set and a model, drawn with equal probability.
+        root: folder of the downloaded data sets; None: the default cache.
         rounds: smallest and largest number of rounds.
         cohort: smallest and largest number of clients in a round.
         lr: range of the learning rate, drawn on a logarithmic scale.
@@ -57,7 +57,7 @@ class Federations:
 
         Args:
             seed: ≥ 0; equal seeds give equal federations, whatever the method.
-            method: the method's own section; learning rate, batch and local epochs are drawn.
+            method: the section `method`; learning rate, batch and local epochs are drawn.
         """
         rng = np.random.default_rng(seed)
         data, model = self.cases[int(rng.integers(len(self.cases)))]
@@ -75,7 +75,7 @@ class Federations:
             {
                 "seed": seed,
                 "rounds": int(rng.integers(self.rounds[0], self.rounds[1] + 1)),
-                "eval_every": 10_000,  # validation data are looked at by the method alone
+                "eval_every": 10_000,  # only the method uses validation data
                 "model": model,
                 "data": {
                     "name": data,
@@ -108,11 +108,11 @@ def _mix(rng: np.random.Generator) -> dict[str, float]:
 
 
 def server_of(config: RunConfig, method: Method | None = None) -> Server:
-    """Return a federation's server in this process, about to begin.
+    """Return a federation's server in this process, before its set-up.
 
     Args:
         config: of the run.
-        method: what takes the place of the config's method.
+        method: replaces the config's method.
     """
     federation = Federation.of(config)
     place = federation.place if method is None else replace(federation.place, method=method)

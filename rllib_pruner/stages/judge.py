@@ -4,11 +4,11 @@
 
 `python -m rllib_pruner.stages.judge` is the same command.
 
-Rows are settings of the sweep, seed by seed beside the front of fixed ones: those schedules and constant
-densities that no other one beats in mean test accuracy with fewer bytes, joined by lines over log(bytes). The
-front is drawn with hindsight, the agent's preference is not. Methods of other kinds are rows beside the front
-and no part of it: to be above the front is not to be above them. Intervals are t-intervals over seeds, as in
-a report.
+Each row compares a setting of the sweep, seed by seed, with the front of fixed settings: the schedules and
+constant densities that no other one beats in mean test accuracy with fewer bytes, joined by lines over
+log(bytes). The front is chosen with hindsight, the agent's preference is not. Other methods have rows, but
+are no part of the front: a setting above the front need not be above them. Intervals are t-intervals over
+seeds, as in a report.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from rllib_pruner.tables import Table
 
 Floats = NDArray[np.float64]
 CONSTANT = ("fedavg", "snip", "random_mask")
-"""Methods whose mask never moves after the set-up."""
+"""Methods whose mask stays as `setup` makes it."""
 MEGA = 1e6
 
 out = Console(soft_wrap=True)
@@ -42,11 +42,11 @@ class Judged:
     """A setting: bytes both ways and test accuracy of each seed, in order of seeds.
 
     Args:
-        label: what tells it apart.
+        label: of the setting in reports.
         kind: `agent`, `schedule`, `constant` (a density that never changes), or `other`.
         bytes: (seeds,), totals of a run, set-up included.
         accuracy: (seeds,), of the final model on the test set.
-        validation: (seeds,), on the validation set, which is what one may choose by.
+        validation: (seeds,), on the validation set; a user may choose by it.
     """
 
     label: str
@@ -62,7 +62,7 @@ def read(path: Path) -> list[Judged]:
     Raises:
         ConfigError: if there are none, or if settings have different seeds.
     """
-    found = [setting for setting in settings([load_run(p) for p in find_runs([path])])]
+    found = settings([load_run(p) for p in find_runs([path])])
     finished = [setting for setting in found if setting.status == "finished"]
     if not finished:
         raise ConfigError(f"{path}: no finished run")
@@ -80,16 +80,17 @@ def _judged(setting: Setting) -> Judged:
         kind = {"schedule": "schedule", "agent": "agent"}.get(str(policy), "other")
     elif name in CONSTANT:
         kind = "constant"
-    moved = [run.last("total/bytes/up") + run.last("total/bytes/down") for run in runs]
+    sent = [run.last("total/bytes/up") + run.last("total/bytes/down") for run in runs]
     accuracy = [run.last("test/accuracy") for run in runs]
     validation = [run.last("val/accuracy") for run in runs]
-    return Judged(setting.label, kind, np.array(moved), np.array(accuracy), np.array(validation))
+    return Judged(setting.label, kind, np.array(sent), np.array(accuracy), np.array(validation))
 
 
 def tuned(constants: Sequence[Judged]) -> Judged | None:
-    """Return the constant density that is best on validation data, seed by seed, with all trials paid.
+    """Return the constant density that is best on validation data, seed by seed.
 
-    A validation accuracy of NaN is the lowest; None where a seed has no other.
+    Its bytes are those of all trials. A validation accuracy of NaN is the lowest; None if a seed
+    has no other.
     """
     validation = np.array([one.validation for one in constants])
     known = np.where(np.isnan(validation), -np.inf, validation)
@@ -100,14 +101,14 @@ def tuned(constants: Sequence[Judged]) -> Judged | None:
         np.array([getattr(constants[k], name)[seed] for seed, k in enumerate(best)])
         for name in ("accuracy", "validation")
     )
-    moved = np.sum([one.bytes for one in constants], axis=0)
-    return Judged(f"best of {len(constants)} constants, all paid", "tuned", moved, accuracy, chosen)
+    sent = np.sum([one.bytes for one in constants], axis=0)
+    return Judged(f"best of {len(constants)} constants, all paid", "tuned", sent, accuracy, chosen)
 
 
 def front(fixed: Sequence[Judged]) -> list[Judged]:
     """Return the settings that no other one beats in mean accuracy with fewer bytes, in order of bytes.
 
-    A setting with a seed whose accuracy is NaN is never among them.
+    A setting with an accuracy of NaN is left out.
     """
     kept: list[Judged] = []
     for one in sorted(fixed, key=lambda judged: float(judged.bytes.mean())):
@@ -116,22 +117,22 @@ def front(fixed: Sequence[Judged]) -> list[Judged]:
     return kept
 
 
-def at_bytes(best: Sequence[Judged], moved: float) -> Floats:
-    """Return the front's accuracy (seeds,) at so many bytes.
+def at_bytes(best: Sequence[Judged], sent: float) -> Floats:
+    """Return the front's accuracy (seeds,) at a number of bytes.
 
-    With more bytes than any setting on the front takes it is that of the last one; NaN with fewer than any.
+    Beyond the front's largest number it is the last setting's; below the smallest it is NaN.
     """
-    places = np.log([float(one.bytes.mean()) for one in best])
+    log_bytes = np.log([float(one.bytes.mean()) for one in best])
     curves = np.array([one.accuracy for one in best])
-    if moved < float(best[0].bytes.mean()):
+    if sent < float(best[0].bytes.mean()):
         return np.full(curves.shape[1], np.nan)
-    return np.array([np.interp(np.log(moved), places, curves[:, k]) for k in range(curves.shape[1])])
+    return np.array([np.interp(np.log(sent), log_bytes, curves[:, k]) for k in range(curves.shape[1])])
 
 
 def at_accuracy(best: Sequence[Judged], accuracy: float) -> float:
-    """Return the bytes at which the front's mean accuracy is a given one.
+    """Return the bytes at which the front reaches a mean accuracy.
 
-    NaN where it never is: above its best point, and below its worst one.
+    NaN above its best point and below its worst one.
     """
     means = [float(one.accuracy.mean()) for one in best]
     if not means[0] <= accuracy <= means[-1]:
@@ -140,7 +141,7 @@ def at_accuracy(best: Sequence[Judged], accuracy: float) -> float:
 
 
 def tables(judged: Sequence[Judged]) -> list[Table]:
-    """Return what the judgement says: every setting beside the front of the fixed ones."""
+    """Return the table of all settings beside the front of the fixed ones."""
     fixed = [one for one in judged if one.kind in ("schedule", "constant")]
     if not fixed:
         raise ConfigError("no schedule and no constant density among the runs to compare with")
@@ -156,7 +157,7 @@ def tables(judged: Sequence[Judged]) -> list[Table]:
     note = (
         f"Means over {len(judged[0].bytes)} seeds ± half of the 95 % t-interval; points are paired by seed. "
         f"The front: {', '.join(one.label for one in best)}; other methods are no part of it. A dash: the "
-        "front has no point of such an accuracy, or none with so few bytes."
+        "front has no point at this accuracy, or at this number of bytes."
     )
     columns = (
         "setting",
@@ -170,17 +171,17 @@ def tables(judged: Sequence[Judged]) -> list[Table]:
 
 
 def _row(one: Judged, best: Sequence[Judged]) -> list[str]:
-    moved = float(one.bytes.mean())
-    apart = 100 * (one.accuracy - at_bytes(best, moved))
-    ratio = moved / at_accuracy(best, float(one.accuracy.mean()))
-    points, bytes_ = _interval(apart, "+.1f"), "—" if np.isnan(ratio) else f"{ratio:.2f}×"
+    sent = float(one.bytes.mean())
+    difference = 100 * (one.accuracy - at_bytes(best, sent))
+    ratio = sent / at_accuracy(best, float(one.accuracy.mean()))
+    points, bytes_ = _interval(difference, "+.1f"), "—" if np.isnan(ratio) else f"{ratio:.2f}×"
     if one in best:
         points = bytes_ = "on it"
-    return [one.label, one.kind, _interval(one.accuracy, ".3f"), f"{moved / MEGA:.3g}", points, bytes_]
+    return [one.label, one.kind, _interval(one.accuracy, ".3f"), f"{sent / MEGA:.3g}", points, bytes_]
 
 
 def _interval(values: Floats, form: str) -> str:
-    """Write the mean and half of its 95 % t-interval; a dash where a seed has no value."""
+    """Write the mean and half of its 95 % t-interval; a dash if a seed has no value."""
     mean, half = mean_and_interval(values.tolist())
     if np.isnan(mean):
         return "—"

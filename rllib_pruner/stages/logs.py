@@ -1,9 +1,8 @@
-"""Logs of micro-federations: what was seen at each stage, what was done, what came of it.
+"""Logs of micro-federations: observation, action and outcome of each stage.
 
-Episodes are played in random styles (how long somebody prunes, and how hard; every other one follows a
-schedule towards a density), several at once as Ray tasks, and written in shards: a collection that was
-interrupted goes on with the shards that are missing. Preference plays no part, so that one log serves every
-λ.
+Random behaviour policies play the episodes: half of them prune for a while and then mostly hold, the others
+follow a schedule to a density. Ray tasks play several shards in parallel; an interrupted collection continues
+with the missing shards. The policies ignore the preference, so that one log serves every λ.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,18 +30,18 @@ from rllib_pruner.stages.federations import STAGES
 SHARD = 25
 """Episodes in one file."""
 ORIGIN = "origin.yaml"
-"""Says of which federations the episodes are."""
+"""Describes the federations of the episodes."""
 
 OUTCOME = ("accuracy", "spent_bytes", "spent_flops", "density", "executed")
 COLUMNS = ("episode", "stage", "action", *OUTCOME, *(f"x{i}" for i in range(len(FEATURES) - 1)))
-"""Of a row: a stage of an episode; the last row of an episode is the end of its run, with action −1."""
+"""A row is a stage of an episode; the last row of an episode is the end of its run, with action −1."""
 
 Choose = Callable[[int, NDArray[np.float32]], int]
 """(stage, observation) → action."""
 
 
-def style(rng: np.random.Generator) -> Choose:
-    """Return one of the two styles, at random."""
+def behaviour(rng: np.random.Generator) -> Choose:
+    """Return a random behaviour policy, of either kind."""
     if rng.random() >= 0.5:
         return eager(rng)
     final = float(np.exp(rng.uniform(np.log(0.01), 0.0)))
@@ -50,19 +49,19 @@ def style(rng: np.random.Generator) -> Choose:
     return scheduled(final, until, float(rng.choice([0.0, 0.1, 0.3])), rng)
 
 
-def scheduled(final: float, until: int, whims: float, rng: np.random.Generator) -> Choose:
-    """Return somebody who keeps to a cubic schedule as closely as the actions allow.
+def scheduled(final: float, until: int, random_share: float, rng: np.random.Generator) -> Choose:
+    """Return a policy that follows a cubic schedule as closely as the actions allow.
 
     Args:
         final: density at the end of the schedule.
         until: stages of the schedule.
-        whims: probability of any action instead.
-        rng: where whims come from.
+        random_share: probability of a random action instead.
+        rng: of the random actions.
     """
     factors = np.log(FACTORS)
 
     def choose(stage: int, seen: NDArray[np.float32]) -> int:
-        if rng.random() < whims:
+        if rng.random() < random_share:
             return int(rng.integers(len(ACTIONS)))
         target = cubic(min(1.0, (stage + 1) / until), 1.0, final)
         density = max(1e-3, float(seen[FEATURES.index("density")]))
@@ -72,15 +71,15 @@ def scheduled(final: float, until: int, whims: float, rng: np.random.Generator) 
 
 
 def eager(rng: np.random.Generator) -> Choose:
-    """Return somebody who prunes in their own way for some stages, and mostly holds from then on."""
+    """Return a random behaviour policy: it prunes for some stages, then mostly holds."""
     until = int(rng.integers(0, STAGES + 1))
     early, late = rng.dirichlet(np.full(len(ACTIONS), 0.5)), rng.dirichlet(np.full(len(ACTIONS), 0.5))
     late = 0.5 * late + 0.5 * np.eye(len(ACTIONS))[HOLD]
     uniform = np.full(len(ACTIONS), 1 / len(ACTIONS))
 
     def choose(stage: int, _: NDArray[np.float32]) -> int:
-        own = early if stage < until else late
-        return int(rng.choice(len(ACTIONS), p=0.9 * own + 0.1 * uniform))
+        preferred = early if stage < until else late
+        return int(rng.choice(len(ACTIONS), p=0.9 * preferred + 0.1 * uniform))
 
     return choose
 
@@ -115,17 +114,17 @@ def _row(
 def collect(
     folder: Path, federations: Mapping[str, Any], episodes: int, seed: int, parallel: int = 2
 ) -> Iterator[int]:
-    """Play what is missing of so many episodes; yield how many there are as shards are finished.
+    """Play the missing shards of a log; yield the number of logged episodes after each.
 
     Args:
-        folder: where the shards are.
+        folder: of the shards.
         federations: options of `Federations`.
-        episodes: how many in all; rounded up to whole shards.
+        episodes: of the whole log; rounded up to whole shards.
         seed: of the first federation; episode i is federation `seed + i`.
-        parallel: shards that are played at once, each in a Ray task with one CPU.
+        parallel: shards that are played in parallel, each in a Ray task with one CPU.
 
     Raises:
-        RunError: if the folder holds episodes of other federations, or another process plays some there.
+        RunError: if the folder holds episodes of other federations, or another process uses it.
     """
     folder = local_path(folder)
     with on_disk(folder):
@@ -136,7 +135,7 @@ def collect(
 
 
 def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
-    """Write down what a log's episodes are of, or refuse a log of others."""
+    """Write the origin of a new log; refuse a log of another origin."""
     origin = plain_copy(
         {
             "process": {"federations": dict(federations), "first": seed},
@@ -146,16 +145,16 @@ def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
             "shard": SHARD,
         }
     )
-    place = folder / ORIGIN
-    if not place.is_file():
+    path = folder / ORIGIN
+    if not path.is_file():
         if any(folder.glob("*.parquet")):
             raise RunError(
-                f"{folder}: an earlier version made this log, which does not say of what federations; give "
+                f"{folder}: an earlier version made this log and did not write its federations; give "
                 "process.log another folder"
             )
-        with on_disk(place):
-            sealed.write(place, origin)
-    written, asked = flat_text(sealed.load(place)), flat_text(origin)
+        with on_disk(path):
+            sealed.write(path, origin)
+    written, asked = flat_text(sealed.load(path)), flat_text(origin)
     written.setdefault("actions", asked["actions"])  # an earlier version did not write them
     differ = [
         f"{key}: {written.get(key, 'absent')} in the log, {asked.get(key, 'absent')} now"
@@ -165,7 +164,7 @@ def _claim(folder: Path, federations: Mapping[str, Any], seed: int) -> None:
     if differ:
         raise RunError(
             f"{folder}: the log is of other federations: {'; '.join(differ)}. Give process.log another "
-            "folder, or put the values back"
+            "folder, or restore the values"
         )
 
 
@@ -197,21 +196,21 @@ def _play_missing(
 
 
 def play_shard(federations: Mapping[str, Any], file: Path, first: int) -> None:
-    """Play the episodes of one shard and write it whole."""
+    """Play the episodes of one shard and write it."""
     import torch
 
     torch.set_num_threads(1)
     env = StageEnv({"federations": dict(federations)})
     rows: list[dict[str, Any]] = []
     for number in range(first, first + SHARD):
-        rows += play(env, number, style(np.random.default_rng((number, 1))))
+        rows += play(env, number, behaviour(np.random.default_rng((number, 1))))
     write(rows, file)
 
 
 def write(rows: Sequence[Mapping[Any, Any]], file: Path) -> None:
-    """Write a shard whole, or not at all."""
+    """Write a shard atomically."""
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    with on_disk(file, "start the training again: it plays what is missing"):
+    with on_disk(file, "start the training again: it plays the missing shards"):
         write_table(file, {name: frame[name] for name in COLUMNS})
 
 
@@ -220,7 +219,7 @@ def load(folder: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if there is none.
-        RunError: if one is damaged; without the file, its episodes are played again.
+        RunError: if one is damaged; once the file is removed, its episodes are played again.
     """
     rows = read_table(folder)
     if rows is None or rows.empty:

@@ -1,4 +1,4 @@
-"""The stage process as something to train: in replay of logged federations, or in federations themselves."""
+"""The stage process for training: in a replay of logged federations, or in real ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,24 +19,23 @@ from rllib_pruner.stages.federations import Federations
 from rllib_pruner.stages.replay import ReplayEnv
 
 HELD_OUT = 900_000_000
-"""The first federation that a policy is judged on; logs begin lower."""
+"""Seed of the first held-out federation; logs have smaller seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageProcess:
-    """Decisions at the stages of a federated run.
+    """Pruning at the stages of a federated run.
 
     Args:
-        federations: what federations are drawn from.
-        replay: train in the replay of logged federations, or in federations as they are played.
-        log: folder of the logged episodes; those that are missing are played first. Absolute, for Tune's
-            trials work elsewhere.
-        episodes: how many are logged.
-        first: the federation of the first one.
-        neighbours: similar stages of the log of which one is followed.
-        flops_weight: what a share of the dense model's FLOPs costs beside one of its traffic.
-        problems: held-out federations that a policy is judged on, at each of `preferences`.
-        preferences: λ of the judgement.
+        federations: distribution of the federations.
+        replay: train in the replay of logged federations, not in real ones.
+        log: folder of the logged episodes; missing ones are played before the training.
+        episodes: of the log.
+        first: seed of the first federation.
+        neighbours: number of similar stages in the log; the replay follows one of them.
+        flops_weight: price of the dense model's FLOPs, relative to its traffic.
+        problems: held-out federations for the evaluation, at each of `preferences`.
+        preferences: λ of the evaluation.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -77,15 +76,15 @@ class StageProcess:
         def choose(_: int, seen: NDArray[np.float32]) -> int:
             return int(acts(seen[None])[0])
 
-        return judged(self, choose)
+        return evaluate(self, choose)
 
     def good_enough(self, measures: Mapping[str, float]) -> bool:
-        """Never: nobody knows the best return."""
+        """Never: the best return is not known."""
         return False
 
 
-def judged(process: StageProcess, choose: logs.Choose) -> dict[str, float]:
-    """Return what somebody who chooses comes to on the held-out federations; see `StageProcess.judge`."""
+def evaluate(process: StageProcess, choose: logs.Choose) -> dict[str, float]:
+    """Evaluate a policy on the held-out federations; the result is that of `StageProcess.judge`."""
     env = StageEnv({"federations": asdict(process.federations), "flops_weight": process.flops_weight})
     measures: dict[str, float] = {}
     returns = []
@@ -94,9 +93,9 @@ def judged(process: StageProcess, choose: logs.Choose) -> dict[str, float]:
             logs.play(env, HELD_OUT + number, choose, preference)[-1] for number in range(process.problems)
         ]
         costs = [end["spent_bytes"] + process.flops_weight * end["spent_flops"] for end in ends]
-        brought = [end["accuracy"] - preference * cost for end, cost in zip(ends, costs, strict=True)]
+        at_this = [end["accuracy"] - preference * cost for end, cost in zip(ends, costs, strict=True)]
         measures[f"accuracy/{preference:g}"] = float(np.mean([end["accuracy"] for end in ends]))
         measures[f"bytes/{preference:g}"] = float(np.mean([end["spent_bytes"] for end in ends]))
-        measures[f"return/{preference:g}"] = float(np.mean(brought))
-        returns += brought
+        measures[f"return/{preference:g}"] = float(np.mean(at_this))
+        returns += at_this
     return measures | {"score": float(np.mean(returns))}

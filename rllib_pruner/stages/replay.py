@@ -1,9 +1,8 @@
-"""A gym that replays logged runs: micro-federations a thousand times faster than they were played.
+"""An environment that replays logged runs, a thousand times faster than the micro-federations themselves.
 
-A step looks for stages of logged episodes where the same action was taken in the most similar situation, and
-goes on from what came of one of them. Nothing is fitted: every state is one that some federation was in. The
-reward takes accuracies from the states themselves, so that rewards add up to the accuracy at the end however
-often the path changes from one logged episode to another.
+A step finds the logged stages with the same action and the most similar situations, draws one, and moves
+to the stage that followed it. Nothing is fitted: every state is one of a real federation. Rewards take accuracies
+from the states, so that they add up to the final accuracy even if the path changes between episodes.
 """
 
 from collections.abc import Mapping
@@ -33,15 +32,15 @@ WEIGHTS = {
     "participation": 0.1,
     "on the wire": 0.1,
 }
-"""How much a feature counts in the distance of two situations, beside its spread in the log; others 1."""
+"""Weight of a feature in the distance of two situations, on top of its spread in the log; default 1."""
 
 
 STAGES_APART = 1
-"""How many stages a situation may lie before or after the one it is compared with."""
+"""Largest difference in stages between two situations that are compared."""
 
 
 class Log:
-    """Logged episodes as arrays, with the stages of each action at hand.
+    """Logged episodes as arrays.
 
     Args:
         folder: of the shards.
@@ -63,30 +62,30 @@ class Log:
         return bool(self.action[row] < 0)
 
     def similar(self, row: int, action: int | None, count: int) -> NDArray[np.int64]:
-        """Return the rows of about the same stage that are most similar to a row; maybe none.
+        """Return the rows most similar to a row among those of about the same stage; maybe none.
 
         Args:
             row: any but the end of a run.
-            action: what was done there; None: anything.
-            count: how many are returned, at most.
+            action: of the rows; None: any.
+            count: at most this many rows are returned.
         """
         key = (int(self.stage[row]), action)
         if key not in self._where:
-            done = self.action >= 0 if action is None else self.action == action
-            self._where[key] = np.flatnonzero((abs(self.stage - key[0]) <= STAGES_APART) & done)
+            matches = self.action >= 0 if action is None else self.action == action
+            self._where[key] = np.flatnonzero((abs(self.stage - key[0]) <= STAGES_APART) & matches)
         rows = self._where[key]
         if len(rows) <= count:
             return rows
-        apart = ((self.scaled[rows] - self.scaled[row]) ** 2).sum(1)
-        return rows[np.argpartition(apart, count)[:count]]
+        distances = ((self.scaled[rows] - self.scaled[row]) ** 2).sum(1)
+        return rows[np.argpartition(distances, count)[:count]]
 
 
 class ReplayEnv(gym.Env[NDArray[np.float32], np.int64]):
     """The stage process on logged runs; observation, actions and reward as in `StageEnv`.
 
     Args:
-        config: `log` (folder of the shards), `neighbours` (of which one is drawn), `flops_weight`, `seed` and
-            `preference` (λ; None: drawn for each episode).
+        config: `log` (folder of the shards), `neighbours` (similar stages; one is drawn), `flops_weight`,
+            `seed` and `preference` (λ; None: drawn for each episode).
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -102,7 +101,7 @@ class ReplayEnv(gym.Env[NDArray[np.float32], np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start where some logged run had its first stage."""
+        """Start at the first stage of a random logged run."""
         super().reset(seed=seed)
         if seed is not None:
             self._rng = np.random.default_rng(seed)
@@ -111,18 +110,17 @@ class ReplayEnv(gym.Env[NDArray[np.float32], np.int64]):
         return self._observation(), {}
 
     def step(self, action: np.int64) -> tuple[NDArray[np.float32], SupportsFloat, bool, bool, dict[str, Any]]:
-        """Go on from what the action brought in a similar situation; from any there, if nobody took it."""
+        """Move to the successor of a similar stage with this action; of any similar stage, if none has it."""
         log, now = self.log, self._row
         rows = log.similar(now, int(action), self.neighbours)
         if not len(rows):
             rows = log.similar(now, None, self.neighbours)
-        taken = int(self._rng.choice(rows))
-        after = taken + 1
-        spent = log.bytes[after] - log.bytes[taken]
-        spent += self.flops_weight * (log.flops[after] - log.flops[taken])
-        brought = log.accuracy[after] - log.accuracy[now] - self._lambda * spent
-        self._row = after
-        return self._observation(), float(brought), log.ended(after), False, {}
+        drawn = int(self._rng.choice(rows))
+        self._row = following = drawn + 1
+        spent = log.bytes[following] - log.bytes[drawn]
+        spent += self.flops_weight * (log.flops[following] - log.flops[drawn])
+        reward = log.accuracy[following] - log.accuracy[now] - self._lambda * spent
+        return self._observation(), float(reward), log.ended(following), False, {}
 
     def _observation(self) -> NDArray[np.float32]:
         preference = np.float32(np.clip(1 + np.log10(self._lambda) / 2, -1, 1))

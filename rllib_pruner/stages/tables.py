@@ -1,4 +1,4 @@
-"""The stage agent on held-out micro-federations, beside fixed ways to prune and a bandit."""
+"""The stage agent on held-out micro-federations, beside fixed policies and a bandit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ from rllib_pruner.stages.process import HELD_OUT, StageProcess
 from rllib_pruner.tables import Table
 
 FRESH = 1_000
-"""Federations of the table begin so far behind those that chose among policies in training."""
+"""Offset of the table's federations from those that chose the best policy in training."""
 
 PREFERENCES = (0.03, 0.1, 0.3)
 Choose = logs.Choose
@@ -58,7 +58,7 @@ FIXED: dict[str, Choose] = {
 
 @dataclass(frozen=True)
 class Ends:
-    """How the runs of somebody ended: (federations,) each, at one λ."""
+    """Ends of a policy's runs at one λ: (federations,) each."""
 
     accuracy: NDArray[np.float64]
     bytes: NDArray[np.float64]
@@ -70,13 +70,13 @@ class Ends:
 
 
 def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | None = None) -> list[Table]:
-    """Compare a policy with fixed ways to prune and with the bandit.
+    """Compare a trained policy with fixed policies and with the bandit.
 
     Args:
         policy: its folder; None: the one that ships.
         problems: held-out federations.
-        with_cost: also measure what a decision takes.
-        root: folder with the data sets that are downloaded; None: the default cache.
+        with_cost: also measure the time of a decision.
+        root: folder of the downloaded data sets; None: the default cache.
     """
     trained = TrainedPolicy.load(policy, INTERFACE)
     found = [comparison(trained, process_of(trained, root), problems)]
@@ -84,7 +84,7 @@ def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | Non
 
 
 def comparison(trained: TrainedPolicy, process: StageProcess, problems: int) -> Table:
-    """Play held-out federations with the agent, the bandit and fixed ways to prune, at each λ."""
+    """Play held-out federations with the agent, the bandit and fixed policies, at each λ."""
     options = {"flops_weight": process.flops_weight, "steepest": Staged.steepest}  # as in a run
     env = StageEnv({"federations": asdict(process.federations), **options})
     numbers = [HELD_OUT + FRESH + number for number in range(problems)]
@@ -103,7 +103,7 @@ def comparison(trained: TrainedPolicy, process: StageProcess, problems: int) -> 
         }
         agent = played["agent"].returned(preference, process.flops_weight)
         rows += [_row(name, e, preference, process.flops_weight, agent) for name, e in played.items()]
-    columns = ("λ, who", "accuracy", "bytes", "return", "agent better by", "in how many")
+    columns = ("λ, policy", "accuracy", "bytes", "return", "agent better by", "agent better in")
     note = (
         f"{problems} federations of digits and MNIST that training never saw; bytes as a share of the dense "
         "model's; the difference of returns ± half of the 95 % t-interval, paired by federation."
@@ -112,7 +112,7 @@ def comparison(trained: TrainedPolicy, process: StageProcess, problems: int) -> 
 
 
 def process_of(trained: TrainedPolicy, root: Path | None) -> StageProcess:
-    """Return the process as the policy's own config has it, with the data sets in `root`."""
+    """Return the process of the policy's config, with the data sets in `root`."""
     options = TrainConfig.from_tree(trained.about["config"], "policy.json").process.options
     assert isinstance(options, StageProcess)
     return replace(options, federations=replace(options.federations, root=root))
@@ -123,21 +123,21 @@ def _row(
 ) -> list[str]:
     from fedray.report.table import mean_and_interval
 
-    brought = ends.returned(preference, flops_weight)
-    mean, half = mean_and_interval((agent - brought).tolist())
+    returns = ends.returned(preference, flops_weight)
+    mean, half = mean_and_interval((agent - returns).tolist())
     same = name == "agent"
     return [
         f"{preference:g}, {name}",
         f"{ends.accuracy.mean():.3f}",
         f"{ends.bytes.mean():.3f}",
-        f"{brought.mean():.3f}",
+        f"{returns.mean():.3f}",
         "" if same else f"{mean:+.3f} ±{half:.3f}",
-        "" if same else f"{(agent > brought).mean():.0%}",
+        "" if same else f"{(agent > returns).mean():.0%}",
     ]
 
 
 def _decision(trained: TrainedPolicy) -> Table:
-    """Measure how long the network takes for one decision."""
+    """Measure the time of one decision of the network."""
     seen = np.zeros(len(FEATURES), dtype=np.float32)
     trained.act(seen)
     taken: list[float] = []
@@ -147,4 +147,4 @@ def _decision(trained: TrainedPolicy) -> Table:
         taken.append(1000 * (perf_counter() - started))
     median, p95 = np.quantile(taken, (0.5, 0.95))
     rows: Sequence[Sequence[str]] = [["stage agent", f"{median:.2f}", f"{p95:.2f}"]]
-    return Table("One decision of the network", ("who", "median ms", "95th percentile ms"), rows)
+    return Table("One decision of the network", ("policy", "median ms", "95th percentile ms"), rows)

@@ -93,7 +93,7 @@ def test_files_are_rewound_and_a_torn_line_is_passed_over(tmp_path):
     with pytest.raises(ConfigError, match=r"not the directory of a training: it has no config\.yaml"):
         TrainFiles.open(tmp_path)
     (tmp_path / "trials").mkdir()
-    with pytest.raises(ConfigError, match=r"go on with its trials one by one, in .*/trials"):
+    with pytest.raises(ConfigError, match=r"resume its trials one by one, in .*/trials"):
         TrainFiles.open(tmp_path)
 
 

@@ -18,7 +18,7 @@ from fedray.policies.stages import ACTIONS, FACTORS
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.env import StageEnv
 from rllib_pruner.stages.federations import STAGES, Federations, server_of
-from rllib_pruner.stages.process import StageProcess, judged
+from rllib_pruner.stages.process import StageProcess, evaluate
 from rllib_pruner.stages.replay import Log, ReplayEnv
 
 SMALL = {"rounds": (20, 20), "cohort": (4, 4)}
@@ -97,7 +97,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env = short()
     rows = []
     for number in range(3):
-        rows += logs.play(env, number, logs.style(np.random.default_rng(number)))
+        rows += logs.play(env, number, logs.behaviour(np.random.default_rng(number)))
     logs.write(rows, folder / "episodes-00000.parquet")
     return folder
 
@@ -128,7 +128,7 @@ def test_styles_differ_and_are_repeatable() -> None:
     nothing = np.zeros(len(FEATURES), dtype=np.float32)
 
     def played(seed: int) -> list[int]:
-        choose = logs.style(np.random.default_rng(seed))
+        choose = logs.behaviour(np.random.default_rng(seed))
         return [choose(stage, nothing) for stage in range(STAGES)]
 
     assert played(1) == played(1)
@@ -180,8 +180,8 @@ def test_no_log_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_policy_is_judged_on_held_out_federations() -> None:
     process = StageProcess(federations=Federations(**SMALL), problems=1, preferences=(0.1, 1.0))  # type: ignore[arg-type]
-    held = judged(process, lambda stage, _: 0)
-    pruned = judged(process, lambda stage, _: 4 if stage < 3 else 0)
+    held = evaluate(process, lambda stage, _: 0)
+    pruned = evaluate(process, lambda stage, _: 4 if stage < 3 else 0)
     assert held["bytes/0.1"] == pytest.approx(held["bytes/1"]) and held["bytes/1"] > 2 * pruned["bytes/1"]
     expected = np.mean([held["return/0.1"], held["return/1"]])
     assert held["score"] == pytest.approx(expected)
