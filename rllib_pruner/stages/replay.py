@@ -1,8 +1,9 @@
 """An environment that replays logged runs, a thousand times faster than the micro-federations themselves.
 
 A step finds the logged stages with the same action and the most similar situations, draws one, and moves
-to the stage that followed it. Nothing is fitted: every state is one of a real federation. Rewards take accuracies
-from the states, so that they add up to the final accuracy even if the path changes between episodes.
+to the stage that followed it. Nothing is fitted: every state is one of a real federation. Rewards take
+accuracies from the states, so that they add up to the final accuracy even if the path changes between
+episodes.
 """
 
 from collections.abc import Mapping
