@@ -4,8 +4,8 @@ Federated optimization in heterogeneous networks.  Li et al., MLSys 2020.
 
     fedray run tune_configs/quickstart.yaml --import examples/new_method.py method.name=fedprox method.mu=0.01
 
-Clients with unlike data pull the model apart. FedProx ties each of them to the model it was sent: the local
-loss gets a proximal term, mu/2 · ‖w − w_sent‖². The rest of the round is that of FedAvg, so this is one hook.
+Clients with unlike data train models that differ. FedProx keeps each client near the model it was sent: the
+local loss gets a proximal term, mu/2 · ‖w − w_sent‖². The rest of the round is FedAvg's, so this is one hook.
 
 Differs from the paper: all clients make the same number of epochs (there slow ones stop early), and are drawn
 uniformly and averaged by their numbers of examples (there drawn by these numbers, and averaged alike).
@@ -23,7 +23,7 @@ from fedray import METHODS, Client, ClientUpdate, Method, NonNegativeFloat, Step
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx(Method):
-    """FedAvg whose clients stay near the model that they were sent.
+    """FedAvg whose clients stay near the model that they receive.
 
     Args:
         mu: weight of the proximal term; 0 is FedAvg.

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedray import MODELS, RunConfig
-from fedray.experiment.run import Federation
+from fedray import MODELS, Federation, RunConfig, Server, ServerState
 from fedray.federation.pool import LocalPool
-from fedray.federation.server import Checkpoint, Server
+from fedray.federation.server import Checkpoint
 from fedray.federation.worker import client_generator
 from fedray.pruning.masks import top_k
 from fedray.pruning.scores import magnitude
-from fedray.types import ServerState
 
 Weights = dict[str, Tensor]
 

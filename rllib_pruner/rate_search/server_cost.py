@@ -59,19 +59,19 @@ class FineTune:
 
 def _server(tune: FineTune, seed: int) -> Client:
     spec, rng = DATASETS[tune.data], np.random.default_rng(seed)
-    x = rng.integers(256, size=(tune.examples, *spec.input_shape), dtype=np.uint8)
+    shape = (tune.examples, *spec.input_shape)
+    x = np.asarray(rng.integers(spec.tokens, size=shape) if spec.tokens else rng.standard_normal(shape))
     y = rng.integers(spec.num_classes, size=tune.examples)
-    images = Examples(x, y)
-    channels = (0.5,) * spec.input_shape[0]
-    dataset = Dataset(
-        "made up", images, Examples(x[:0], y[:0]), spec.num_classes, spec.input_shape, channels, channels
-    )
+    examples, none = Examples(x, y), Examples(x[:0], y[:0])
+    dataset = Dataset("random", examples, none, spec.num_classes, spec.input_shape, tokens=spec.tokens)
     model = build_model(tune.model, spec.input_shape, spec.num_classes)
     rows = np.arange(tune.examples)
     population = Population(Dealt(rows, np.zeros_like(rows), 1), draw(1, {"laptop": 1.0}, seed))
     place = Workplace(
         model=model,
-        flops=FlopModel.trace(model.bind(model.init(seed).flat), spec.input_shape, model.layout),
+        flops=FlopModel.trace(
+            model.bind(model.init(seed).flat), spec.input_shape, model.layout, tokens=spec.tokens
+        ),
         dataset=dataset,
         population=population,
         method=FRLP(),

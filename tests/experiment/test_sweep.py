@@ -272,11 +272,11 @@ def test_tokens_and_attention_from_a_file_work_in_a_sweep(ray_local, in_tmp):
     example = Path(__file__).parents[2] / "examples" / "tokens.py"
     own = {"imports": [str(example)], "model": "attention", "data": {"name": "reviews"}}
     method = {"name": "staged", "density": 0.5, "lr": 0.1}
-    planned = plan(in_tmp, {"seed": {"grid": [0, 1]}}, {"concurrent": 1}, method=method, **own)
+    planned = plan(in_tmp, {"seed": {"grid": [0]}}, method=method, **own)
     made = sweep(planned, out=in_tmp / "sweep")
-    assert [trial.status for trial in made.trials] == ["finished", "finished"]
+    assert [trial.status for trial in made.trials] == ["finished"]
     alone = fedray.run(planned.points[0].config.override({"clients.actors": 0}), out=in_tmp / "alone")
-    first, _ = results(made.path).values()
+    (first,) = results(made.path).values()
     assert first["weights_sha256"] == alone.weights_sha256
     assert first["density/global"] == pytest.approx(0.5, abs=0.01)
 
