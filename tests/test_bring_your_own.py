@@ -65,12 +65,11 @@ def test_all_files_work_together_in_a_sweep_on_ray(ray_local, in_tmp):
     changes: dict[str, Any] = {"imports": [name_of(heading) for heading in FILES], "rounds": 1}
     for own in CHANGES.values():
         changes |= own
-    base = override_tree(tiny.TREE, changes)
-    (in_tmp / "x.yaml").write_text(
-        yaml_text.dump({"base": base, "space": {"clients.actors": {"grid": [1, 0]}}})
-    )
+    base = override_tree(tiny.TREE, changes | {"clients.actors": 1})
+    space = {"data.name": {"grid": ["wine", "digits"]}}
+    (in_tmp / "x.yaml").write_text(yaml_text.dump({"base": base, "space": space}))
     result = fedray.sweep(fedray.Sweep.load("x.yaml"), out="sweep")
-    assert [(trial.status, trial.error) for trial in result.trials] == [("finished", None)] * 4
+    assert [(trial.status, trial.error) for trial in result.trials] == [("finished", None)] * 2
     for trial in result.trials:
         config = trial.point.config.override({"clients.actors": 0})
         alone = fedray.run(config, out=f"alone-{trial.point.name}")

@@ -248,3 +248,11 @@ def test_what_is_not_there_is_found(text: str):
 )
 def test_what_is_there_is_not_complained_about(text: str):
     assert problem(text) is None
+
+
+def test_the_tree_of_the_architecture_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text.partition("## The tree")[2].partition("## One round")[0]
+    modules = [*ROOT.glob("fedray/**/*.py"), *ROOT.glob("rllib_pruner/**/*.py")]
+    names = {path.stem for path in modules} - {"__init__"}
+    assert {name for name in names if not re.search(rf"\b{name}\b", tree)} == set()
