@@ -1,20 +1,20 @@
 """AutoFLIP: automated federated learning by informed pruning.  Internò et al., arXiv 2405.10271, 2024.
 
 Before round 1 clients explore: each trains the initial model on its own examples for some epochs and reports
-how far that pulled each weight. The mean of the squared movements, scaled to [0, 1] in each tensor, is the
-guidance; weights below its quantile T_p go, and with them neurons and filters that no incoming weight is left
-of. The mask follows those who take part: it is rebuilt after each round from what its clients found.
+how far each weight moved. The mean of the squared movements, scaled to [0, 1] in each tensor, is the
+guidance. The server prunes weights below its quantile T_p, and neurons and filters without incoming weights.
+The mask follows the participants: it is rebuilt after each round from the movements of the round's clients.
 
-Differs from the paper, of whose later versions (2025, 2026) only the abstracts were read, beside the code of
-2024 (readings, with the flag that restores the other one):
+Differs from the paper (of its later versions, 2025 and 2026, only the abstracts were read, beside the code of
+2024; readings, with the flag that restores the other one):
 * each explorer starts from the same model; in that code they train one model in turn, and only the last
   one's movement counts: `scouts="aliased"`. There the rounds start from that trained model: `warm_start`;
 * exploration is charged as round 0, and far shorter than its 150 epochs: `explore_epochs=150`;
 * biases and the classifier are not prunable, and the mask is one of zeros and ones in every round;
 * `scaling="robust"` has the mean of the two middle scores as the median, that code the lower one (no flag);
 * a tensor that did not move stays whole, where min-max divides 0 by 0 and prunes all of it;
-* how channels go, and client agreement (`agreement`, off), are interpretations: the code has neither;
-* a weight that comes back resumes from its last value; the server has no momentum: `server_momentum=0.9`.
+* the removal of channels, and client agreement (`agreement`, off), are interpretations: the code has neither;
+* a regrown weight resumes from its last value; the server has no momentum: `server_momentum=0.9`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,11 +54,11 @@ DIVERGED = "all {} explorers diverged; lower method.lr"
 
 @dataclass(frozen=True)
 class AutoFLIPMemory:
-    """What the server remembers.
+    """The server's memory.
 
     Args:
-        scouts: explorer → squared movement of each prunable weight; empty where the mask stays.
-        velocity: (size,), the server's momentum; None before it has moved.
+        scouts: explorer → squared movement of each prunable weight; empty if the mask stays.
+        velocity: (size,), the server's momentum; None before its first step.
     """
 
     scouts: Mapping[int, Tensor] = field(default_factory=dict)
@@ -67,22 +67,23 @@ class AutoFLIPMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoFLIP(Method[AutoFLIPMemory]):
-    """Let clients explore first, then prune what moved least.
+    """Let clients explore, then prune the weights that moved least.
 
     Args:
         explorers: share of the clients that explore, of those available before round 1.
-        explore_epochs: of an explorer, at most; None: a twentieth of the run's rounds, from 1 to 150.
-        patience: an explorer stops after so many epochs whose last batch has no smaller loss than all before.
+        explore_epochs: largest number of epochs of an explorer; None: a twentieth of the run's rounds, from 1
+            to 150.
+        patience: an explorer stops after this many epochs without a new lowest loss of the last batch.
         scouts: explorers start from the same model, or train one model in turn, and the last one counts.
         scaling: of the guidance in each tensor: by its range, or by its median and quartiles.
-        threshold: share of the guidance's quantile; what is not above it is pruned (T_p).
+        threshold: quantile T_p of the guidance; weights that are not above it are pruned.
         quantile: of all prunable weights together, or of each tensor.
         structured: remove neurons and filters without incoming weights as a whole.
-        agreement: share of the score that is how many explorers would keep the weight, each by its own
+        agreement: weight, in the score, of the share of explorers that would keep a weight by their own
             guidance; the rest is the guidance.
         mask_from: the mask is rebuilt after each round from the movements of the round's clients, or made
-            once from those of all explorers, as it always is if `explorers` is below 1 or `scouts` aliased.
-        warm_start: begin with the model that aliased scouts have trained.
+            once from those of all explorers. With `explorers` below 1 or aliased `scouts` it is made once.
+        warm_start: start round 1 from the model of the aliased scouts.
         server_momentum: β of the server's step, v ← β v + (1 − β)(mean − w).
     """
 
@@ -109,7 +110,7 @@ class AutoFLIP(Method[AutoFLIPMemory]):
         return every and self.mask_from == "participants"
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse to start from a model that nobody trains."""
+        """Refuse a warm start without a trained model."""
         if self.warm_start and self.scouts == "independent":
             return "method.warm_start=true needs method.scouts=aliased: there is no one model to start from"
         return None
@@ -122,7 +123,7 @@ class AutoFLIP(Method[AutoFLIPMemory]):
         return "method.explore_epochs is a twentieth of the run's rounds where it is not given"
 
     def setup(self, state: ServerState[AutoFLIPMemory], ctx: ServerContext) -> ServerState[AutoFLIPMemory]:
-        """Let clients explore; make the first mask from what all of them found."""
+        """Let clients explore; make the first mask from all their movements."""
         epochs = self.explore_epochs or part_of(ctx.rounds, 20, 150)
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
         if self.scouts == "aliased":
@@ -142,7 +143,7 @@ class AutoFLIP(Method[AutoFLIPMemory]):
     def explored_in_turn(
         self, state: ServerState[AutoFLIPMemory], ctx: ServerContext, explorers: Sequence[int], epochs: int
     ) -> ServerState[AutoFLIPMemory]:
-        """Hand one model from explorer to explorer; make the mask from what the last one moved."""
+        """Pass one model from explorer to explorer; make the mask from the last one's movement."""
         before = after = state.params
         for client in explorers:
             task = Task(after, state.mask, extras={"epochs": epochs})
@@ -170,11 +171,11 @@ class AutoFLIP(Method[AutoFLIPMemory]):
         return params
 
     def take_turn(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: explore, and hand the model on."""
+        """ON THE DEVICE: explore, and return the model."""
         return ClientUpdate(self.explore(task, client), task.mask)
 
     def scout(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: explore, and say how far each prunable weight moved."""
+        """ON THE DEVICE: explore, and return the squared movement of each prunable weight."""
         layout, nothing = task.mask.layout, Mask.none(task.mask.layout)
         moved = loss_deviation(task.params, self.explore(task, client))[layout.prunable_flat]
         if self.follows:
@@ -202,7 +203,7 @@ class AutoFLIP(Method[AutoFLIPMemory]):
     def prune(
         self, state: ServerState[AutoFLIPMemory], cohort: CohortUpdate, ctx: ServerContext
     ) -> ServerState[AutoFLIPMemory]:
-        """Rebuild the mask from what the round's clients found when they explored."""
+        """Rebuild the mask from the explorations of the round's clients."""
         scouts = state.memory.scouts
         present = [scouts[record.client] for record in cohort.folded if record.client in scouts]
         if not present:
@@ -219,7 +220,7 @@ class AutoFLIP(Method[AutoFLIPMemory]):
         return self.mask_of(moved, votes, model)
 
     def vote(self, moved: Tensor, layout: Layout) -> Tensor:
-        """Return which prunable weights an explorer would keep by itself: bool, like the movement."""
+        """Return the prunable weights that one explorer's guidance keeps: bool, like the movement."""
         return self.keep(self.guidance(moved, layout), layout).flat[layout.prunable_flat]
 
     def mask_of(self, moved: Tensor, votes: Tensor, model: ModelSpec) -> Mask:
@@ -245,7 +246,7 @@ class AutoFLIP(Method[AutoFLIPMemory]):
         return scaled_per_layer(scores, layout, self.scaling)
 
     def keep(self, scores: Tensor, layout: Layout) -> Mask:
-        """Keep what scores above the quantile, of all tensors or of its own, and `min_layer` of each."""
+        """Keep scores above the quantile, of all tensors or of each, and at least `min_layer` of each."""
         kept, prunable = torch.ones(layout.size, dtype=torch.bool), layout.prunable_flat
         if self.quantile == "global":
             kept[prunable] = above_quantile(scores[prunable], self.threshold)

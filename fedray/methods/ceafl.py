@@ -1,21 +1,23 @@
 """CEAFL: communication-efficient adaptive federated pruning, a RECONSTRUCTION.  Pei et al., 2026.
 
 Clients score the weights of the untrained model by gradient importance, and the server prunes it once before
-round 1. Then, every few rounds, it prunes on: the further, the more the loss has fallen since the last time,
-and not at all if that would spoil the model. A part of what goes is grown again where gradients are large.
-After such an event clients fine-tune for an epoch, taught by an ensemble of the cohort's classifiers.
+round 1. Every few rounds it prunes again: more, the more the loss has fallen since the last event, and
+nothing if that would raise the validation loss too much. Some of the removed weights are grown elsewhere,
+where gradients are large. After such an event clients fine-tune for an epoch, taught by an ensemble of the
+cohort's classifiers.
 
-Differs from the paper: that cannot be said, since only its abstract was read (Journal of Chinese Computer
-Systems 47(5), 1225-1235). The abstract states an initial and an adaptive stage, both by gradient importance,
-and a fine-tuning that reuses an ensemble of classifiers and knows how data are distributed. The rest is ours:
+Differs from the paper: unknown, only the abstract was available (Journal of Chinese Computer Systems 47(5),
+1225-1235). The abstract names an initial and an adaptive stage, both by gradient importance, and a
+fine-tuning that reuses an ensemble of classifiers and respects the distribution of the data. The rest is
+ours:
 * importance is |g·w|: `importance`; in the second stage g is how a weight moved, without a backward pass;
-* how far an event goes: `kappa`, `kappa0`, `min_density`; when it is undone: `rollback`;
+* the extent of an event: `kappa`, `kappa0`, `min_density`; its rollback: `rollback`;
 * growing where the gradient of one batch is largest: `regrow`;
 * a class's row of a classifier counts by the client's examples of that class: `alpha`; the ensemble is
   distilled: `kd_weight`, `temperature`.
 
 An ensemble Σ_k α_k,c (W_k φ + b_k)_c of linear classifiers IS one linear classifier, with the rows
-Σ_k α_k,c W_k,c. So this one is what clients are sent, and all that the server needs for it are sums.
+Σ_k α_k,c W_k,c. So clients get this one classifier, and the server needs only sums for it.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +60,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class CEAFLMemory:
-    """What the server remembers.
+    """The server's memory.
 
     Args:
         events: the rounds after which it may prune; their step is the interval.
@@ -75,31 +77,31 @@ class CEAFLMemory:
     teacher: Tensor | None = None
 
     def due(self, round: int) -> bool:
-        """Tell whether an event has to be decided in a round: its own, or one before without an answer."""
+        """Whether a round has an event: one of its own, or an earlier one without an update."""
         return due(self.events, self.done, round)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CEAFL(Method[CEAFLMemory]):
-    """Prune before training, then on as the loss falls, and fine-tune with an ensemble of classifiers.
+    """Prune before training, prune again as the loss falls, and fine-tune with an ensemble of classifiers.
 
     Args:
         importance: of a weight: |g·w|, |g| or g².
         initial_density: share of the prunable weights that is kept before round 1.
-        scorers: clients that are asked for the importance in the untrained model.
-        scorer_batches: on which each of them computes it.
+        scorers: clients that compute the importance in the untrained model.
+        scorer_batches: batches for that, of each of them.
         interval: rounds between events; None: a tenth of the run, at most 10.
         until: last event, as a share of the run's rounds.
         min_density: the model is never pruned below this.
-        kappa: an event lowers the density by this times the share by which the loss fell in an interval.
-        kappa0: and by this share anyway.
-        mu: share of what a client remembers in its running mean of importance.
-        rollback: an event is undone that raises the validation loss by a larger share.
-        regrow: weights that an event grows, as a share of those that it removes.
+        kappa: an event lowers the density by this factor times the relative fall of the loss in an interval.
+        kappa0: an event lowers the density by this share in addition.
+        mu: weight of the past in a client's running mean of importance.
+        rollback: an event that raises the validation loss by a larger share is undone.
+        regrow: weights that an event grows, as a share of the weights that it removes.
         finetune_epochs: of a client after an event, before its local ones; 0 for no fine-tuning.
         kd_weight: of the distillation in its loss; 0 for no ensemble.
         temperature: of the distillation.
-        alpha: how a client's classifier counts: for each class by the client's examples, or like every other.
+        alpha: weight of a client's classifier: its examples of each class, or the same for all clients.
     """
 
     citation: ClassVar[str] = "Pei et al., Journal of Chinese Computer Systems 47(5), 2026"
@@ -125,7 +127,7 @@ class CEAFL(Method[CEAFLMemory]):
 
     @property
     def uses_validation_data(self) -> bool:
-        """Whether there are events: each is undone that spoils the validation loss."""
+        """Whether there are events: the rollback needs it."""
         return self.until > 0
 
     @property
@@ -163,7 +165,7 @@ class CEAFL(Method[CEAFLMemory]):
         return "method.until is a share of the run's rounds"
 
     def setup(self, state: ServerState[CEAFLMemory], ctx: ServerContext) -> ServerState[CEAFLMemory]:
-        """Stage 1: ask some clients what matters in the untrained model, and prune it."""
+        """Stage 1: ask some clients for the importance in the untrained model, and prune it."""
         task = Task(state.params, state.mask)
         scored = ctx.ask(self.first_scores, {client: task for client in ctx.sample(self.scorers)})
         if not scored.folded:
@@ -182,7 +184,7 @@ class CEAFL(Method[CEAFLMemory]):
         return ClientUpdate(task.params, Mask.none(task.mask.layout), sums={"importance": scores})
 
     def configure(self, state: ServerState[CEAFLMemory], client: ClientInfo) -> Task:
-        """Say what a client does beside training: keep scores, send them, recover from the last event."""
+        """Ask a client to keep scores, to send them, or to recover from the last event, beside training."""
         memory, extras = state.memory, dict[str, Extra]()
         if memory.due(state.round) or (memory.events and state.round <= memory.events[-1]):
             extras["track"] = True
@@ -196,9 +198,9 @@ class CEAFL(Method[CEAFLMemory]):
         return Task(state.params, state.mask, extras=extras)
 
     def plan(self, state: ServerState[CEAFLMemory]) -> tuple[int, int]:
-        """Return how many weights this round's event removes, and how many others it grows; 0, 0 if none.
+        """Return the numbers of weights that this round's event removes and grows; 0, 0 without an event.
 
-        Clients vote for what grows while they train, so it goes by the losses up to the round before.
+        It uses the losses up to the round before, since clients vote for growth while they train.
         """
         memory, layout = state.memory, state.mask.layout
         if not memory.due(state.round):
@@ -206,17 +208,17 @@ class CEAFL(Method[CEAFLMemory]):
         every = memory.events.step
         last, before = memory.losses[-every:], memory.losses[-2 * every : -every]
         fall = 1 - (sum(last) / len(last)) / (sum(before) / len(before)) if sum(before) else 0.0
-        fall = fall if isfinite(fall) else 0.0  # a loss that is no number has not fallen
-        wanted = state.mask.density * (1 - self.kappa * min(1.0, max(0.0, fall)) - self.kappa0)
+        fall = fall if isfinite(fall) else 0.0  # a loss of NaN or infinity has not fallen
+        target = state.mask.density * (1 - self.kappa * min(1.0, max(0.0, fall)) - self.kappa0)
         size = layout.prunable_count
         held = round(state.mask.density * size)
-        fewer = held - round(max(self.min_density, wanted) * size)
-        # what grows takes the place of others that are removed: the density is the wanted one all the same
+        fewer = held - round(max(self.min_density, target) * size)
+        # as many more are removed as grow, so that the density meets the target
         grown = min(round(fewer * self.regrow / (1 - self.regrow)), size - held, held - fewer)
         return fewer + grown, grown
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: recover if the model was just pruned, train, keep scores, and send them if asked."""
+        """ON THE DEVICE: recover after an event, train, keep scores, and send them if asked to."""
         start = self.finetune(task, client) if "finetune" in task.extras else task.params
         params, mask = client.sgd(start, task.mask), task.mask
         if "track" not in task.extras:
@@ -248,7 +250,7 @@ class CEAFL(Method[CEAFLMemory]):
         now = self.score(after, (before.flat - after.flat) / (client.lr * steps))
         past = client.recall("importance", Tensor)
         past = now if past is None else past
-        # a weight without a past is new: its mean starts with this round, or it would be the first to go
+        # the mean of a new weight starts with this round; a past of 0 would get it pruned first
         mean = torch.where(past > 0, self.mu * past + (1 - self.mu) * now, now)
         client.memory["importance"] = torch.where(mask.flat, mean, 0.0)
         return mean
@@ -264,28 +266,28 @@ class CEAFL(Method[CEAFLMemory]):
         return {"classifiers": rows * weights[:, None], "weights": weights}
 
     def finetune(self, task: Task, client: Client) -> Params:
-        """ON THE DEVICE: recover, taught by the ensemble; the classifier rests in the first half."""
+        """ON THE DEVICE: recover, taught by the ensemble; the classifier is frozen in the first half."""
         teacher = task.extra("teacher", Tensor) if "teacher" in task.extras else None
         head = client.model.head
         resting = self.finetune_epochs * ceil(client.num_examples / self.batch_size) // 2
 
         def loss(step: Step) -> Tensor:
             logits = step.logits
-            if step.index < resting and step.features.requires_grad:  # else the classifier is all there is
+            if step.index < resting and step.features.requires_grad:  # else there is only the classifier
                 logits = classify(classifier(step.weights, head).detach(), step.features)
             value = cross_entropy(logits, step.y)
             if teacher is None:
                 return value
             taught = classify(teacher.to(logits.device), step.features)
-            apart = distillation(logits, taught, self.temperature)
-            return (1 - self.kd_weight) * value + self.kd_weight * apart
+            divergence = distillation(logits, taught, self.temperature)
+            return (1 - self.kd_weight) * value + self.kd_weight * divergence
 
         return client.sgd(task.params, task.mask, epochs=self.finetune_epochs, loss=loss)
 
     def prune(
         self, state: ServerState[CEAFLMemory], cohort: CohortUpdate, ctx: ServerContext
     ) -> ServerState[CEAFLMemory]:
-        """Stage 2: at an event prune, grow, and go back if that spoilt the model. Keep the losses."""
+        """Stage 2: at an event prune and grow, unless the validation loss rises too much; keep the losses."""
         memory = state.memory
         if state.round == memory.finetune and cohort.folded:  # the cohort had its lesson
             memory = replace(memory, teacher=None)
@@ -305,7 +307,7 @@ class CEAFL(Method[CEAFLMemory]):
         kept = top_k(scores, density, ctx.layout, within=state.mask, min_layer=self.min_layer)
         votes = [(ctx.clients[k].num_examples, vote) for k, vote in sorted(cohort.each.items())]
         mask = grow(tally(votes, state.mask), grown, ctx.layout, within=kept)
-        params = state.params.masked(state.mask)  # what grows starts from zero
+        params = state.params.masked(state.mask)  # grown weights start from zero
         before, after = (ctx.validate(params, held)[1] for held in (state.mask, mask))
         if not no_worse(after, (1 + self.rollback) * before):
             return state
@@ -317,7 +319,7 @@ class CEAFL(Method[CEAFLMemory]):
         return replace(state, params=params, mask=mask, memory=memory)
 
     def forgets(self, state: ServerState[CEAFLMemory]) -> bool:
-        """After the last event no client is asked for its importance any more."""
+        """Whether the last event is over: no client is asked for its importance after it."""
         memory = state.memory
         return bool(memory.events) and memory.done == state.round >= memory.events[-1]
 

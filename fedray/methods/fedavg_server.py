@@ -1,12 +1,12 @@
 """FedAvg with server data: the control for FRLP.  McMahan et al., 2017; Nie et al., 2024.
 
-FRLP trains on examples that its rivals do not have: before round 1, and again at each pruning round. Here the
-server does that very work and nothing is pruned, so that the difference between the two is the pruning, and
-what this one wins over FedAvg is what the server's examples are worth.
+FRLP trains on examples that other methods do not have: before round 1, and at each pruning round. Here the
+server does the same work and prunes nothing: the difference to FRLP is the pruning, and the gain over FedAvg
+is the value of the server's examples.
 
-Differs from the paper: FRLP's has no such control. An event has one fine-tune, of the model that is sent on,
-where FRLP makes one for each candidate of its search. The models are those of an FRLP whose candidates all
-keep every weight, bit for bit.
+Differs from the paper: FRLP's has no such control. An event fine-tunes once, where FRLP fine-tunes each
+candidate of its search. The models equal, bit for bit, those of an FRLP whose candidates all keep every
+weight.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,25 @@ from fedray.types import Fraction, NonNegativeInt, PositiveInt, ServerState
 
 @dataclass(frozen=True)
 class FedAvgServerMemory:
-    """The rounds after which the server fine-tunes."""
+    """The server's memory.
+
+    Args:
+        events: rounds after which the server fine-tunes.
+    """
 
     events: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgServer(Method[FedAvgServerMemory]):
-    """FedAvg whose server trains on its own examples when FRLP's does.
+    """FedAvg whose server trains on its own examples in the rounds of FRLP's events.
 
     Args:
         finetune_rounds: rounds after which the server fine-tunes; None: every `interval` up to `until`.
         interval: rounds between events; None: a fifth of the run, at most 20.
         until: last event, as a share of the run's rounds.
-        pretrain_epochs: of the server on its own data before round 1.
-        finetune_epochs: of the server at each event.
+        pretrain_epochs: epochs of the server on its own data before round 1.
+        finetune_epochs: epochs of the server at each event.
     """
 
     citation: ClassVar[str] = "McMahan et al., AISTATS 2017; Nie et al., CSA 33(5), 2024"
@@ -74,9 +78,9 @@ class FedAvgServer(Method[FedAvgServerMemory]):
     def setup(
         self, state: ServerState[FedAvgServerMemory], ctx: ServerContext
     ) -> ServerState[FedAvgServerMemory]:
-        """Pre-train on the server's data; fix the events as FRLP does."""
+        """Pre-train on the server's data; fix the events by FRLP's rule."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
-        given = self.finetune_rounds  # which say when, whatever is planned
+        given = self.finetune_rounds  # these do not depend on the planned rounds
         rounds = tuple(self.events(ctx.rounds)) if given is None else given
         return replace(state, params=trained, memory=FedAvgServerMemory(rounds))
 

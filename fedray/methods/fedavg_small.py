@@ -1,12 +1,12 @@
 """FedAvg of a narrower dense model: the control that a pruned model has to beat.  Liu et al., ICLR 2019.
 
-The model has the same layers with fewer channels, as many as bring it to the parameter count of a pruned one.
-It starts from its own random initialisation and is trained as FedAvg trains any model. Nothing is scored,
-searched or masked: what a pruned model gains over this one is what choosing its weights is worth.
+The model has the same layers with fewer channels, and the parameter count of a pruned model. It starts from a
+random initialisation and trains like FedAvg. Nothing is scored, searched or masked: the gain of a pruned
+model over this one is the value of choosing its weights.
 
 Differs from the paper (Liu et al., "Rethinking the value of network pruning"; trained as by McMahan et al.,
-AISTATS 2017): it runs in a federation; every layer keeps the same share of its channels, theirs those that a
-pruned model has; it trains for as many rounds as the pruned model, not for as many FLOPs. Inside fedray the
+AISTATS 2017): it runs in a federation; every layer keeps the same share of its channels, in the paper those
+of the pruned model; it trains for as many rounds as the pruned model, not for as many FLOPs. In fedray the
 narrower model is the first channels of the whole one, under a mask that removes the others: it trains, and
 travels, as a physically smaller model.
 """
@@ -33,8 +33,8 @@ class FedAvgSmall(Method[None]):
     """FedAvg of the same model with fewer channels.
 
     Args:
-        density: share of the whole model's prunable weights that the narrower model has; met to the nearest
-            number of channels, the share of channels being the same in all layers that can lose some.
+        density: prunable weights of the narrower model, as a share of the whole model's; met to the nearest
+            number of channels. All layers that can lose channels keep the same share of them.
     """
 
     citation: ClassVar[str] = "Liu et al., ICLR 2019; McMahan et al., AISTATS 2017"
@@ -45,7 +45,7 @@ class FedAvgSmall(Method[None]):
 
     @property
     def target(self) -> float | None:
-        """The density, as the options say."""
+        """The option `density`."""
         return self.density
 
     def check(self, setting: Setting) -> str | None:
@@ -58,7 +58,7 @@ class FedAvgSmall(Method[None]):
         return too_narrow(share, model.layout, groups, self.min_layer)
 
     def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:
-        """Keep the first channels of each layer, in the scale that a model of that width starts from."""
+        """Keep the first channels of each layer, at the initial scale of a model of that width."""
         groups = ctx.model.channel_groups
         share = share_for(self.density, ctx.layout, groups)
         kept = {g.name: torch.arange(g.size) < channels_at(share, g.size) for g in groups}

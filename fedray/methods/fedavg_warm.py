@@ -1,13 +1,13 @@
 """FedAvg from a warm start: the control for AutoFLIP.  McMahan et al., 2017; Internò et al., 2024.
 
 In AutoFLIP's published code the explorers train one model in turn, each for many epochs on its own examples,
-and the rounds of the federation start from that model, while FedAvg, with which it is compared, starts from
-random weights. Here FedAvg gets the very same start and nothing is pruned, so that the difference between the
-two is the pruning, and what this one wins over FedAvg is what the start is worth.
+and the rounds of the federation start from that model; FedAvg, with which it is compared, starts from random
+weights. Here FedAvg gets the same start and nothing is pruned: the difference to AutoFLIP is the pruning, and
+the gain over FedAvg is the value of the start.
 
 Differs from the paper: AutoFLIP's has no such control. The start is charged as round 0, one client after the
-other. It is that of an AutoFLIP with `scouts="aliased"` and `warm_start`, bit for bit: the same clients in
-the same order, the same examples in each batch.
+other. It equals, bit for bit, that of an AutoFLIP with `scouts="aliased"` and `warm_start`: the same clients
+in the same order, the same examples in each batch.
 """
 
 from dataclasses import dataclass, replace
@@ -26,12 +26,13 @@ from fedray.types import ClientUpdate, Density, Params, PositiveInt, ServerState
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgWarm(Method[None]):
-    """FedAvg from a model that clients have trained in turn.
+    """FedAvg from a model that clients trained in turn.
 
     Args:
         explorers: share of the clients that train it, of those available before round 1.
-        explore_epochs: of each of them, at most; None: a twentieth of the run's rounds, from 1 to 150.
-        patience: one stops after so many epochs whose last batch has no smaller loss than all before.
+        explore_epochs: largest number of epochs of each of them; None: a twentieth of the run's rounds, from
+            1 to 150.
+        patience: a client stops after this many epochs without a new lowest loss of the last batch.
     """
 
     citation: ClassVar[str] = "McMahan et al., AISTATS 2017; Internò et al., arXiv 2405.10271, 2024"
@@ -48,7 +49,7 @@ class FedAvgWarm(Method[None]):
         return "method.explore_epochs is a twentieth of the run's rounds where it is not given"
 
     def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:
-        """Hand one model from client to client."""
+        """Pass one model from client to client."""
         epochs, params = self.explore_epochs or part_of(ctx.rounds, 20, 150), state.params
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
         for client in explorers:

@@ -1,17 +1,17 @@
-"""FedLP: federated layer-wise pruning of what is exchanged.  Zhu et al., ICC 2023.
+"""FedLP: federated layer-wise pruning of the exchanged model.  Zhu et al., ICC 2023.
 
-Homogeneous: every client trains the whole model, and before the upload it keeps each layer with the
-layer-preserving rate (LPR), by a coin of its own. Heterogeneous: a client has the first blocks of the model
-only, as many as it can afford, and trains them through an exit with a head of its own. Either way the server
-takes the mean of each layer over those who sent it, and keeps its own where nobody did. Uploads are dropped,
-weights are not: the final model is dense.
+Homogeneous: every client trains the whole model; before the upload it keeps each layer with a probability,
+the layer-preserving rate (LPR). Heterogeneous: a client has the first blocks of the model only, as many as it
+can afford, and trains them through an exit with its private head. Either way the server averages each layer
+over the clients that sent it, and keeps its own if no client did. Uploads lose layers, the model does not:
+the final model is dense.
 
 Differs from the paper (readings, with the flag that restores the other one):
 * a layer is a convolution or linear layer with its bias and the normalisation behind it; the published code
-  draws for each tensor by itself: `unit="tensor"`;
-* every client counts alike, as in that code: `weighting="examples"` for the other;
-* a client goes on with the head it has trained; in that code every round starts from the head's initial
-  weights: `heads="restarted"`; in both it never leaves the client, unless `heads="shared"`;
+  draws for each tensor: `unit="tensor"`;
+* all clients have the same weight, as in that code: `weighting="examples"` for the other;
+* a client keeps the head it has trained; in that code every round starts from the head's initial weights:
+  `heads="restarted"`; in both the head never leaves the client, unless `heads="shared"`;
 * the paper's Hetero(3) are clients of which 60 % have complexity 3: `preference`.
 """
 
@@ -35,17 +35,17 @@ from fedray.models.spec import ModelSpec
 from fedray.types import ClientInfo, ClientUpdate, Fraction, Layout, Mask, PositiveInt, ServerState, Task
 
 SPEEDS = 1000
-"""Clients whose speed the others are compared with, about."""
+"""Approximate number of clients with which a client's speed is compared."""
 
 
 @dataclass(frozen=True)
 class FedLPMemory:
-    """The sub-models, and what decides who has which.
+    """The server's memory with sub-models.
 
     Args:
-        masks: what clients of each complexity exchange, shallowest first.
-        seed: of the draws.
-        speeds: FLOP/s of some clients, in order.
+        masks: exchanged weights of each complexity, shallowest first.
+        seed: of the draws of complexities.
+        speeds: FLOP/s of some clients, ascending.
     """
 
     masks: tuple[Mask, ...]
@@ -61,13 +61,13 @@ class FedLP(Method[FedLPMemory | None]):
         mode: `homo`: whole models, uploads without some layers; `hetero`: sub-models of different depth,
             which needs a model with exits.
         preserve: probability with which a layer is uploaded (LPR), in (0, 1]; `homo` only.
-        unit: what is kept or dropped together: a layer with its normalisation, or each tensor by itself.
-        weighting: a client counts like every other, or by its number of examples.
-        complexity: how many blocks a client has: drawn from all depths alike, by its speed among all clients,
-            or mostly this number; `hetero` only, as all that follows.
-        preference: share of the clients that have the given number; the others are drawn from the rest.
-        heads: what becomes of the head of an exit: kept and trained on by the client, thrown away after each
-            round and started again from the client's own initial weights, or exchanged like the rest.
+        unit: an upload keeps or drops whole layers with their normalisation, or single tensors.
+        weighting: of a client in the mean: the same for all, or its number of examples.
+        complexity: number of a client's blocks: drawn uniformly, by its speed among all clients, or mostly
+            this number; `hetero` only, like the options below.
+        preference: share of the clients that have the given number; the others draw from the rest.
+        heads: the head of an exit is kept by the client from round to round, restarted in each round from the
+            client's initial weights, or exchanged like other layers.
     """
 
     citation: ClassVar[str] = "Zhu et al., ICC 2023"
@@ -83,16 +83,16 @@ class FedLP(Method[FedLPMemory | None]):
 
     @property
     def fold(self) -> Fold:
-        """As `weighting` says."""
+        """The mean, weighted by the option `weighting`."""
         return Fold(weight=self.weighting)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """None beside those of every run."""
+        """Only those of every run."""
         return ()
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse sub-models of a model without exits, or more blocks than there are."""
+        """Refuse sub-models of a model without exits, or more blocks than the model has."""
         if self.mode == "homo":
             return None
         model, depth = setting.model.name, len(exits_of(setting.model.module))
@@ -108,7 +108,7 @@ class FedLP(Method[FedLPMemory | None]):
     def setup(
         self, state: ServerState[FedLPMemory | None], ctx: ServerContext
     ) -> ServerState[FedLPMemory | None]:
-        """With sub-models, say which layers belong to each depth."""
+        """With sub-models, find the layers of each depth."""
         if self.mode == "homo":
             return state
         paths = exits_of(ctx.model.module)
@@ -127,7 +127,7 @@ class FedLP(Method[FedLPMemory | None]):
         return Task(state.params, memory.masks[complexity - 1], extras={"exit": complexity})
 
     def complexity_of(self, client: ClientInfo, memory: FedLPMemory) -> int:
-        """Return how many blocks a client has; the same in every round."""
+        """Return the number of a client's blocks; the same in every round."""
         depth = len(memory.masks)
         if self.complexity == "device":
             slower = bisect_right(memory.speeds, client.profile.flops_per_s)  # or as fast
@@ -156,7 +156,7 @@ class FedLP(Method[FedLPMemory | None]):
         return Mask(flat, mask.layout)
 
     def train_to_exit(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: train the layers sent and the client's own head, send the layers back."""
+        """ON THE DEVICE: train the layers of the task and the client's head; return the layers."""
         path, layout = exits_of(client.model.module)[task.extra("exit", int) - 1], task.mask.layout
         own = entries_of(layout, path) & ~task.mask.flat
         start = task.params.clone()
@@ -173,7 +173,7 @@ class FedLP(Method[FedLPMemory | None]):
 
 
 def layers_of(model: ModelSpec) -> list[list[str]]:
-    """Return the names of each layer's tensors; what has vectors only belongs to the layer before it."""
+    """Return the names of each layer's tensors; a module of vectors only belongs to the layer before it."""
     names: dict[str, list[str]] = {}
     for name in model.layout.names:
         names.setdefault(name.rpartition(".")[0], []).append(name)

@@ -1,20 +1,20 @@
 """FedMef: towards memory-efficient federated dynamic pruning.  Huang et al., CVPR 2024.
 
-The model is sparse from the start: a random mask, with the layers' densities as ERK shares them out. In an
-adjustment round each layer gives up its smallest weights for as many new ones, where the gradient is largest.
-Clients squeeze the smallest weights out before, so that the others take over what these knew (budget-aware
-extrusion: a penalty, and a learning rate that follows what is left of them). For small memories, weights of
-convolutions are standardised (NSConv), and layers keep only their largest inputs for the backward pass
+The model is sparse from the start: a random mask, with layer densities by ERK. In an adjustment round each
+layer exchanges its smallest weights for as many new ones, where the gradient is largest. Before, clients
+squeeze the smallest weights towards zero, so that the others take over their information (budget-aware
+extrusion: a penalty, and a learning rate that follows the norm of those weights). For small memories, weights
+of convolutions are standardised (NSConv), and layers keep only their largest inputs for the backward pass
 (scaled activation pruning).
 
 Differs from the paper (readings of unclear points, with the flag that restores the other one):
-* convolutions have standardised weights in place of BatchNorm there; here a model keeps the normalisation it
-  has: `nsconv=false` for plain convolutions. What is pruned is small before it is standardised;
+* in the paper standardised weights replace BatchNorm; here a model keeps its normalisation: `nsconv=false`
+  for plain convolutions. Weights are ranked by their size before standardisation;
 * η of the step's learning rate is that of the round and η0 that of the first, so ψ = 1 raises it only where
   `lr_decay` has lowered it: `boost` is ψ, and 0 leaves the learning rate alone;
 * new weights are ranked by |Σ n_k g_k| over the cohort, g taken after the local training at the weights that
   the forward pass uses, on one batch;
-* a layer exchanges no more weights than it has free places, so that full layers stay as they are;
+* a layer exchanges no more weights than it has pruned ones, so that full layers stay as they are;
 * the published code's unsquared norm without λ, its penalty on masked zeros and in every round, and its
   learning rate that cannot fall are not reproduced.
 """
@@ -55,18 +55,18 @@ from fedray.types import (
 
 @dataclass(frozen=True)
 class FedMefMemory:
-    """What the server remembers.
+    """The server's memory.
 
     Args:
         shares: adjustment round → share of its weights that a layer exchanges at its end, in (0, 1].
-        done: the round in which weights were exchanged last; 0 before the first.
+        done: the last round with an exchange; 0 before the first.
     """
 
     shares: Mapping[int, float]
     done: int = 0
 
     def share(self, round: int) -> float | None:
-        """Return the share of a round: of its own adjustment, or of the last one without an answer."""
+        """Return the share of a round's adjustment, or of an earlier one without an update; else None."""
         pending = [event for event in self.shares if self.done < event <= round]
         return self.shares[max(pending)] if pending else None
 
@@ -76,17 +76,16 @@ class FedMef(Method[FedMefMemory]):
     """Exchange the smallest weights for promising ones, at a constant density.
 
     Args:
-        density: share of the prunable weights that is held, from the first round to the last.
+        density: share of the prunable weights that is held throughout the run.
         interval: rounds between adjustments; None: a fifth of the run, at most 10.
         until: end of the adjustments, as a share of the run's rounds (R_stop).
-        adjust: share of a layer's weights that is exchanged at first (α); it falls as a cosine to 0 at
-            `until`.
-        extrusion: weight of the penalty on those that will go (λ); 0 turns the extrusion off.
+        adjust: share of a layer's weights that the first adjustment exchanges (α); it falls as a cosine to 0
+            at `until`.
+        extrusion: weight of the penalty on the weights to be removed (λ); 0 turns the extrusion off.
         boost: factor ψ of the learning rate in the extrusion; 0 leaves the learning rate as it is.
         max_lr: the learning rate's upper bound ξ in the extrusion; None: ten times `lr`.
         nsconv: standardise the weights of convolutions.
-        activation_pruning: share of each layer's inputs that is not stored for the backward pass (γ), 0 for
-            none.
+        activation_pruning: share of each layer's inputs that is not stored for the backward pass (γ).
     """
 
     citation: ClassVar[str] = "Huang et al., CVPR 2024"
@@ -104,7 +103,7 @@ class FedMef(Method[FedMefMemory]):
 
     @property
     def target(self) -> float | None:
-        """The density, as the options say."""
+        """The option `density`."""
         return self.density
 
     def events(self, rounds: int) -> range:
@@ -113,7 +112,7 @@ class FedMef(Method[FedMefMemory]):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """None beside those of every run."""
+        """Only those of every run."""
         return ()
 
     def check(self, setting: Setting) -> str | None:
@@ -139,12 +138,12 @@ class FedMef(Method[FedMefMemory]):
         return replace(state, params=state.params.masked(mask), mask=mask, memory=FedMefMemory(shares))
 
     def configure(self, state: ServerState[FedMefMemory], client: ClientInfo) -> Task:
-        """In an adjustment round, say how much will be exchanged."""
+        """In an adjustment round, send the share that will be exchanged."""
         share = state.memory.share(state.round)
         return Task(state.params, state.mask, extras={} if share is None else {"adjust": share})
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: SGD with pruned activations; in an adjustment round extrude, and look for growth."""
+        """ON THE DEVICE: SGD with pruned activations; in an adjustment round extrude, and send gradients."""
         params, mask = task.params, task.mask
         train = partial(
             client.sgd,
@@ -162,7 +161,7 @@ class FedMef(Method[FedMefMemory]):
             params = train(loss=squeeze.loss, lr=squeeze.lr)
         else:
             params = train()
-        # not a number, if training diverged: the server will leave the update out for its params
+        # NaN if training diverged: the server leaves out the update because of its params
         gradient = client.grad(self.effective(params, mask), mask, batches=1).nan_to_num(0.0, 0.0, 0.0)
         best = grow_per_layer(gradient.abs(), self.exchanged(mask, share), mask.layout, within=mask)
         positions = (best.flat & ~mask.flat).nonzero().squeeze(1)
@@ -183,24 +182,24 @@ class FedMef(Method[FedMefMemory]):
             sent = cohort.each[record.client]
             gradient.index_add_(0, sent["positions"], sent["gradient"], alpha=record.num_examples)
         scores = gradient.abs()
-        scores[state.mask.flat] = -1.0  # what goes must not come back where no gradient was sent
+        scores[state.mask.flat] = -1.0  # a removed weight must not return where no gradient was sent
         mask = grow_per_layer(scores, self.exchanged(state.mask, share), ctx.layout, within=kept)
         memory = replace(state.memory, done=state.round)
         return replace(state, params=state.params.masked(kept), mask=mask, memory=memory)
 
     def eval_params(self, state: ServerState[FedMefMemory]) -> Params:
-        """Say what the forward pass uses: a plain model, with the standardised weights as its own."""
+        """Return the weights of the forward pass: a plain model, with standardised weights."""
         return self.effective(state.params, state.mask)
 
     def effective(self, params: Params, mask: Mask) -> Params:
-        """Return the weights that the forward pass uses."""
+        """Return the weights of the forward pass."""
         if not self.nsconv:
             return params
         weights = standardised(params, mask)
         return Params(torch.cat([weight.flatten() for weight in weights.values()]), params.layout)
 
     def exchanged(self, mask: Mask, share: float) -> dict[str, int]:
-        """Return how many weights each layer exchanges: a_l = ⌊share·|M_l|⌋, or as many as are free."""
+        """Return the number of weights that each layer exchanges: min(⌊share·|M_l|⌋, pruned weights)."""
         held = {name: int(mask[name].count_nonzero()) for name in mask.layout.prunable_names}
         return {name: min(floor_of(share, n), mask[name].numel() - n) for name, n in held.items()}
 
@@ -212,13 +211,13 @@ class FedMef(Method[FedMefMemory]):
 
 
 class Extrusion:
-    """One local training in which θ_low, the weights that will go, are squeezed towards zero.
+    """One local training that squeezes θ_low, the weights to be removed, towards zero.
 
     Args:
-        method: its options.
-        client: who trains.
-        params: where the training starts.
-        low: which weights will go.
+        method: with the options.
+        client: of the training.
+        params: start of the training.
+        low: mask of the weights to be removed.
     """
 
     def __init__(self, method: FedMef, client: Client, params: Params, low: Mask) -> None:
@@ -228,7 +227,7 @@ class Extrusion:
         self.weights: Mapping[str, Tensor] = params
 
     def theta(self) -> Tensor:
-        """Return θ_low as it is now."""
+        """Return θ_low now."""
         return torch.cat([self.weights[name].flatten()[where] for name, where in self.low.items()])
 
     def loss(self, step: Step) -> Tensor:

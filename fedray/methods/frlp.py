@@ -1,8 +1,8 @@
 """FRLP: distributed model pruning by federated reinforcement learning.  Nie et al., CSA 33(5), 2024.
 
-The server pre-trains on data of its own. At pruning rounds it searches the rate whose fine-tuned model has
-moved a set distance from where it started (RGP: an agent walks the rate up or down in small steps), prunes by
-global magnitude, and broadcasts. The mask-aware mean of the clients' models is FedSA.
+The server pre-trains on its own data. At pruning rounds it searches the rate at which the fine-tuned model
+has moved a set distance (RGP: an agent walks the rate up or down in small steps), prunes by global magnitude,
+and broadcasts. The mask-aware mean of the clients' models is FedSA.
 
 Differs from the paper (readings of unclear points, with the flag that restores the other one):
 * distance is measured from the random initialisation: `winit`; the rate is an absolute global one;
@@ -11,10 +11,10 @@ Differs from the paper (readings of unclear points, with the flag that restores 
 * pruning "before training" in round t+1 is pruning at the end of round t;
 * clients keep zeros at zero (`zeros="enforce"`); literal regrowth is `regrow`, re-pruning before the upload
   `reprune`;
-* FedSA reads who holds a weight from the mask; the literal `w ≠ 0` is `aggregation="nonzero"`, the paper's
-  FedAvg of sparse models `aggregation="everyone"`;
-* the process is solved by bisection, which finds what its optimal policy finds where the distance never
-  falls; `solver="scan"` walks on any distance, and `solver="dqn"` is the agent trained by `rllib_pruner`.
+* FedSA takes the holders of a weight from the masks; the literal `w ≠ 0` is `aggregation="nonzero"`, the
+  paper's FedAvg of sparse models `aggregation="everyone"`;
+* bisection solves the process, with the result of the optimal policy if the distance never falls;
+  `solver="scan"` walks over any distance, and `solver="dqn"` is the agent trained by `rllib_pruner`.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,12 @@ from fedray.types import (
 
 @dataclass(frozen=True)
 class FRLPMemory:
-    """What the learning distance is measured from, and the pruning rounds."""
+    """The server's memory.
+
+    Args:
+        initial: reference of the learning distance.
+        events: pruning rounds.
+    """
 
     initial: Params
     events: tuple[int, ...]
@@ -61,26 +66,26 @@ class FRLP(Method[FRLPMemory]):
     """Prune by learning distance on the server, aggregate by FedSA.
 
     Args:
-        solver: how the rate is searched: by a trained agent, step by step, or by bisection.
+        solver: of the rate: a trained agent, a scan step by step, or bisection.
         policy: folder of the agent for `dqn`, written by `fedray agent train`; None: the one that ships.
         prune_rounds: rounds after which the server prunes; None: every `interval` up to `until`.
         interval: rounds between events; None: a fifth of the run, at most 20.
         until: last event, as a share of the run's rounds.
         single_shot: largest drop of density in one event.
         min_density: the model is never pruned below this.
-        samples: rates that are tried to find where the search starts, both ends of the range included.
+        samples: rates that are tried to find the start of the search, both ends of the range included.
         step: width of a state of the process, in rate.
         stride: states that `scan` and `dqn` advance at a time.
         ratio: growth of the distance at which the search ends.
         tolerance: half the width of that window.
-        pretrain_epochs: of the server on its own data before round 1.
-        finetune_epochs: of the server for each candidate.
-        broadcast_finetuned: send the fine-tuned candidate, or the merely pruned model.
-        winit: what the distance is measured from: the random initialisation, the pre-trained model, or the
-            model before each event.
-        zeros: what clients do with pruned weights.
-        aggregation: who counts for a weight: who holds it by the mask (FedSA), whoever has `w ≠ 0` (FedSA to
-            the letter), or everyone (plain FedAvg, the paper's partner of FedSA).
+        pretrain_epochs: epochs of the server on its own data before round 1.
+        finetune_epochs: epochs of the server for each candidate.
+        broadcast_finetuned: send the fine-tuned candidate, or the pruned model without fine-tuning.
+        winit: reference of the distance: the random initialisation, the pre-trained model, or the model
+            before each event.
+        zeros: clients keep pruned weights at zero, let them regrow, or prune again before the upload.
+        aggregation: updates that count in the mean of a weight: those that hold it by the mask (FedSA), those
+            with `w ≠ 0` (FedSA to the letter), or all (plain FedAvg, the paper's alternative).
     """
 
     citation: ClassVar[str] = "Nie et al., CSA 33(5), 2024"
@@ -108,7 +113,7 @@ class FRLP(Method[FRLPMemory]):
 
     @property
     def zero_policy(self) -> ZeroPolicy:
-        """What `zeros` says."""
+        """The option `zeros`."""
         return self.zeros
 
     @property
@@ -124,11 +129,11 @@ class FRLP(Method[FRLPMemory]):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """None beside those of every run."""
+        """Only those of every run."""
         return ()
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse to prune never, or after rounds that the run never reaches; an agent that cannot be used."""
+        """Refuse a run without pruning, pruning rounds beyond its end, and an agent that cannot be used."""
         beyond = [event for event in self.prune_rounds or () if event > setting.rounds]
         if beyond:
             late = ", ".join(map(str, beyond))
@@ -164,9 +169,9 @@ class FRLP(Method[FRLPMemory]):
         return None
 
     def setup(self, state: ServerState[FRLPMemory], ctx: ServerContext) -> ServerState[FRLPMemory]:
-        """Pre-train on the server's data; remember what the distance is measured from."""
+        """Pre-train on the server's data; keep the reference of the distance."""
         trained = ctx.server.sgd(state.params, state.mask, epochs=self.pretrain_epochs)
-        given = self.prune_rounds  # which say when, whatever is planned
+        given = self.prune_rounds  # these do not depend on the planned rounds
         rounds = tuple(self.events(ctx.rounds)) if given is None else given
         initial = trained if self.winit == "pretrained" else state.params
         return replace(state, params=trained, memory=FRLPMemory(initial, rounds))
@@ -183,9 +188,9 @@ class FRLP(Method[FRLPMemory]):
         return ClientUpdate(params, top_k(scores, task.mask.density, layout, min_layer=self.min_layer))
 
     def aggregate(self, state: ServerState[FRLPMemory], cohort: CohortUpdate) -> ServerState[FRLPMemory]:
-        """FedSA: the mask-aware mean, and zero where nobody holds a weight, as in eq. 7.
+        """FedSA: the mask-aware mean, and zero for a weight that no client holds, as in eq. 7.
 
-        The server's old value would bring back what all clients have pruned.
+        The server's old value would restore weights that all clients have pruned.
         """
         return replace(state, params=cohort.mean()) if cohort.folded else state
 
@@ -194,7 +199,7 @@ class FRLP(Method[FRLPMemory]):
     ) -> ServerState[FRLPMemory]:
         """RGP: search the density at a pruning round, and prune to it."""
         if self.zeros != "enforce":
-            state = replace(state, mask=support(state.params))  # what regrew is there again
+            state = replace(state, mask=support(state.params))  # with the regrown weights
         now = state.mask.density
         stop = max(self.min_density, now - self.single_shot)
         if state.round not in state.memory.events or now <= stop:
@@ -206,7 +211,7 @@ class FRLP(Method[FRLPMemory]):
             scores = magnitude(params)
             return top_k(scores, density, ctx.layout, within=state.mask, min_layer=self.min_layer)
 
-        @lru_cache(maxsize=16)  # models, so not all of a scan's; but the winner is rarely trained twice
+        @lru_cache(maxsize=16)  # a scan has too many models to keep all
         def candidate(density: float) -> Params:
             # always from the same weights, in the same order of the data
             return ctx.server.sgd(params, pruned(density), epochs=self.finetune_epochs, seed=state.round)

@@ -1,20 +1,20 @@
 """FL-PQSU: structured pruning, quantisation, selective updating.  Xu et al., IEEE Access 2021.
 
-The server trains the model on data of its own, once, and removes from each layer the channels whose weights
-have the smallest L1 norm; what is left is a physically smaller dense model. It travels in 8 bits per weight,
-both ways. A client uploads only if its training loss is lower than at its upload before.
+The server trains the model once on its own data, and removes the channels with the smallest L1 norm from each
+layer; the result is a physically smaller dense model. It travels in 8 bits per weight, both ways. A client
+uploads only if its training loss is lower than at its last upload.
 
-Differs from the paper, whose code was read for what the text leaves open (each with the flag that restores
-the other reading):
+Differs from the paper (its code was read where the text is unclear; each with the flag that restores the
+other reading):
 * biases, batch normalisation and its running statistics stay in fp32, where the code writes every tensor in 8
   bits: `quantise_vectors`; the 8-bit range always includes 0, without which the code destroys a tensor;
 * a client compares the mean loss of its training in the round, the code the loss of its last batch:
   `selective="last_batch"`;
-* a silent client's last upload counts again, as in the code, but only in cohorts that it is in;
+* a silent client's last upload counts again, as in the code, but only if the client is in the cohort;
   `stale="skip"` leaves it out, and needs no memory of uploads;
-* layers keep the same share of their channels, or as many as meet a `density`; the code has hand-picked
+* all layers keep the same share of their channels, given as such or by a `density`; the code has hand-picked
   widths;
-* a kept channel keeps its bias, its normalisation and its place, which the code loses; the classifier's rows,
+* a kept channel keeps its bias, its normalisation and its index, which the code loses; the classifier's rows,
   the classes, are never pruned or sorted.
 """
 
@@ -50,7 +50,7 @@ from fedray.types import (
 )
 
 FIRST_LOSS = 100.0
-"""What a client's first loss is compared with."""
+"""The loss that a client's first loss is compared with."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class PQSU(Method[PQSUMemory]):
 
     Args:
         channels: share of its channels that each layer keeps; at least one.
-        density: if given, share of the prunable weights that is left, and `channels` is not used: the share
-            of channels follows from it, and meets it to the nearest number of channels.
-        pretrain_epochs: of the server on its own data before it prunes.
-        selective: which loss has to be lower than at the client's upload before: the mean over its training
-            in the round, or that of its last batch; `none`: every client uploads.
-        stale: the last upload of a silent client is used again, for which the server keeps one model for each
-            client, or the client is skipped in the mean.
+        density: share of the prunable weights after pruning, in place of `channels`; met to the nearest
+            number of channels.
+        pretrain_epochs: epochs of the server on its own data before it prunes.
+        selective: loss that has to be lower than at the client's last upload: the mean over its training in
+            the round, or that of its last batch; `none`: every client uploads.
+        stale: reuse the last upload of a silent client, for which the server keeps a model per client, or
+            skip the client in the mean.
         quantise_vectors: write biases and normalisation as coarsely as weights, not in fp32.
         uplink_values: as in every method; 8 bits by default.
         downlink_values: as in every method; 8 bits by default.
@@ -104,28 +104,28 @@ class PQSU(Method[PQSUMemory]):
 
     @property
     def fold(self) -> Fold:
-        """The plain mean; to use uploads again, the server has to see each."""
+        """The plain mean; to reuse uploads, the server needs each of them."""
         return Fold(weight="uniform", keep_updates=self.stale == "reuse")
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """None beside those of every run."""
+        """Only those of every run."""
         return ()
 
     @property
     def target(self) -> float | None:
-        """The density, where it is given in place of `channels`."""
+        """The option `density`; None if `channels` is used."""
         return self.density
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse models without channels, or without as few as asked for."""
+        """Refuse models without channels, and shares that leave a layer with none."""
         model = setting.model
         groups, why = model.channel_groups, model.without_channels
         fault = cannot_narrow(model.name, model.layout, groups, self.density or 1.0, why)
         return fault or too_narrow(self.share(model.layout, groups), model.layout, groups, self.min_layer)
 
     def share(self, layout: Layout, groups: Sequence[ChannelGroup]) -> float:
-        """Return the share of its channels that each layer keeps."""
+        """Return the share of channels that each layer keeps."""
         return self.channels if self.density is None else share_for(self.density, layout, groups)
 
     def setup(self, state: ServerState[PQSUMemory], ctx: ServerContext) -> ServerState[PQSUMemory]:
@@ -143,7 +143,7 @@ class PQSU(Method[PQSUMemory]):
             return ClientUpdate(params, task.mask)
         loss = client.meter.loss if self.selective == "mean_loss" else client.meter.last_loss
         last = client.recall("loss", float)
-        if not loss < (FIRST_LOSS if last is None else last):  # nor if it is NaN
+        if not loss < (FIRST_LOSS if last is None else last):  # NaN is not lower either
             return ClientUpdate(params, Mask.none(task.mask.layout))
         client.memory["loss"] = loss
         return ClientUpdate(params, task.mask)

@@ -1,19 +1,20 @@
 """PruneFL: model pruning enables efficient federated learning on edge devices.  Jiang et al., TNNLS 2022.
 
 One client prunes the model first, on its own examples. Later, every `interval` rounds, the mask is rebuilt:
-the smallest weights are dropped, and from these and the ones dropped before, those are admitted (again) whose
-squared gradient is worth the time that they add to a round. Γ = Σ g² / T is maximised greedily; T is linear
-in the weights held. Clients gather the squared gradients, pruned weights included, as they train.
+the smallest weights are dropped; of all weights not held, those are admitted whose squared gradient is worth
+the time that they add to a round. Γ = Σ g² / T is maximised greedily; T is linear in the weights held.
+Clients gather the squared gradients as they train, those of pruned weights included.
 
 Differs from the paper and its code (jiangyuang/PruneFL), with the flag that restores the other reading:
-* initial pruning is paid for (bytes, FLOPs, time), in round 0; the published time axis leaves it out;
+* initial pruning is charged (bytes, FLOPs, time), as round 0; the published time axis leaves it out;
 * clients train for epochs, on the cross-entropy; published are `steps=5` and `loss="bce"`;
 * times come from the devices of the run: `time_model`;
 * the first client is the one with most examples of ten, not client 0 (`initial_client`), and uses all its
   examples, not 200 of them;
 * runs under 250 rounds have shorter intervals: `interval=50`; after the last round the mask stays;
-* clients gather for themselves; what they did not upload when their interval ended is forgotten;
-* `max_density` holds for what is left after the drop too, which then is larger; published: on admission only.
+* each client gathers its own gradients; those not uploaded by the end of the interval are forgotten;
+* `max_density` also limits the weights that survive the drop, which is then larger; published: admission
+  only.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,17 +58,17 @@ from fedray.types import (
 START = 1.5
 """Initial pruning waits until the accuracy on the client's examples is this many times that of guessing."""
 ASKED = 10
-"""Available clients among which the first one is chosen."""
+"""Available clients from which the first one is chosen."""
 
 
 @dataclass(frozen=True)
 class PruneFLMemory:
-    """What the server remembers.
+    """The server's memory.
 
     Args:
         times: the time of a round.
-        events: the rounds after which the mask is rebuilt.
-        done: the round in which it was rebuilt last; 0 before the first.
+        events: rounds after which the mask is rebuilt.
+        done: the last round in which it was rebuilt; 0 before the first.
     """
 
     times: LayerTimes
@@ -85,18 +86,18 @@ class PruneFL(Method[PruneFLMemory]):
             during the rounds of the federation it decays.
         half_life: rounds in which `drop` halves.
         loss: of the logits; `bce`, as published, compares each of them with 0 or 1.
-        gather: squared gradients over the whole interval, or in the round that reconfigures only, which costs
-            one dense backward pass per interval instead of one in each round, and no memory on clients.
-        regrow_value: a weight that is admitted again resumes from its last value, or from zero.
-        max_density: a reconfiguration never leaves more; None: as much as pays.
-        time_model: the clocks of the run's devices, or what was published for VGG-11 and for Conv-2.
-        layer_times_s: instead of `time_model`: name of a weight tensor → seconds that each held weight of it
-            adds to a round; with `constant_s`.
-        constant_s: seconds of a round that no pruning saves.
-        initial_client: who prunes first, 0 as published; None: of ten available clients the one with most
-            examples.
+        gather: squared gradients over the whole interval, or in the reconfiguring round only. The latter
+            costs one dense backward pass per interval instead of one in each round, and no memory on clients.
+        regrow_value: value of a weight that is admitted again: its last value, or zero.
+        max_density: largest density after a reconfiguration; None: no limit.
+        time_model: the devices of the run, or the published times of VGG-11 or Conv-2.
+        layer_times_s: in place of `time_model`: name of a weight tensor → seconds that each of its weights
+            held adds to a round; with `constant_s`.
+        constant_s: seconds of a round without any weight held.
+        initial_client: client that prunes first, 0 as published; None: of ten available clients the one with
+            most examples.
         initial_batches: batches in a round of initial pruning, at most a pass over the client's examples.
-        initial_max_rounds: most rounds of initial pruning; 0 leaves it out.
+        initial_max_rounds: largest number of rounds of initial pruning; 0 leaves it out.
     """
 
     citation: ClassVar[str] = "Jiang et al., TNNLS 2022"
@@ -118,11 +119,11 @@ class PruneFL(Method[PruneFLMemory]):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """None beside those of every run."""
+        """Only those of every run."""
         return ()
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse times of other layers than the model's, a first client that there is not, to prune never."""
+        """Reject wrong layer times, an unknown `initial_client`, and a run that never prunes."""
         if self.initial_client is not None and self.initial_client >= setting.population:
             return f"method.initial_client={self.initial_client}, but there are {setting.population} clients"
         rebuilt = self.events(setting.rounds)
@@ -143,11 +144,11 @@ class PruneFL(Method[PruneFLMemory]):
 
     @property
     def depends_on_rounds(self) -> str | None:
-        """The last reconfiguration, and until when clients gather for it."""
+        """The last reconfiguration, and the rounds in which clients gather for it."""
         return "method.interval: no reconfiguration follows the last round, and clients gather for none"
 
     def processed(self, num_examples: int) -> int:
-        """Return on how many examples a client with so many trains in a round."""
+        """Return how many examples a client of this size processes per round."""
         passes, steps = divmod(self.local_steps(num_examples), -(-num_examples // self.batch_size))
         return passes * num_examples + steps * self.batch_size  # only the last batch of a pass is short
 
@@ -171,14 +172,14 @@ class PruneFL(Method[PruneFLMemory]):
             raise MethodError(f"initial pruning diverged at client {first}; lower method.lr")
         pruned = answer.updates[first]
         gone = ctx.layout.prunable_flat & ~pruned.mask.flat
-        # what a client keeps to itself (norm: local) has not come, and is nothing that was pruned
+        # the client's own norms (norm: local) were not sent, and are not pruned
         flat = torch.where(pruned.mask.flat | gone, pruned.params.flat, state.params.flat)
         if first in answer.each:
             flat[gone] = answer.each[first]["behind"]
         return replace(state, params=Params(flat, ctx.layout), mask=Mask(~gone, ctx.layout))
 
     def prune_at_client(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: train and prune in turn until the size settles; what is gone stays gone."""
+        """ON THE DEVICE: train and prune in turn until the size settles; pruned weights stay pruned."""
         params, mask, every = task.params, task.mask, task.extra("interval", int)
         times = LayerTimes.of_vector(task.extra("times", Tensor), mask.layout)
         batches = min(self.initial_batches, -(-client.num_examples // self.batch_size))
@@ -192,7 +193,7 @@ class PruneFL(Method[PruneFLMemory]):
             trained = client.sgd(params, mask, steps=steps, loss=self.objective, on_grad=gather)
             params = Params(torch.where(mask.flat, trained.flat, params.flat), mask.layout)
             if not params.is_finite():
-                break  # the server will see it
+                break  # the server leaves the update out
             if not counts and client.evaluate(params, mask).accuracy < START / client.model.num_classes:
                 continue
             squares *= mask.flat
@@ -206,7 +207,7 @@ class PruneFL(Method[PruneFLMemory]):
         return ClientUpdate(params, mask, each={"behind": params.flat[gone]} if shadow else {})
 
     def configure(self, state: ServerState[PruneFLMemory], client: ClientInfo) -> Task:
-        """While a reconfiguration is ahead, ask to gather; in its round, to upload."""
+        """Ask clients to gather before a reconfiguration, and to upload in its round."""
         memory = state.memory
         upload = due(memory.events, memory.done, state.round)
         ahead = bool(memory.events) and state.round < memory.events[-1]
@@ -241,7 +242,7 @@ class PruneFL(Method[PruneFLMemory]):
     def prune(
         self, state: ServerState[PruneFLMemory], cohort: CohortUpdate, ctx: ServerContext
     ) -> ServerState[PruneFLMemory]:
-        """Every interval, rebuild the mask from what the cohort gathered."""
+        """Every interval, rebuild the mask from the cohort's squared gradients."""
         if not due(state.memory.events, state.memory.done, state.round) or not cohort.folded:
             return state
         drop = self.drop * 0.5 ** (state.round / self.half_life)
@@ -252,11 +253,11 @@ class PruneFL(Method[PruneFLMemory]):
         return replace(state, params=params, mask=mask, memory=replace(state.memory, done=state.round))
 
     def forgets(self, state: ServerState[PruneFLMemory]) -> bool:
-        """Importance of an interval is of no use after it, whoever did not upload it."""
+        """Whether an interval has just ended: its squared gradients are of no use after it."""
         return state.memory.done == state.round
 
     def layer_times(self, ctx: ServerContext) -> LayerTimes:
-        """Return what the options say a round takes."""
+        """Return the time model of the options."""
         if self.layer_times_s is not None and self.constant_s is not None:
             return LayerTimes(self.constant_s, self.layer_times_s)
         if self.time_model != "profile":
@@ -266,11 +267,11 @@ class PruneFL(Method[PruneFLMemory]):
 
     @property
     def objective(self) -> Callable[[Step], Tensor] | None:
-        """What clients minimise; None is the cross-entropy."""
+        """Loss of the clients; None is the cross-entropy."""
         return binary_cross_entropy if self.loss == "bce" else None
 
 
 def binary_cross_entropy(step: Step) -> Tensor:
-    """Return the mean over examples and classes: each class is a yes or a no of its own."""
+    """Return the binary cross-entropy, averaged over examples and classes."""
     target = one_hot(step.y, step.logits.shape[1]).to(step.logits.dtype)
     return binary_cross_entropy_with_logits(step.logits, target)

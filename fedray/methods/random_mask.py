@@ -1,12 +1,13 @@
-"""A random mask, drawn once: the control for every method that chooses.  Liu et al., 2022; Evci et al., 2020.
+"""A random mask, drawn once: the control for methods that choose weights.  Liu et al., 2022; Evci et al.,
+2020.
 
-Before the first round the server draws which weights stay, and they stay for the run: FedAvg under a static
-mask. Only how many weights each layer keeps is decided, by Erdős–Rényi-Kernel (more in small layers) or alike
-for all. A method that scores, searches or regrows has to beat this at the same density.
+Before the first round the server draws the weights that stay, for the whole run: FedAvg under a static mask.
+The densities of the layers follow Erdős–Rényi-Kernel (higher in small layers), or are equal. A method that
+scores, searches or regrows has to beat this at the same density.
 
 Differs from the paper (Liu et al., "The unreasonable effectiveness of random pruning", ICLR 2022; the layers'
 densities by Evci et al., "Rigging the lottery", ICML 2020): it runs in a federation, and all clients share
-the one mask. The classifier is not prunable and not counted, as nothing is that is not prunable.
+the one mask. The classifier is not prunable, and not counted in the density.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class RandomMask(Method[None]):
 
     @property
     def target(self) -> float | None:
-        """The density, as the options say."""
+        """The option `density`."""
         return self.density
 
     def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:

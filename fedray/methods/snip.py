@@ -1,11 +1,10 @@
 """SNIP: single-shot network pruning based on connection sensitivity.  Lee et al., ICLR 2019.
 
 Before the first round some clients compute the gradient of the loss at the initial weights on their own
-examples. The server adds the gradients up, scores each weight by |g·w|, keeps the best once, and the mask
-stays for the run.
+examples. The server adds the gradients up, scores each weight by |g·w|, and keeps the best for the whole run.
 
-Differs from the paper: it runs in a federation, so the batch is the union of the scorers' examples, seen one
-client at a time (sums of gradients are sums over that union); initialisation is the model's own, not variance
+Differs from the paper: it runs in a federation, so the batch is the union of the scorers' examples, one
+client at a time (sums of gradients are sums over that union); the initialisation is the model's, not variance
 scaling; the score is global over all prunable weights, as in the paper.
 """
 
@@ -27,8 +26,7 @@ class SNIP(Method[None]):
 
     Args:
         density: share of the prunable weights that is kept.
-        scorers: how many clients are asked for a gradient; each uploads one dense vector, and is charged for
-            it.
+        scorers: clients that compute a gradient; each uploads one dense vector, which is charged.
     """
 
     citation: ClassVar[str] = "Lee et al., ICLR 2019"
@@ -39,11 +37,11 @@ class SNIP(Method[None]):
 
     @property
     def target(self) -> float | None:
-        """The density, as the options say."""
+        """The option `density`."""
         return self.density
 
     def setup(self, state: ServerState[None], ctx: ServerContext) -> ServerState[None]:
-        """Ask for gradients, keep the weights that matter most."""
+        """Ask for gradients; keep the weights with the highest scores."""
         task = Task(state.params, state.mask)
         scored: CohortUpdate = ctx.ask(self.score, {client: task for client in ctx.sample(self.scorers)})
         if not scored.folded:

@@ -1,14 +1,14 @@
 """Staged: prune a little, train on, prune again.  After Zhu and Gupta, "To prune, or not to prune", 2017.
 
-The model may be pruned before training; then, at a few stages spread over the first part of the run, the
-least important weights go. How many is set by a schedule of target densities, or by an importance
-*threshold*. Importance is |w|, or |g·w| from gradients that the stage's cohort computes after its local
-training. Pruned weights stay pruned. Or (`policy`) how much goes is decided at each stage, by a trained agent
-or by a bandit, from what the run looks like then; an agent may also bring weights back.
+The model may be pruned before training. At a few stages over the first part of the run, the least important
+weights are removed: down to a scheduled density, or below an importance *threshold*. Importance is |w|, or
+|g·w| from gradients that the stage's cohort computes after its local training. Pruned weights stay pruned.
+With `policy`, a trained agent or a bandit chooses at each stage how much to prune, from the situation of the
+run; it may also restore weights.
 
 Differs from the paper: stages are rounds of a federation instead of training steps; the threshold mode
 follows Han et al., "Learning both weights and connections", NeurIPS 2015, where a layer's threshold is a
-multiple of its own scale.
+multiple of the layer's scale.
 """
 
 from collections.abc import Mapping
@@ -73,27 +73,26 @@ class Staged(Method[StagedMemory]):
     """Prune in stages, to a density or by a threshold.
 
     Args:
-        density: share of the prunable weights that is left after the last stage (schedule mode).
-        threshold: if given, each stage removes what scores less, and `density` and `schedule` are not used.
-        threshold_unit: `layer`: in units of the layer's mean importance over the weights held; `absolute`: as
-            it is.
-        min_density: a threshold never prunes below this.
-        initial_density: pruned to this before training, by magnitude of the initial weights.
+        density: share of the prunable weights after the last stage of a schedule.
+        threshold: each stage removes weights that score less; replaces `density` and `schedule`.
+        threshold_unit: `layer`: in units of the layer's mean importance over the weights held; `absolute`: of
+            the importance itself.
+        min_density: limit below which no threshold and no policy prunes.
+        initial_density: density before training, by magnitude of the initial weights.
         importance: `magnitude` |w|, or `gradient` |g·w|, for which clients upload one value per weight held.
-        schedule: how density falls from stage to stage.
-        policy: who says how much goes at a stage: `density` with `schedule`, or `threshold`; or an agent or a
-            bandit, one of `fedray.policies.stages.ACTIONS` at a time.
+        schedule: form of the density's fall from stage to stage.
+        policy: `schedule` prunes by `density` or `threshold`; a trained agent or a bandit chooses one of
+            `fedray.policies.stages.ACTIONS` at each stage.
         agent: folder written by `fedray agent train`; None: the one that ships.
         preference: λ of agent and bandit: points of accuracy, in hundreds, that the dense model's whole
             traffic is worth. 0.01 keeps accuracy, 1 saves bytes.
-        budget: traffic that the run should keep to, as a share of the dense model's; λ then starts at
-            `preference` and follows what is left, from stage to stage. None: λ stays.
-        rollback: what an agent or a bandit prunes may raise the validation loss by this factor at once; else
-            the next milder action is taken.
-        steepest: an agent or a bandit keeps at least this share of what is held at a stage.
-        regrow_from: what an agent or a bandit brings back starts from zero, or has its value from behind the
-            mask.
-        stages: how many there are; None: 4, or 12 for an agent or a bandit.
+        budget: limit of the run's traffic, as a share of the dense model's. λ then starts at `preference` and
+            follows the remaining budget from stage to stage; None: λ stays.
+        rollback: largest factor by which an action of a policy may raise the validation loss; else the next
+            milder action is taken.
+        steepest: smallest factor of the density by one action of a policy.
+        regrow_from: value of a weight that a policy restores: zero, or its value behind the mask.
+        stages: number of stages; None: 4, or 12 for an agent or a bandit.
         start: the first stage, as a share of the run's rounds; None: 0.1, or 0 for an agent or a bandit.
         until: the last stage, as a share of the run's rounds; None: 0.5, or 0.9 for an agent or a bandit.
     """
@@ -137,12 +136,12 @@ class Staged(Method[StagedMemory]):
 
     @property
     def uses_validation_data(self) -> bool:
-        """An agent and a bandit look at it; a schedule and a threshold do not."""
+        """Whether a policy decides: it measures validation accuracy and loss."""
         return self.decider is not None
 
     @property
     def span(self) -> tuple[int, float, float]:
-        """How many stages there are, the first and the last as shares of the run."""
+        """Number of stages; the first and the last as shares of the run."""
         stages, start, until = (12, 0.0, 0.9) if self.decider else (4, 0.1, 0.5)
         return (
             stages if self.stages is None else self.stages,
@@ -152,37 +151,37 @@ class Staged(Method[StagedMemory]):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """What a policy decides, in the rounds of its stages; and how far the clients moved."""
+        """A policy's decisions, and the movement of the clients, in the rounds of its stages."""
         if self.decider is None:
             return ()
         return (f"train/{MOVED}", *(f"method/{name}" for name in MEASURES))
 
     @property
     def target(self) -> float | None:
-        """The density after the last stage; a threshold, an agent and a bandit have none."""
+        """The density after the last stage; a threshold and a policy have none."""
         return None if self.decider or self.threshold is not None else self.density
 
     def check(self, setting: Setting) -> str | None:
-        """Refuse stages that run backwards, a target above the start, an agent that cannot be used."""
+        """Refuse a first stage after the last, a target above the start, and an agent that cannot be used."""
         _, start, until = self.span
         if start > until:
             return f"method.start={start} comes after method.until={until}"
         if self.decider and (self.threshold is not None or self.importance != "magnitude"):
             return (
-                f"method.policy={self.policy} prunes by magnitude as far as it decides: leave out "
+                f"method.policy={self.policy} prunes by magnitude, and itself chooses how much: leave out "
                 "method.threshold and method.importance, or set method.policy=schedule"
             )
         if self.agent is not None and self.policy != "agent":
             return f"method.agent is given, but method.policy={self.policy}: set method.policy=agent"
         if self.budget is not None and not self.decider:
-            return "method.budget is given, but a schedule keeps to none: set method.policy=agent"
+            return "method.budget is given, but a schedule has no budget: set method.policy=agent"
         if fault := self.cannot_move():
             return fault
         problem = self.decider.problem() if self.decider else None
         return f"method.agent: {problem}" if problem else None
 
     def cannot_move(self) -> str | None:
-        """Return which bounds leave nothing to prune, or None."""
+        """Return which limits leave nothing to prune, or None."""
         if self.target is not None:
             if self.density <= self.initial_density:
                 return None
@@ -195,7 +194,7 @@ class Staged(Method[StagedMemory]):
         if self.decider and self.steepest > MILDEST:
             return (
                 f"method.steepest={self.steepest} lets a policy prune nothing: its mildest action keeps "
-                f"{MILDEST} of what is held; lower it to that, or further"
+                f"{MILDEST} of the weights held; lower it to that, or further"
             )
         return None
 
@@ -212,7 +211,7 @@ class Staged(Method[StagedMemory]):
         return replace(state, mask=mask, memory=StagedMemory(rounds, history=history))
 
     def configure(self, state: ServerState[StagedMemory], client: ClientInfo) -> Task:
-        """At a stage, ask for gradients to prune by, or how far a client moved."""
+        """At a stage, ask for gradients to prune by, or for a client's movement."""
         extras: dict[str, Extra] = {}
         if state.memory.due(state.round):
             extras |= {"score": True} if self.importance == "gradient" else {}
@@ -220,7 +219,7 @@ class Staged(Method[StagedMemory]):
         return Task(state.params, state.mask, extras=extras)
 
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
-        """ON THE DEVICE: masked local SGD; at a stage also |g·w| of the weights held, or how far it moved."""
+        """ON THE DEVICE: masked local SGD; at a stage also |g·w| of the weights held, or the movement."""
         params, mask = client.sgd(task.params, task.mask), task.mask
         metrics = {MOVED: distance(task.params, params, mask)} if task.extras.get("moved") else {}
         if not task.extras.get("score"):
@@ -240,7 +239,7 @@ class Staged(Method[StagedMemory]):
     ) -> ServerState[StagedMemory]:
         """At a stage, let the policy, the threshold or the schedule move the mask.
 
-        A stage whose round has no update is made up for in the next round that has one.
+        If a stage's round has no update, the next round with one takes its place.
         """
         memory = state.memory
         if memory.history is not None:
@@ -285,7 +284,7 @@ class Staged(Method[StagedMemory]):
         return {} if history is None else history.measures(state.round)
 
     def scores(self, state: ServerState[StagedMemory], cohort: CohortUpdate) -> Tensor:
-        """Return the importance (size,) of each weight, now."""
+        """Return the importance (size,) of each weight."""
         if self.importance == "magnitude":
             return magnitude(state.params)
         scores = torch.zeros(state.mask.layout.size)

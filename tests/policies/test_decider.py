@@ -123,7 +123,7 @@ def test_by_default_a_policy_decides_twelve_times_from_the_first_round() -> None
         ({"policy": "bandit", "importance": "gradient"}, r"set method\.policy=schedule"),
         ({"agent": "here"}, r"method\.agent is given, but method\.policy=schedule"),
         ({"policy": "agent", "agent": "nowhere"}, r"method\.agent: .*nowhere.*fedray agent train"),
-        ({"budget": 0.3}, r"method\.budget is given, but a schedule keeps to none"),
+        ({"budget": 0.3}, r"method\.budget is given, but a schedule has no budget"),
         ({"policy": "bandit", "budget": 0}, r"method\.budget"),
         ({"policy": "bandit", "rollback": 0.9}, r"method\.rollback"),
         ({"policy": "bandit", "preference": 0}, r"method\.preference"),
