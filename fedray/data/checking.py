@@ -44,6 +44,8 @@ def _faults(spec: DatasetSpec, dataset: Dataset) -> Iterator[str]:
             yield f"`load` returned a Dataset with {field}={loaded}, but its DatasetSpec has {declared}"
     if not len(dataset.train):
         yield "there are no training examples"
+    if dataset.writers is not None and len(dataset.writers) != len(dataset.train):
+        yield f"there are {len(dataset.writers):,} writers for {len(dataset.train):,} training examples"
     for part, examples in (("train", dataset.train), ("test", dataset.test)):
         yield from (f"{part} {fault}" for fault in _labels(examples, dataset.num_classes))
         yield from (f"{part} {fault}" for fault in _examples(examples, dataset))

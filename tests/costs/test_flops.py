@@ -323,6 +323,31 @@ def test_attention_counts_projections_by_weight_and_products_of_activations_apar
     assert model.forward(nothing) == model.structured(nothing) == model.fixed
 
 
+class Rows(nn.Module):
+    """The 28 rows of an image as a sequence: attention of width 32, or an LSTM of 64."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.rows, self.attention = nn.Linear(28, 32), nn.MultiheadAttention(32, 4, batch_first=True)
+        self.lstm = nn.LSTM(28, 64, batch_first=True)
+        self.how, self.head = how, nn.Linear(32 if how == "attention" else 64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.squeeze(1)
+        if self.how == "attention":
+            x = self.rows(x)
+            x = self.attention(x, x, x)[0]
+        else:
+            x = self.lstm(x)[0]
+        out: Tensor = self.head(x.mean(dim=1))
+        return out
+
+
+def test_the_models_of_the_issue():
+    assert traced(Rows("attention"), (1, 28, 28)).dense() == 380_544  # of which 50,816 were counted
+    assert traced(Rows("lstm"), (1, 28, 28)).dense() == 1280 + 2 * 28 * 4 * 64 * (28 + 64)  # 1,280
+
+
 def test_a_transformer_agrees_with_torch_s_counter():
     from torch.utils.flop_counter import FlopCounterMode
 

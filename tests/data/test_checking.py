@@ -83,6 +83,7 @@ WRONG: list[tuple[Callable[[], object], dict[str, Any], str]] = [
     (table, {"num_classes": 5}, "with num_classes=2, but its DatasetSpec has 5"),
     (table, {"tokens": 9}, "with tokens=0, but its DatasetSpec has 9"),
     (lambda: table(np.ones((0, 3)), LABELS[:0]), {}, "there are no training examples"),
+    (lambda: table(writers=np.arange(5)), {}, "there are 5 writers for 6 training examples"),
     (lambda: table(y=LABELS + 1), {}, "train labels go from 1 to 2; num_classes=2 allows 0 to 1"),
     (lambda: table(y=LABELS - 1), {}, "train labels go from -1 to 0"),
     (lambda: table(y=LABELS / 2), {}, r"train labels are float64 of shape \(6,\)"),
