@@ -22,9 +22,9 @@ def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
 
     Args:
         config: its `clients.actors` and `clients.resources` are read.
-        cpus: CPUs to use; None: all of the cluster's. Starts a local Ray if there is none.
+        cpus: CPUs of a trial; None: all of the cluster's. Starts a local Ray if there is none.
     """
-    if config.clients.actors == 0:
+    if config.clients.actors == 0 or (cpus is not None and in_trial(config, cpus)):
         return LocalPool
 
     def make(place: Workplace) -> ClientPool:
@@ -34,6 +34,15 @@ def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
         return RayPool(place, groups, per_client=config.clients.actors == "per_client", prepare=prepare)
 
     return make
+
+
+def in_trial(config: RunConfig, cpus: float) -> bool:
+    """Tell whether the clients of a trial train in the trial's own process.
+
+    With `clients.actors=auto` they do if the trial has one CPU and its actors need nothing else. That saves a
+    process, and the weights are the same.
+    """
+    return config.clients.actors == "auto" and cpus < 2 and config.clients.resources == ResourcesConfig()
 
 
 def reach(config: RunConfig) -> None:
@@ -57,7 +66,7 @@ def _cpus(config: RunConfig) -> float:
 
 def actors_for(config: RunConfig, cpus: float) -> list[ActorOptions]:
     """Return the resources of each client actor of a trial; in process, those of the trial itself."""
-    if config.clients.actors == 0:
+    if config.clients.actors == 0 or in_trial(config, cpus):
         return [ActorOptions(cpu=min(1.0, cpus))]
     return [group.options for group in groups_for(config, cpus) for _ in range(group.actors)]
 

@@ -231,6 +231,8 @@ def _fit(
         stop=stop,
         scheduler=_scheduler(plan, path) if plan.tune.scheduler == "asha" else None,
         on_result=on_round,
+        # a user's modules may keep state from trial to trial; the package keeps none
+        reuse=not job.sources and all(plugins.home(entry) is None for entry in job.entries.values()),
     )
 
 

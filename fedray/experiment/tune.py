@@ -23,6 +23,9 @@ TRACEBACK = "error.txt"
 GRACE_S = 5.0
 """Seconds that trials have to end by themselves after a signal."""
 
+TAKE_OVER_S = 600
+"""Seconds that a stopped trial has to end before the next one takes over its process."""
+
 Body = Callable[[str], None]
 """Body of a trial, called with its name in a separate process. It can be pickled."""
 OnResult = Callable[[str, Any], None]
@@ -40,6 +43,7 @@ def fit(
     stop: Stop,
     scheduler: Any = None,
     on_result: OnResult | None = None,
+    reuse: bool = False,
 ) -> dict[str, str]:
     """Run trials. A signal ends them after their current rounds, or after `GRACE_S`.
 
@@ -53,6 +57,8 @@ def fit(
         stop: whether a signal has come.
         scheduler: Tune's; None runs every trial to the end.
         on_result: called with each report.
+        reuse: whether a trial may run in the process of an earlier one, which saves its start. A body that
+            leaves state behind in its process must not.
 
     Returns:
         Name → reason, for each failed trial.
@@ -66,13 +72,17 @@ def fit(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are reported at the end, once
 
     def trial(sample: Mapping[str, str]) -> None:
+        # a stopped trial closes its files before the next one takes over its process
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(TAKE_OVER_S)
         if not _ending(folder.parent).exists():
             attempt(body, sample["name"], places[sample["name"]])
 
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda sample: rooms[sample["name"]]),
         param_space={"name": tune.grid_search(list(places))},
-        tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent),
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=reuse
+        ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),

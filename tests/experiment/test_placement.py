@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fedray.errors import ConfigError
-from fedray.experiment.placement import check_room, groups_for, pool_for
+from fedray.experiment.placement import actors_for, check_room, groups_for, in_trial, pool_for
 from fedray.federation.pool import ActorOptions, Group, LocalPool
 from tests.experiment import tiny
 
@@ -110,3 +110,29 @@ def test_an_actor_larger_than_any_node_is_refused(monkeypatch: pytest.MonkeyPatc
         ConfigError, match="client actors with 3 × CPU, 0 × GPU each, but no node of the cluster"
     ):
         check_room([Group(1, ActorOptions(cpu=3.0))], "a run")
+
+
+@pytest.mark.parametrize(
+    ("clients", "cpus", "expected"),
+    [
+        ({}, 1.0, True),
+        ({}, 0.5, True),
+        ({}, 1.99, True),
+        ({}, 2.0, False),
+        ({"actors": 1}, 1.0, False),
+        ({"actors": "per_client"}, 1.0, False),
+        ({"resources.cpu": 0.5}, 1.0, False),
+        ({"resources.gpu": 0.1}, 1.0, False),
+        ({"resources.custom": {"edge": 1.0}}, 1.0, False),
+    ],
+)
+def test_a_trial_with_one_cpu_trains_in_its_own_process(
+    clients: dict[str, Any], cpus: float, expected: bool
+) -> None:
+    config = tiny.config(
+        {"clients.actors": "auto"} | {f"clients.{key}": value for key, value in clients.items()}
+    )
+    assert in_trial(config, cpus) is expected
+    assert (pool_for(config, cpus) is LocalPool) is expected
+    if expected:
+        assert actors_for(config, cpus) == [ActorOptions(cpu=min(1.0, cpus))]
