@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedray import report
     from fedray.config.run_config import RunConfig
     from fedray.costs.devices import DEVICES, HARDWARE, LINKS, Hardware, Link
+    from fedray.costs.differences import CODECS, DeltaCodec, UplinkCodec
     from fedray.data import DATASETS, PARTITIONS, Dataset, DatasetSpec, Examples, Partition, PartitionKind
     from fedray.data.partition import Dealt
     from fedray.errors import (
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CODECS",
     "DATASETS",
     "DEVICES",
     "HARDWARE",
@@ -82,6 +84,7 @@ __all__ = [
     "Dataset",
     "DatasetSpec",
     "Dealt",
+    "DeltaCodec",
     "Density",
     "DeviceProfile",
     "Examples",
@@ -117,6 +120,7 @@ __all__ = [
     "Sweep",
     "SweepResult",
     "Task",
+    "UplinkCodec",
     "WireError",
     "find_runs",
     "load_model",
@@ -140,6 +144,7 @@ for _name, _off in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("RAY_USAGE_STATS_ENAB
 _MODULES = {
     "fedray.config.run_config": "RunConfig",
     "fedray.costs.devices": "DEVICES HARDWARE LINKS Hardware Link",
+    "fedray.costs.differences": "CODECS DeltaCodec UplinkCodec",
     "fedray.data": "DATASETS PARTITIONS Dataset DatasetSpec Examples Partition PartitionKind",
     "fedray.data.partition": "Dealt",
     "fedray.errors": "ClientError ConfigError DataError FedrayError MethodError RunError WireError",

@@ -248,6 +248,20 @@ def samplers(
 
 
 @app.command()
+def codecs(
+    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    imports: Import = None,
+) -> None:
+    """List the codecs of updates; or the options of one."""
+    _import(imports)
+    from fedray.costs.differences import CODECS
+
+    if name is not None:
+        return _describe_entry("codec", name, CODECS, "clients.uplink")
+    _list_entries("codec", CODECS, "clients.uplink")
+
+
+@app.command()
 def models(imports: Import = None) -> None:
     """List the models, with their sizes on each data set."""
     _import(imports)

@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 
 from fedray.costs.devices import Fleet
+from fedray.costs.differences import PLAIN, UplinkCodec
 from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
 from fedray.data.partition import Dealt, Partition, QuantitySkew
@@ -135,6 +136,7 @@ def workplace(
     data: Dataset | None = None,
     partition: Partition | None = None,
     devices: Sequence[DeviceProfile] = (DEVICE,),
+    codec: UplinkCodec = PLAIN,
 ) -> Workplace:
     """Return what a worker needs.
 
@@ -150,6 +152,7 @@ def workplace(
         data: what is learnt; `dataset()` if None.
         partition: who has which examples of it.
         devices: client k has device k, from the front again after the last.
+        codec: how the updates of training are written.
     """
     data = data or dataset()
     if partition is None:
@@ -168,6 +171,7 @@ def workplace(
         method=method,
         rules=rules,
         seed=seed,
+        codec=codec,
     )
 
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from fedray import cli
 from fedray.config import yaml_text
 from fedray.costs.devices import DEVICES, LINKS
+from fedray.costs.differences import CODECS
 from fedray.data import DATASETS, PARTITIONS
 from fedray.experiment.run import run
 from fedray.federation.method import Method
@@ -440,6 +441,16 @@ def test_samplers():
             assert f"clients.sampler.{field.name}={field.default}" in text and f"    {field.name}: " in text
 
 
+def test_codecs():
+    text = listed("codecs")
+    for name, codec in CODECS.items():
+        (line,) = (line for line in text.splitlines() if re.match(rf"[│|] {name} ", line))
+        assert codec.citation in line
+    assert "clients.uplink.share=0.01" in listed("codecs", "topk") and "    share: " in listed(
+        "codecs", "topk"
+    )
+
+
 def test_a_sampler_of_ones_own(fedray, in_tmp):
     (in_tmp / "few.py").write_text(
         """from dataclasses import dataclass
@@ -599,6 +610,7 @@ def test_a_run_with_the_tables_of_a_file(fedray, in_tmp):
         ("devices", "--no-sources"),
         ("methods", "staged"),
         ("samplers",),
+        ("codecs",),
     ],
 )
 def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, command):
@@ -609,7 +621,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_needs(fedray, monkeypatch, 
     done = fedray(*command)
     rows = [line for line in done.out.splitlines() if line.startswith("│")]
     tables = {"methods": METHODS, "models": MODELS, "datasets": DATASETS, "devices": DEVICES}
-    tables |= {"partitions": PARTITIONS, "samplers": SAMPLERS}
+    tables |= {"partitions": PARTITIONS, "samplers": SAMPLERS, "codecs": CODECS}
     names = [*map(str, tables[command[0]])]  # type: ignore[call-overload]
     if len(command) == 1 or command[0] == "devices":
         assert [row.split()[1] for row in rows] == names
@@ -693,6 +705,6 @@ print("HEAVY", *({"torch", "numpy", "ray", "pandas", "mlflow", "sklearn", "fedra
 
 def test_help_names_every_command():
     text = listed("--help")
-    listings = ("methods", "models", "datasets", "partitions", "samplers", "devices")
+    listings = ("methods", "models", "datasets", "partitions", "samplers", "codecs", "devices")
     for command in ("run", "sweep", "report", "resume", "sync", "ui", *listings):
         assert re.search(rf"^[│|] {command} ", text, flags=re.M), command

@@ -13,6 +13,8 @@ import pytest
 import typer
 
 from fedray.cli import app
+from fedray.config.trees import CHOICES
+from fedray.costs.differences import CODECS
 from fedray.data import PARTITIONS
 from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
@@ -126,8 +128,10 @@ def keys() -> frozenset[str]:
                 yield from walk(inner, f"{above}{name}.")
 
     found = {*walk(RunConfig, ""), *walk(TuneConfig, "tune."), *walk(TrainConfig, "")}
-    found |= {"method.name", "data.partition.kind", "clients.sampler.name"}
-    found |= {f"clients.sampler.{field.name}" for kind in SAMPLERS.values() for field in fields(kind)}
+    found |= {f"{section}.{key}" for section, key in CHOICES.items()}
+    tables: dict[str, dict[str, Any]] = {"clients.sampler": SAMPLERS, "clients.uplink": CODECS}
+    for section, table in tables.items():
+        found |= {f"{section}.{field.name}" for kind in table.values() for field in fields(cast(Any, kind))}
     found |= {f"method.{field.name}" for method in METHODS.values() for field in fields(method)}
     found |= {
         f"data.partition.{field.name}" for kind in PARTITIONS.values() for field in fields(cast(Any, kind))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fedray import cli
 from fedray.config import plugins
 from fedray.config.run_config import RunConfig
+from fedray.costs.differences import CODECS
 from fedray.errors import ConfigError
 from fedray.experiment.final_model import load_model
 from fedray.experiment.run import Federation, History, run
@@ -35,8 +36,8 @@ SMALL = ("clients.actors=0", "rounds=2", "model=mlp", "tracking.uri=none")
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget afterwards what was imported and added to the tables of methods and samplers."""
-    tables: list[dict[str, Any]] = [METHODS, SAMPLERS]
+    """Forget afterwards what was imported and added to the tables of methods, samplers and codecs."""
+    tables: list[dict[str, Any]] = [METHODS, SAMPLERS, CODECS]
     before = [dict(table) for table in tables]
     monkeypatch.setattr(plugins, "_imported", {})
     yield
@@ -45,19 +46,35 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         table.update(entries)
 
 
-@pytest.mark.usefixtures("tables")
-def test_the_commands_of_the_new_sampler_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients take part in turn: 12 clients that are always there train in three rounds of four."""
-    monkeypatch.chdir(ROOT)
-    example = ROOT / "examples" / "new_sampler.py"
-    (command,) = (line.strip() for line in example.read_text().splitlines() if line.startswith("fedray "))
-    assert command in (ROOT / "docs" / "samplers.md").read_text()
-    everybody = ("clients.population=12", "clients.cohort=4", "clients.devices={server: 1}", "rounds=3")
-    arguments = [*shlex.split(command)[1:], *SMALL, *everybody, "--out", str(tmp_path / "run")]
+def run_command_of(example: str, page: str, out: Path, *overrides: str) -> None:
+    """Run the command in an example's docstring in process; the page has the same command."""
+    path = ROOT / "examples" / example
+    (command,) = (line.strip() for line in path.read_text().splitlines() if line.strip().startswith("fedray "))
+    assert command in (ROOT / "docs" / page).read_text()
+    arguments = [*shlex.split(command)[1:], *SMALL, *overrides, "--out", str(out)]
     outcome = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
+
+
+@pytest.mark.usefixtures("tables")
+def test_the_command_of_the_new_sampler_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients take part in turn: 12 clients that are always there train in three rounds of four."""
+    monkeypatch.chdir(ROOT)
+    everybody = ("clients.population=12", "clients.cohort=4", "clients.devices={server: 1}", "rounds=3")
+    run_command_of("new_sampler.py", "samplers.md", tmp_path / "run", *everybody)
     clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
     assert sorted(clients["client"]) == list(range(12))
+
+
+@pytest.mark.usefixtures("tables")
+def test_the_command_of_the_new_codec_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads have a bit for each weight and a few bytes beside them."""
+    monkeypatch.chdir(ROOT)
+    run_command_of("new_codec.py", "costs.md", tmp_path / "run")
+    clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    weights = RunConfig(model="mlp").build_model((1, 8, 8), 10).layout.size
+    (sent,) = set(clients["bytes_up"][clients["bytes_up"] > 0])
+    assert weights / 8 < sent < weights / 8 + 100
 
 
 def result_of(tmp_path: Path, name: str, *overrides: str) -> History:

@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from fedray.costs import devices
+from fedray.costs.differences import DeltaCodec
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, DatasetSpec
 from fedray.data.datasets import set_aside
@@ -203,6 +204,13 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
             "data.validation_fraction",
             f"0, but {config.method.name} uses validation data with these options; set it, e.g. "
             "data.validation_fraction=0.1",
+        )
+    uplink = config.clients.uplink
+    if isinstance(uplink.options, DeltaCodec) and not method.uplink.lossless:
+        yield (
+            "method.uplink_values",
+            f"{method.uplink_values}, but clients.uplink.name={uplink.name} writes updates in its own "
+            "way; set method.uplink_values=fp32, or clients.uplink.name=plain",
         )
     if method.optimizer == "adam" and method.momentum:
         yield "method.momentum", f"{method.momentum:g}, but Adam does not use momentum; set it to 0"

@@ -46,6 +46,8 @@ _WORDS: dict[Meant, str] = {
     Meant("method.optimizer"): "optim optimiser",
     Meant("method.name"): "algorithm algo strategy aggregator method_name fl_method pruner",
     Meant("method.uplink_values"): "quantization quantisation quantize compress_uplink upload_dtype",
+    Meant("clients.uplink.name"): "compressor compression_method codec sparsification error_feedback",
+    Meant("clients.sampler.name"): "client_selection client_sampler selection sampling",
     _EPOCHS: "epochs epoch num_epochs n_epochs local_ep local_epoch client_epochs max_epochs",
     _STEPS: "local_steps num_steps local_iterations local_updates iterations",
     Meant("rounds"): "num_rounds n_rounds communication_rounds comm_rounds comm_round global_rounds "

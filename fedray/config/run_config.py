@@ -37,6 +37,7 @@ from fedray.config.plugins import files_of, import_modules, unrecorded
 from fedray.config.tables import TABLES
 from fedray.config.trees import Tree, decisive
 from fedray.config.uri import absolute_uri
+from fedray.costs.differences import CODECS, UplinkCodec
 from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest
@@ -56,6 +57,7 @@ PARTITION: Chooser[PartitionKind] = Chooser(
 SAMPLER: Chooser[Sampler] = Chooser(
     "clients.sampler", "name", SAMPLERS, "uniform", lambda: keys_of(RunConfig)
 )
+UPLINK: Chooser[UplinkCodec] = Chooser("clients.uplink", "name", CODECS, "plain", lambda: keys_of(RunConfig))
 
 
 def _store_uri(value: str) -> str:
@@ -170,6 +172,7 @@ class ClientsConfig(Section):
             of a result.
         deadline_s: simulated seconds after which an update is too late to count.
         sampler: how the cohort is drawn.
+        uplink: how the updates of training are written.
         over_selection: share of the cohort drawn in excess, of which only the fastest clients train; short
             for the sampler `fastest` with this option.
         dropout: probability that a client of the cohort never answers, beside its device's own.
@@ -186,6 +189,7 @@ class ClientsConfig(Section):
     chunk: PositiveInt | None = None
     deadline_s: PositiveFloat | None = None
     sampler: Annotated[Choice[Sampler], SAMPLER] = Field(default_factory=SAMPLER.default)
+    uplink: Annotated[Choice[UplinkCodec], UPLINK] = Field(default_factory=UPLINK.default)
     over_selection: Annotated[NonNegativeFloat, Field(le=MOST_OVER_SELECTION)] = 0.0
     dropout: UnitInterval = 0.0
 
@@ -370,6 +374,8 @@ class RunConfig(Config):
         if sampler["name"] in ("uniform", "fastest"):  # as `over_selection` alone, the older key
             tree["clients"]["over_selection"] = sampler.get("over_selection", 0.0)
             del tree["clients"]["sampler"]
+        if tree["clients"]["uplink"]["name"] == "plain":  # all there was before
+            del tree["clients"]["uplink"]
         if tree["method"]["min_layer"] == type(self.method.options).min_layer:
             del tree["method"]["min_layer"]
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

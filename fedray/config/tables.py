@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedray.config.trees import CHOICES
+from fedray.costs.differences import CODECS
 from fedray.data import DATASETS, PARTITIONS
 from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
@@ -13,6 +14,7 @@ OPTIONS: Mapping[str, Mapping[str, type[Any]]] = {
     "method": METHODS,
     "data.partition": PARTITIONS,
     "clients.sampler": SAMPLERS,
+    "clients.uplink": CODECS,
 }
 """Section of `CHOICES` → its table: name → dataclass, whose fields are the other keys of the section."""
 

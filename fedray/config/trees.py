@@ -12,7 +12,7 @@ from typing import Any
 Tree = dict[str, Any]
 """A nested mapping of plain values, as YAML and JSON hold it."""
 
-CHOICES = {"method": "name", "data.partition": "kind", "clients.sampler": "name"}
+CHOICES = {"method": "name", "data.partition": "kind", "clients.sampler": "name", "clients.uplink": "name"}
 """Section → its key that names an entry of a table; the entry decides which other keys the section has."""
 
 INDECISIVE = ("checkpoint_every", "tracking", "clients.actors", "clients.resources", "data.root", "imports")
@@ -77,14 +77,18 @@ def decisive(tree: Mapping[str, Any]) -> Tree:
             value = section.get(last)
             if not (isinstance(value, Mapping) and value.get("by_device")):
                 section.pop(last, None)
-    _name_sampler(copy.get("clients"))
+    _name_choices(copy.get("clients"))
     return copy
 
 
-def _name_sampler(clients: Any) -> None:
-    """Say in `clients.sampler` alone what `over_selection`, the older key, says of the sampler."""
+def _name_choices(clients: Any) -> None:
+    """Name the sampler and the codec that a config of an earlier version leaves out.
+
+    `clients.sampler` alone then says what `over_selection`, the older key, says of the sampler.
+    """
     if isinstance(clients, dict) and "over_selection" in clients:
         share = clients.pop("over_selection")
         sampler = clients.setdefault("sampler", {"name": "uniform"})
         if share and sampler.get("name") == "uniform":
             clients["sampler"] = {"name": "fastest", "over_selection": share}
+        clients.setdefault("uplink", {"name": "plain"})

@@ -181,6 +181,36 @@ class Codec:
         return Decoded(Params(torch.from_numpy(values), layout), mask, extras)
 
 
+def encode_mask(mask: Mask, known: bytes | None = None) -> bytes:
+    """Write a mask without values: the number of its entries, and their positions in the smallest way.
+
+    Args:
+        mask: bool (n,).
+        known: digest of the mask that the receiver holds.
+    """
+    kind, positions = _positions(mask, known)
+    return _COUNT.pack(mask.count) + bytes([kind]) + positions
+
+
+def mask_size(mask: Mask, known: bytes | None = None) -> int:
+    """Return the length in bytes of `encode_mask`."""
+    return _COUNT.size + 1 + _positions_bytes(mask, known)
+
+
+def decode_mask(data: bytes, layout: Layout, known: Mapping[bytes, Mask]) -> Mask:
+    """Read what `encode_mask` wrote.
+
+    Raises:
+        WireError: if this is not a whole mask for this layout, or names one that is not in `known`.
+    """
+    _expect(len(data) > _COUNT.size, "bytes of a mask", len(data), f"more than {_COUNT.size}")
+    held, kind = _COUNT.unpack_from(data)[0], data[_COUNT.size]
+    _expect(kind < len(_POSITIONS), "kind of positions", kind, f"below {len(_POSITIONS)}")
+    _expect(held <= layout.size, "held entries", held, f"at most {layout.size}")
+    header = _Header("fp32", False, kind, held, 0)
+    return _read_positions(header, memoryview(data)[_COUNT.size + 1 :], layout, known)[0]
+
+
 class _Header(NamedTuple):
     values: ValueKind
     exact_vectors: bool

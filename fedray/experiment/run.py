@@ -119,6 +119,7 @@ class Federation:
             method=config.method.options,
             rules=Rules(clients.deadline_s, clients.dropout),
             seed=seed,
+            codec=clients.uplink.options,
         )
         return cls(config, dataset, splits, place)
 

@@ -19,6 +19,14 @@ import torch
 from torch import Tensor
 
 from fedray.costs.codec import Codec
+from fedray.costs.differences import (
+    PLAIN,
+    DeltaCodec,
+    UplinkCodec,
+    decode_update,
+    encode_update,
+    update_size,
+)
 from fedray.errors import MethodError
 from fedray.models.norms import overlaid
 from fedray.models.spec import ModelSpec
@@ -30,7 +38,10 @@ Memory = dict[str, Any]
 OWN_NORMS = "own norms"
 """Entry of a client's memory: the BatchNorm that stays with it."""
 
-KEPT = (OWN_NORMS,)
+RESIDUAL = "uplink residual"
+"""Entry of a client's memory: what its codec left out so far, float32 in the layout of the wire."""
+
+KEPT = (OWN_NORMS, RESIDUAL)
 """Entries of a client's memory that belong to the link; methods do not see them."""
 
 
@@ -60,12 +71,14 @@ class Wire:
         downlink: writes tasks.
         uplink: writes updates.
         seed: of the run; clients start from the norms that it initialises.
+        codec: writes the updates of a round's training; one that is no `DeltaCodec` leaves it to `uplink`.
     """
 
     model: ModelSpec
     downlink: Codec
     uplink: Codec
     seed: int
+    codec: UplinkCodec = PLAIN
 
     # ── the server's end ─────────────────────────────────────────────────────────────────────────────────
 
@@ -116,7 +129,10 @@ class Wire:
         """Return bytes down and up of a client that trains under a mask and holds the one of this digest."""
         sent = self.model.norms.sent_mask(mask)
         known = sent.digest if holds == sent.digest else None
-        return self.downlink.size(sent, known=known), self.uplink.size(sent, known=sent.digest)
+        down = self.downlink.size(sent, known=known)
+        if isinstance(self.codec, DeltaCodec):
+            return down, update_size(self.codec, sent, sent.digest)
+        return down, self.uplink.size(sent, known=sent.digest)
 
     def keep_norms(self, before: ServerState, after: ServerState) -> ServerState:
         """Return the state after aggregation, with the server's norms as before if clients keep theirs."""
@@ -143,29 +159,55 @@ class Wire:
         own = kept.get(OWN_NORMS, self._first_norms)
         return replace(task, params=overlaid(task.params, norms.entries, own, task.mask))
 
-    def upload(self, task: Task, update: ClientUpdate, kept: Memory) -> Upload:
+    def upload(self, task: Task, update: ClientUpdate, kept: Memory, *, training: bool = True) -> Upload:
         """Send a well-formed update.
 
         Args:
             task: as the client held it.
             update: what the client returned.
             kept: what the device kept for the link so far.
+            training: whether the update is that of a round's training. Only such updates follow one another,
+                so only they are sent as differences.
 
         Raises:
             MethodError: if something in the update cannot travel.
         """
-        codec, norms = self.uplink, self.model.norms
+        norms = self.model.norms
         mask, known = norms.sent_mask(update.mask), norms.sent_mask(task.mask)
-        vouched = replace(update, mask=norms.shared_mask(update.mask))
         extras: dict[str, Extra] = {f"sums.{name}": value for name, value in update.sums.items()}
         extras |= {f"each.{name}": value for name, value in update.each.items()}
         extras |= {f"metrics.{name}": value for name, value in update.metrics.items()}
         keeps = self._kept_norms(update, kept)
+        keeps |= {key: kept[key] for key in (RESIDUAL,) if key in kept}
+        if training and isinstance(self.codec, DeltaCodec) and mask.count:
+            return self._upload_difference(self.codec, task, update, keeps, extras)
+        vouched = replace(update, mask=norms.shared_mask(update.mask))
+        codec = self.uplink
         if codec.lossless:
             return Upload(vouched, codec.size(mask, known=known.digest, extras=extras), keeps)
         payload = codec.encode(norms.sent(update.params), mask, known=known.digest, extras=extras)
         decoded = codec.decode(payload, norms.sent_layout, known={known.digest: known})
         return Upload(replace(vouched, params=norms.received(decoded.params)), len(payload), keeps)
+
+    def _upload_difference(
+        self, codec: DeltaCodec, task: Task, update: ClientUpdate, keeps: Memory, extras: Mapping[str, Extra]
+    ) -> Upload:
+        """Send the difference to the task and what the codec left out before; keep what it leaves out now."""
+        norms = self.model.norms
+        mask, known = norms.sent_mask(update.mask), norms.sent_mask(task.mask)
+        before, after = norms.sent(task.params).masked(known), norms.sent(update.params)
+        residual = keeps.get(RESIDUAL)
+        moved = after.flat - before.flat
+        due = Params(moved if residual is None else moved + residual, after.layout).masked(mask)
+        payload = encode_update(codec, due, mask, known.digest, extras)
+        arrived, _ = decode_update(codec, payload, norms.sent_layout, known)
+        received = norms.received(Params(before.flat + arrived.flat, after.layout).masked(mask))
+        if codec.feedback:
+            left = due.flat - arrived.flat
+            left = left if residual is None else torch.where(mask.flat, left, residual)
+            keeps = keeps | {RESIDUAL: Params(left, after.layout).masked(known).flat}
+        vouched = replace(update, params=received, mask=norms.shared_mask(update.mask))
+        return Upload(vouched, len(payload), keeps)
 
     def _kept_norms(self, update: ClientUpdate, kept: Memory) -> Memory:
         """Return the norms that the client trained and vouches for; it keeps none that were never trained."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fedray.costs.devices import seconds
+from fedray.costs.differences import PLAIN, UplinkCodec
 from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
 from fedray.errors import ClientError, FedrayError
@@ -56,11 +57,12 @@ class Workplace:
     method: Method
     rules: Rules
     seed: int
+    codec: UplinkCodec = PLAIN
 
     @cached_property
     def wire(self) -> Wire:
         """The link between the server and the clients."""
-        return Wire(self.model, self.method.downlink, self.method.uplink, self.seed)
+        return Wire(self.model, self.method.downlink, self.method.uplink, self.seed, self.codec)
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class Worker:
             received, bytes_up, kept = Upload(update, 0, kept)
         else:
             check_types(update)
-            received, bytes_up, kept = place.wire.upload(task, update, kept)
+            received, bytes_up, kept = place.wire.upload(task, update, kept, training=job.training)
         cost = Cost(
             bytes_down=order.bytes_down,
             bytes_up=bytes_up,

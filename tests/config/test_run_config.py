@@ -154,6 +154,7 @@ IN_THE_RESULT = {
     "clients.deadline_s": 9,
     "clients.over_selection": 0.1,
     "clients.sampler.name": "oort",
+    "clients.uplink.name": "topk",
     "clients.dropout": 0.1,
     "method.name": "staged",
     "method.lr": 0.1,

@@ -176,10 +176,12 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+import torch
 from torch import nn
 
 import fedray
 from fedray.costs.devices import DEVICES
+from fedray.costs.differences import CODECS, DeltaCodec
 from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import Dealt
 from fedray.federation.method import Method
@@ -187,6 +189,7 @@ from fedray.federation.sampling import SAMPLERS, Sampler
 from fedray.methods import METHODS
 from fedray.models import MODELS
 from fedray.models.spec import Architecture
+from fedray.types import Params
 
 LOCK = Lock()  # what stands in a module of its own is there once in each process
 HERE = Path(__file__).parent
@@ -244,6 +247,18 @@ class Alternating(Sampler):
     def learn(self, memory, records, round):
         return Seen((*(memory or Seen()).rounds, round))
 
+@dataclass(frozen=True, kw_only=True)
+class Half(DeltaCodec):
+    def encode(self, difference, mask):
+        with LOCK:
+            return (difference.flat[mask.flat] / 2).numpy().tobytes()
+
+    def decode(self, payload, mask):
+        flat = torch.zeros(mask.layout.size)
+        flat[mask.flat] = torch.frombuffer(bytearray(payload), dtype=torch.float32)
+        return Params(flat, mask.layout)
+
+CODECS["half"] = Half
 SAMPLERS["alternating"] = Alternating
 MODELS["mine"] = Architecture(build, lambda shape: None, "mine", "12")
 DATASETS["my_digits"] = replace(DATASETS["digits"], load=load)
@@ -259,7 +274,11 @@ OWN: dict[str, Any] = {
     "data": {"name": "my_digits", "partition": {"kind": "halves"}},
     "method": {"name": "mine", "lr": 0.1, "hose": "hose"},
     "clients": BASE["clients"]
-    | {"devices": {"esp32": 1.0, "esp32@pigeon": 1.0}, "sampler": {"name": "alternating"}},
+    | {
+        "devices": {"esp32": 1.0, "esp32@pigeon": 1.0},
+        "sampler": {"name": "alternating"},
+        "uplink": {"name": "half"},
+    },
 }
 
 
