@@ -18,6 +18,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "A data set": {"data.name": "wine"},
     "A model": {"model": "attention"},
     "A client sampler": {"clients.sampler.name": "largest"},
+    "A codec": {"clients.uplink.name": "half_precision"},
     "A method": {"method.name": "half", "method.density": 0.3},
 }
 """Heading → the keys that choose what its file adds."""

@@ -49,7 +49,8 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run_command_of(example: str, page: str, out: Path, *overrides: str) -> None:
     """Run the command in an example's docstring in process; the page has the same command."""
     path = ROOT / "examples" / example
-    (command,) = (line.strip() for line in path.read_text().splitlines() if line.strip().startswith("fedray "))
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    (command,) = (line for line in lines if line.startswith("fedray "))
     assert command in (ROOT / "docs" / page).read_text()
     arguments = [*shlex.split(command)[1:], *SMALL, *overrides, "--out", str(out)]
     outcome = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
