@@ -28,7 +28,7 @@ from rllib_pruner.config import TrainConfig
 
 FOLDER = Path(__file__).parent
 LARGE = 2**53
-"""Bounds from here on only say what a number of the machine holds; the page leaves them out."""
+"""The page leaves out larger bounds: they are limits of the machine's numbers."""
 
 HEAD = """# Every key of a config
 

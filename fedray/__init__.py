@@ -134,7 +134,7 @@ __all__ = [
     "write_report",
 ]
 
-__version__ = "0.1.0"
+__version__: str
 
 # MLflow and Ray send usage statistics by default. Switched off here, since every process that imports one of
 # them for us (a trial, a client actor, the UI) imports fedray first or inherits this environment.
@@ -171,7 +171,9 @@ _HOMES["report"] = "fedray.report"
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from the module that defines it."""
+    """Import a public name from the module that defines it; `__version__` is the installed one."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("fedray")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_HOMES[name])

@@ -463,8 +463,8 @@ class ServerState(Generic[M_co]):
 
     Args:
         round: the same number in every hook of a round; advances after the report.
-        params: the weights. Values behind the mask may stay (shadow weights); what is sent, evaluated and
-            saved is `params ⊙ mask`.
+        params: the weights. Values behind the mask may stay (shadow weights); the server sends, evaluates
+            and saves `params ⊙ mask`.
         mask: True on everything that is not prunable.
         memory: of the method; None before its `setup`.
     """

@@ -1,8 +1,10 @@
 """What `import fedray` gives: the names that are promised, each from where it lives, and nothing heavy."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -63,6 +65,18 @@ def test_a_name_that_there_is_not():
 
 def test_the_version_is_that_of_the_package():
     assert fedray.__version__ == version("fedray")
+
+
+def test_the_version_is_stated_alike():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    (dated,) = re.findall(rf"^## {re.escape(project)} · (\d{{4}}-\d\d-\d\d)$", changelog(root), flags=re.M)
+    assert f"version: {project}\ndate-released: {dated}\n" in citation
+
+
+def changelog(root: Path) -> str:
+    return (root / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_types_are_shipped():

@@ -21,7 +21,7 @@ def file_schema(model: type[Config] = RunConfig) -> Tree:
     """Return the schema of a file: one run's config, or `base`, `space` and `tune`.
 
     Args:
-        model: what the file describes: runs, or trainings.
+        model: the config in the file: of a run, or of a training.
     """
     one, tune = model.model_json_schema(), TuneConfig.model_json_schema()
     shared = one.pop("$defs", {}) | tune.pop("$defs", {})
@@ -31,7 +31,7 @@ def file_schema(model: type[Config] = RunConfig) -> Tree:
         "additionalProperties": False,
         "properties": {
             "base": _or_empty({"$ref": "#/$defs/config"}, "The config of one run; the points change it."),
-            "space": _or_empty(_space(model), "Key → verb and list: what the points of a sweep change."),
+            "space": _or_empty(_space(model), "Key → verb and list: the changes of the points."),
             "tune": _or_empty({"$ref": "#/$defs/tune"}, "How the points are tried."),
         },
     }
