@@ -62,7 +62,7 @@ _LAST_INDEX: dict[bytes, _Array] = {}  # digest of the recurring mask used last 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a payload holds.
+    """The contents of a payload.
 
     Args:
         params: the values where `mask` is True, exact zeros elsewhere.
@@ -397,7 +397,7 @@ def _pack(kind: ValueKind, values: _Array, index: _Array | None, layout: Layout)
 
 
 def _unpack(kind: ValueKind, data: memoryview, index: _Array | None, layout: Layout) -> _Array:
-    """Return the held values as a float32 array of its own (held,)."""
+    """Return the held values as a new float32 array (held,)."""
     if kind == "fp32":
         return np.frombuffer(data, "<f4").copy()
     if kind == "fp16":
@@ -430,7 +430,7 @@ def _held_in_vectors(mask: Mask) -> int:
 def _pack_apart(
     kind: ValueKind, values: _Array, index: _Array | None, layout: Layout
 ) -> tuple[memoryview, ...]:
-    """Return a count, so many values of vectors in fp32, and the buffers of all others, as `_pack` does."""
+    """Return the number of values in vectors, these values in fp32, and the buffers of all others."""
     if values.size == 0:
         return ()
     vector = _in_vectors(index, layout)
@@ -440,7 +440,7 @@ def _pack_apart(
 
 
 def _unpack_apart(kind: ValueKind, data: memoryview, index: _Array | None, layout: Layout) -> _Array:
-    """Return the held values as a float32 array of its own (held,)."""
+    """Return the held values as a new float32 array (held,)."""
     vector = _in_vectors(index, layout)
     exact: int = _COUNT.unpack_from(data)[0]
     found = int(np.count_nonzero(vector))

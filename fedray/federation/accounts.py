@@ -1,4 +1,4 @@
-"""What a round came to: the costs of training, of what was asked beside it, and of the server's own work."""
+"""The accounts of a round: the costs of its training, of other exchanges, and of the server's own work."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,20 +11,20 @@ from fedray.federation.client import Client
 from fedray.types import METRICS, ClientRecord, Cost
 
 TOTALS = (*(n for n in METRICS if n.startswith(("bytes/", "flops/", "time/"))), "clients/dropped")
-"""What is added up over a run."""
+"""Metrics that are summed over a run."""
 
 
 @dataclass
 class Accounts:
-    """Of one round, beside the records of its training.
+    """One round's costs outside its client records.
 
     Args:
-        asked: what was asked of clients outside the round's training.
+        asked: cost of exchanges with clients outside the round's training.
         validated: the server's forward passes over validation data that the method asked for.
-        server: the server as a client of its own, if it did anything.
-        present: clients that were there in this round, and need not be waited for again.
+        server: the client through which the server trained, if it did.
+        present: clients found available in this round; the server does not wait for them again.
         waited_s: simulated seconds in which the server waited for clients to be available.
-        absent: clients that the method asked and that never came.
+        absent: clients that were asked and never became available.
     """
 
     asked: Cost = field(default_factory=Cost)
@@ -35,13 +35,13 @@ class Accounts:
     absent: list[int] = field(default_factory=list)
 
     def found(self, clients: Iterable[int], waited_s: float) -> None:
-        """Note who was there, and how long the server waited for them."""
+        """Note available clients, and the simulated seconds that the server waited for them."""
         self.present.update(clients)
         self.waited_s += waited_s
 
     @property
     def server_cost(self) -> Cost:
-        """FLOPs and seconds of the server's own training, and of what it tried on validation data."""
+        """FLOPs and seconds of the server's own training and of its passes over validation data."""
         if self.server is None:
             return self.validated
         meter, profile = self.server.meter, self.server.info.profile
@@ -53,11 +53,11 @@ class Accounts:
 
     @property
     def server_wall_s(self) -> float:
-        """How long the server's own training really took."""
+        """Measured seconds of the server's own training."""
         return self.server.meter.wall_s if self.server is not None else 0.0
 
     def metrics(self, cohort: CohortUpdate | None, deadline_s: float | None) -> dict[str, float]:
-        """Return what the round cost, and how its clients did; `cohort` is None for the set-up."""
+        """Return the round's metrics of cost and of its clients; `cohort` is None for the set-up."""
         records = cohort.records if cohort is not None else ()
         clients = sum((r.cost for r in records), Cost()) + self.asked
         server = self.server_cost
@@ -83,14 +83,14 @@ class Accounts:
 
 
 def waited_s(records: tuple[ClientRecord, ...], deadline_s: float | None) -> float:
-    """Return how long the server waits: for the slowest, or to the deadline if somebody is missing."""
+    """Return how long the server waits: for the slowest client, or to the deadline if one is missing."""
     if deadline_s is not None and any(r.fate in ("late", "dropped") for r in records):
         return deadline_s
     return max((r.cost.seconds for r in records if r.fate != "dropped"), default=0.0)
 
 
 def notes(accounts: Accounts, cohort: CohortUpdate | None) -> tuple[str, ...]:
-    """Name what a reader should know: how long nobody was there, what of whom was left out, and why."""
+    """Return notes on waits, absent clients, and updates or metrics left out, with causes."""
     found = []
     if accounts.waited_s:
         found.append(f"the server waited {accounts.waited_s:,.0f} simulated s for clients to be available")
@@ -100,7 +100,7 @@ def notes(accounts: Accounts, cohort: CohortUpdate | None) -> tuple[str, ...]:
 
 
 def _left_out(cohort: CohortUpdate) -> Iterator[str]:
-    """Name the clients whose update does not count, or whose metric is not in a mean."""
+    """Yield notes on clients whose update does not count, or whose metric is not in a mean."""
     reasons = {"non-finite": " (NaN, infinite, or too large to be averaged)", "malformed": ""}
     for fate, reason in reasons.items():
         clients = [r.client for r in cohort.records if r.fate == fate]

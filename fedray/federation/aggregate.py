@@ -1,6 +1,6 @@
 """The mask-aware mean as a fold: add, merge, mean.
 
-    out[i] = Σ_k n_k m_k[i] w_k[i] / Σ_k n_k m_k[i],   and `otherwise[i]` where nobody holds i
+    out[i] = Σ_k n_k m_k[i] w_k[i] / Σ_k n_k m_k[i],   and `otherwise[i]` where no client holds i
 
 With one common mask this is FedAvg, with width masks HeteroFL, with masks of the clients' own FRLP's FedSA
 (eq. 7). Workers never return a hundred models: a worker adds each update to a `Partial` while it is hot in
@@ -35,9 +35,9 @@ class Fold:
 
     Args:
         weight: a client counts by its number of examples, or like every other.
-        by: who counts for a coordinate: who holds it by the update's mask; (FRLP's literal text) whoever has
-            `w ≠ 0` there; or everyone who sent anything, an absent weight being a zero (plain FedAvg of
-            sparse models).
+        by: which clients count for a coordinate: those that hold it by the update's mask; those with `w ≠ 0`
+            there (FRLP's literal text); or every client that sent weights, an absent weight being a zero
+            (plain FedAvg of sparse models).
         keep_updates: keep each model beside the sum, for the rare method that needs them; costs a model per
             client.
     """
@@ -47,7 +47,7 @@ class Fold:
     keep_updates: bool = False
 
     def bounds(self, sizes: NDArray[np.int64]) -> "Bounds":
-        """Return what an update may hold in a population, given the examples of each client."""
+        """Return the largest magnitudes of an update, given the number of examples of each client."""
         weights = float(sizes.sum()) if self.weight == "examples" else float(len(sizes))
         most = float(np.finfo(np.float32).max) / 2  # half of it, for the rounding of sums
         return Bounds(most / max(1.0, weights), most / len(sizes), np.iinfo(np.int64).max // len(sizes))
@@ -69,7 +69,7 @@ class Bounds:
 
 
 class Partial:
-    """The fold of some clients: Σ n·m·w, Σ n·m, and what is kept beside them.
+    """The fold of some clients: Σ n·m·w, Σ n·m, their sums, single values and metrics.
 
     Σ n·m is a number as long as all updates have one mask (named by its digest), and a vector from then on.
 
@@ -122,7 +122,7 @@ class Partial:
                 self.unmeasured[name] = (*self.unmeasured.get(name, ()), client)
 
     def _add_sum(self, name: str, array: NDArray[Any], client: int) -> None:
-        """Add to a named sum what a client sent, or clients of whom `client` is one.
+        """Add to a named sum the array of a client, or of several of which `client` is one.
 
         Raises:
             MethodError: if it is of another shape, or of integers where others sent fractions.
@@ -156,7 +156,7 @@ class Partial:
             self.common, self.weight, self.held = None, 0.0, held.numpy()
 
     def _spread(self) -> Vector:
-        """Return Σ n·m as a vector of its own (size,)."""
+        """Return Σ n·m as a new vector (size,)."""
         if self.held is not None:
             return self.held if self.held.flags.writeable else self.held.copy()
         if self.common is None:
@@ -185,7 +185,7 @@ class Partial:
         return out
 
     def mean(self, otherwise: Params | None = None) -> Params:
-        """Return the mask-aware mean; `otherwise` (zeros if None) where nobody holds a coordinate."""
+        """Return the mask-aware mean; `otherwise` (zeros if None) where no client holds a coordinate."""
         rest = np.float32(0) if otherwise is None else otherwise.flat.numpy()
         if self.weighted is None or (self.common is not None and self.weight <= 0):
             flat = np.broadcast_to(rest, (self.layout.size,)).astype(np.float32)
@@ -195,8 +195,8 @@ class Partial:
             flat = flat if mask.is_full else np.where(mask.flat.numpy(), flat, rest)
         else:
             held = self._spread()
-            nobody = held <= 0
-            flat = np.where(nobody, rest, self.weighted / np.where(nobody, np.float32(1), held))
+            empty = held <= 0
+            flat = np.where(empty, rest, self.weighted / np.where(empty, np.float32(1), held))
         return Params(torch.from_numpy(np.ascontiguousarray(flat, dtype=np.float32)), self.layout)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Partial:
 
 
 def _form(array: NDArray[Any]) -> str:
-    """Return what an error says of a sum: its shape, and whether it holds integers or floats."""
+    """Return the text of a sum in errors: its shape, and whether it holds integers or floats."""
     return f"{'floats' if array.dtype == np.float32 else 'integers'} of shape {array.shape}"
 
 
@@ -226,7 +226,7 @@ level 0 are the chunks, node (l, i) covers chunks [i·2^l, (i+1)·2^l).
 
 
 def merge_within(partials: Mapping[Node, Partial]) -> dict[Node, Partial]:
-    """Merge neighbours of one subtree as far as they are present: what a worker may do before it returns."""
+    """Merge those neighbours of one subtree that are present; a worker does so before it returns."""
     nodes = dict(partials)
     level = 0
     while any(n[0] >= level for n in nodes):
@@ -241,7 +241,7 @@ def merge_within(partials: Mapping[Node, Partial]) -> dict[Node, Partial]:
 def merge_all(partials: Mapping[Node, Partial], chunks: int) -> Partial:
     """Merge everything along the tree over `chunks` chunks.
 
-    a node without a right neighbour moves up as it is.
+    A node without a right neighbour moves up as it is.
     """
     nodes = dict(partials)
     level, width = 0, chunks
@@ -270,18 +270,18 @@ def share(weights: Sequence[float], workers: int) -> list[range]:
 
 @dataclass(frozen=True)
 class CohortUpdate:
-    """What the folded cohort looks like to the server.
+    """The folded cohort as the server sees it.
 
     Args:
         partial: the merged fold.
-        records: one for each client that was asked, in order of id, whatever became of its update.
+        records: one for each client that was asked, in order of id, whether or not its update counts.
     """
 
     partial: Partial
     records: tuple[ClientRecord, ...] = field(default=())
 
     def mean(self, otherwise: Params | None = None) -> Params:
-        """Return the mask-aware mean of what was folded; `otherwise` (zeros if None) where nobody holds."""
+        """Return the mask-aware mean of the fold; `otherwise` (zeros if None) where no client holds."""
         return self.partial.mean(otherwise)
 
     def sum(self, name: str) -> torch.Tensor:
@@ -294,7 +294,7 @@ class CohortUpdate:
 
     @property
     def each(self) -> Mapping[int, Mapping[str, torch.Tensor]]:
-        """Client → what it sent for itself alone."""
+        """Client → the tensors that it sent in `each`."""
         return self.partial.each
 
     @property
@@ -324,7 +324,7 @@ class CohortUpdate:
 
     @property
     def cost(self) -> Cost:
-        """What all asked clients spent; seconds is the slowest one's."""
+        """The cost of all asked clients; its seconds are those of the slowest."""
         total = sum((r.cost for r in self.records), Cost())
         slowest = max((r.cost.seconds for r in self.records), default=0.0)
         return Cost(total.bytes_down, total.bytes_up, total.flops, total.executed_flops, slowest)

@@ -28,12 +28,12 @@ TWO = (
     "it normalises over the batch (BatchNorm1d, or a single value for each channel), or drops a dimension of "
     "size 1: give each client two examples or more, take method.batch_size of 2 or more, or another model"
 )
-"""What a model that needs two examples asks for."""
+"""End of messages on a model that needs two examples."""
 
 
 @dataclass
 class Meter:
-    """What a client has computed so far in this call; `wall_s` is measured, not simulated.
+    """FLOPs, time and loss of a client in this call; `wall_s` is measured, not simulated.
 
     `loss` is the mean over the examples that the last `sgd` saw, `last_loss` that of its last batch alone.
     """
@@ -53,14 +53,14 @@ class Meter:
 
 @dataclass
 class Client:
-    """One client in one call of `client_update` (or of a function that was asked).
+    """One client in one call of `client_update`, or of a function given to `ctx.ask`.
 
     Args:
-        info: what the server knows of it.
+        info: its id, number of examples and device profile.
         x: (n, …) float32 or tokens (int64), its examples, normalised.
         y: (n,) int64.
         round: the round of the call; 0 in `setup`.
-        memory: what it remembers between rounds; changes are kept if the call succeeds.
+        memory: its memory between rounds; changes are kept if the call succeeds.
     """
 
     info: ClientInfo
@@ -94,7 +94,7 @@ class Client:
 
     @property
     def num_examples(self) -> int:
-        """How many examples it has."""
+        """Its number of examples."""
         return len(self.y)
 
     @property
@@ -195,7 +195,7 @@ class Client:
             params: where the gradient is taken.
             mask: which entries are held.
             loss: instead of the cross-entropy of the logits.
-            batches: look at so many batches of the method's size, drawn at random; None: at all examples.
+            batches: number of batches of the method's size, drawn at random; None takes all examples.
         """
         self._check_examples()
         started = time.perf_counter()
@@ -232,7 +232,7 @@ class Client:
         return found
 
     def _batches(self, rng: np.random.Generator, epochs: int | None, steps: int | None) -> Iterator[Tensor]:
-        """Yield rows of each batch: of so many epochs or steps, or of as many as the method's options say."""
+        """Yield the rows of each batch, for a number of epochs or steps; None takes the method's options."""
         if epochs is None and steps is None:
             epochs, steps = self._training.local_epochs, self._training.steps
         given = steps is not None
@@ -276,7 +276,7 @@ class Client:
 
 
 ClientFunction = Callable[[Task, Client], ClientUpdate]
-"""What runs on a device: `method.client_update`, or a function that was asked."""
+"""A function that runs on a device: `method.client_update`, or one given to `ctx.ask`."""
 
 
 def norm_statistics(task: Task, client: Client) -> ClientUpdate:

@@ -98,7 +98,7 @@ class Engine:
 
     Args:
         model: its module is copied, and its parameters become views of `flat`.
-        flops: what a batch costs.
+        flops: counts the FLOPs of a batch.
         device: where it computes; what goes in and comes out is on the CPU.
         part: for a smaller engine, where its entries lie in the whole model.
     """

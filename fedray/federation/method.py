@@ -48,7 +48,7 @@ MOST_RATE = 1e18
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is asked to run on, known before anything starts.
+    """The setting of a run, known before anything starts: model, population, cohort, rounds.
 
     Args:
         model: the model's structure, without weights.
@@ -65,7 +65,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class ServerContext:
-    """What a hook on the server may use beside the state.
+    """The tools of a hook on the server: clients, their answers, the server's data, validation.
 
     Args:
         round: the round of the call; 0 in `setup`.
@@ -88,7 +88,7 @@ class ServerContext:
 
     @property
     def rounds(self) -> int:
-        """How many rounds are planned; a run whose method has asked cannot be given more of them."""
+        """The number of planned rounds; a run whose method has asked cannot be given more."""
         return self._rounds()
 
     @property
@@ -99,11 +99,11 @@ class ServerContext:
     def sample(self, count: int) -> tuple[int, ...]:
         """Draw up to `count` different clients that are available now; their ids, sorted.
 
-        At least one if `count` is: where no client is there, the server looks again, as it does before a
-        round, and the wait is charged.
+        If none is available, the server looks again until one is, as it does before a round, and the wait is
+        charged.
 
         Raises:
-            RunError: if no client is ever there.
+            RunError: if no client becomes available.
         """
         return self._sample(count)
 
@@ -129,7 +129,7 @@ class ServerContext:
 
     @property
     def server(self) -> Client:
-        """The server as one more client, with data and a device of its own; metered like any.
+        """The server as one more client, with its own data and device; metered like any.
 
         Raises:
             MethodError: unless the method declares `uses_server_data` and the config gives it a share.
@@ -172,7 +172,7 @@ class Method(Generic[M]):
     prunes: ClassVar[bool] = False
     """Whether it removes weights; refused before the start where a model has none that may be pruned."""
     needs: ClassVar[str] = ""
-    """What it asks of the model, for the list of methods; `check` is what refuses."""
+    """Its requirement on the model, for the list of methods; `check` refuses."""
     citation: ClassVar[str] = ""
 
     local_epochs: PositiveInt = 1
@@ -189,17 +189,17 @@ class Method(Generic[M]):
 
     @property
     def uplink(self) -> Codec:
-        """How updates are written."""
+        """The codec of updates."""
         return Codec(values=self.uplink_values)
 
     @property
     def downlink(self) -> Codec:
-        """How tasks are written."""
+        """The codec of tasks."""
         return Codec(values=self.downlink_values)
 
     @property
     def fold(self) -> Fold:
-        """How updates are added up."""
+        """The rule by which updates are summed."""
         return Fold()
 
     @property
@@ -240,7 +240,7 @@ class Method(Generic[M]):
 
     @property
     def depends_on_rounds(self) -> str | None:
-        """Why what it does in a round depends on how many are planned, beginning with a key; or None.
+        """The reason why a round depends on the number of planned rounds, beginning with a key; or None.
 
         A run of a method that depends on them cannot be given more rounds.
         """
@@ -255,7 +255,7 @@ class Method(Generic[M]):
         return state
 
     def configure(self, state: ServerState[M], client: ClientInfo) -> Task:
-        """Say what a client gets.
+        """Return the task of a client.
 
         Return the state's own params and mask for all, and they are sent as one.
         """
@@ -266,7 +266,7 @@ class Method(Generic[M]):
         return ClientUpdate(client.sgd(task.params, task.mask), task.mask)
 
     def aggregate(self, state: ServerState[M], cohort: CohortUpdate) -> ServerState[M]:
-        """Merge what came back: the mask-aware mean, and the server's value where nobody holds a weight."""
+        """Merge the updates: the mask-aware mean, and the server's value where no client holds a weight."""
         return replace(state, params=cohort.mean(otherwise=state.params))
 
     def prune(self, state: ServerState[M], cohort: CohortUpdate, ctx: ServerContext) -> ServerState[M]:
@@ -289,7 +289,7 @@ class Method(Generic[M]):
         return self.target
 
     def eval_params(self, state: ServerState[M]) -> Params:
-        """Say what is evaluated and saved as the model (under the state's mask)."""
+        """Return the weights that are evaluated and saved as the model (under the state's mask)."""
         return state.params
 
     def measures(self, state: ServerState[M]) -> Mapping[str, float]:

@@ -56,7 +56,7 @@ class ClientPool(Protocol):
         """Classify examples with a model."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free all resources."""
 
 
 @contextmanager
@@ -88,7 +88,7 @@ class LocalPool:
             return _joined(self.worker.evaluate(task, examples))
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing; there are no actors."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class RayPool:
         return _joined([outcome for worker in sorted(answers) for outcome in answers[worker]])
 
     def close(self) -> None:
-        """End the actors and forget what was shipped."""
+        """End the actors and drop the references to shipped examples."""
         for actor in self.actors:
             self._ray.kill(actor)
         self.actors, self._examples = [], {}
@@ -355,7 +355,7 @@ class RayPool:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed, for the next client.
+    """Let glibc keep freed memory for the next client.
 
     Else it unmaps every vector, and each one faults in anew.
     """
@@ -383,4 +383,4 @@ def _first_line(error: Exception) -> str:
 
 
 PoolFactory = Callable[[Workplace], ClientPool]
-"""What makes the pool of a run once the workplace is known."""
+"""A function from the workplace of a run to its pool."""

@@ -1,4 +1,4 @@
-"""Who there is, and who is asked. Nothing here costs anything per registered client in a round."""
+"""The registered clients, and drawing available ones. No cost per registered client in a round."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import overload
@@ -11,13 +11,13 @@ from fedray.errors import RunError
 from fedray.types import ClientInfo
 
 LOOKS = 100
-"""How often the server looks for clients, before it gives up."""
+"""Number of times that the server looks for clients before it gives up."""
 LOOK_AGAIN_S = 60.0
-"""Simulated seconds from one look to the next; whether a client is there then is drawn anew."""
+"""Simulated seconds between two looks; availability is drawn anew for each."""
 
 
 class Population(Sequence[ClientInfo]):
-    """All registered clients; an entry is made when it is looked up."""
+    """All registered clients; an entry is created when it is looked up."""
 
     def __init__(self, partition: Partition, fleet: Fleet) -> None:
         self.partition, self.fleet = partition, fleet
@@ -65,13 +65,13 @@ def sample(population: Population, count: int, rng: np.random.Generator) -> tupl
 def wait_for_any(
     population: Population, count: int, rng: np.random.Generator
 ) -> tuple[tuple[int, ...], float]:
-    """Draw as `sample` does, and look again as long as no client is there.
+    """Draw as `sample` does, and look again as long as no client is available.
 
     Returns:
         Up to `count` clients, at least one if any is asked for; and the simulated seconds waited for them.
 
     Raises:
-        RunError: if no client was there in LOOKS looks.
+        RunError: if no client was available in LOOKS looks.
     """
     for look in range(LOOKS):
         clients = sample(population, count, rng)
@@ -83,15 +83,16 @@ def wait_for_any(
 def wait_for_all(
     population: Population, clients: Iterable[int], rng_of: Callable[[int], np.random.Generator]
 ) -> tuple[tuple[int, ...], float]:
-    """Wait for given clients, each of which is asked when it is there.
+    """Wait for given clients, each of which is asked when it is available.
 
     Args:
-        population: who there is.
-        clients: whom to wait for.
-        rng_of: client → generator of when it comes.
+        population: all registered clients.
+        clients: ids of the clients to wait for.
+        rng_of: client → generator of the look in which it is available.
 
     Returns:
-        Who came within LOOKS looks, in the order given; and the simulated seconds until the last look.
+        The clients that came within LOOKS looks, in the order given; and the simulated seconds until the last
+        look.
     """
     availability, came, last = population.fleet.availability, list[int](), 1
     for client in clients:

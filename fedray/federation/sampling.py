@@ -38,7 +38,7 @@ MOST_OVER_SELECTION = 1000
 
 @dataclass
 class SamplerContext:
-    """What a sampler may look at, draw and ask for in one round.
+    """The tools of a sampler in one round: clients, availability, predicted times, losses.
 
     Args:
         round: the round, from 1.
@@ -106,7 +106,7 @@ class Sampler:
 
         Args:
             memory: the result of the last `learn`; None in the first round.
-            ctx: what a sampler may use.
+            ctx: the sampler's tools in this round.
         """
         return ctx.available(ctx.cohort)
 
@@ -270,7 +270,7 @@ class Oort(Sampler):
         missing = ctx.cohort - len(exploited)
         explored = self._explore(memory, ctx, missing, exploited)
         drawn = {*exploited, *explored}
-        if len(drawn) < ctx.cohort:  # too few are new, or there: whoever is available
+        if len(drawn) < ctx.cohort:  # too few are new or available: fill up with any available client
             others = [k for k in ctx.available(min(len(ctx.clients), 2 * ctx.cohort)) if k not in drawn]
             drawn |= set(others[: ctx.cohort - len(drawn)])
         return tuple(sorted(drawn))

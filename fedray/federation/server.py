@@ -2,12 +2,12 @@
 
 `Server.step()` is one round, in six numbered steps:
 
-    1 SAMPLE     who takes part
-    2 CONFIGURE  what each of them gets
+    1 SAMPLE     the cohort
+    2 CONFIGURE  a task for each client
     3 TRAIN      on the devices, through the wire
     4 AGGREGATE  the mask-aware mean
     5 PRUNE      only here the mask moves
-    6 REPORT     what it came to
+    6 REPORT     its metrics
 
 The server drives; a `ClientPool` trains. All that survives a round is in `ServerState`, the clients'
 memories, the mask that each client holds and the running totals: together they are a `Checkpoint`.
@@ -56,19 +56,19 @@ from fedray.types import (
 
 UNIFORM = Sampler()
 SERVER = -1
-"""The server's id where it acts as a client of its own."""
+"""The server's id where it trains as a client."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is, and how its rounds are made.
+    """The number of rounds, the cohort of each, and how it is drawn and folded.
 
     Args:
         rounds: planned rounds.
         cohort: clients whose training is asked for in a round.
         eval_every: rounds between evaluations on validation data; the last round always has one.
         chunk: clients that are folded together; None makes at most 16 chunks of a cohort.
-        groups: device names whose clients are trained by workers of their own; all others are group 0.
+        groups: device names whose clients have their own workers; all others are group 0.
         sampler: draws the cohort of each round.
     """
 
@@ -82,7 +82,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ServerSide:
-    """What the server itself has: its device, its own examples, and the validation data."""
+    """The server's own device, examples and validation data."""
 
     profile: DeviceProfile
     rows: np.ndarray
@@ -95,9 +95,9 @@ class Checkpoint:
 
     Args:
         state: the server's.
-        memories: client → what it remembers.
+        memories: client → its memory.
         holds: client → digest of the mask that it decoded last.
-        totals: what was spent so far, by metric.
+        totals: metric → its sum over the rounds so far.
         rounds_matter: whether a hook has asked how many rounds are planned: the state then depends on it.
         sampler: the sampler's memory: the result of its last `learn`, or None.
     """
@@ -157,7 +157,7 @@ class Server:
         pool: where clients train.
         schedule: how long, how many, how often.
         side: what the server itself has.
-        checkpoint: where to go on; None starts from the model's seeded initialisation.
+        checkpoint: the state to continue from; None starts from the model's seeded initialisation.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class Server:
         with borrowed(self.place.seed):
             return self.pool.evaluate(task, examples)
 
-    # ── what the six steps stand on ──────────────────────────────────────────────────────────────────────
+    # ── parts of the six steps ───────────────────────────────────────────────────────────────────────────
 
     def _sample(self) -> Ids:
         """Let the sampler draw the cohort; wait for drawn clients whose availability it did not ask."""
@@ -312,7 +312,7 @@ class Server:
         training: bool = False,
         keep_updates: bool = False,
     ) -> CohortUpdate:
-        """Send tasks, run `function` on the devices, fold what comes back, keep what clients remember."""
+        """Send tasks, run `function` on the devices, fold the updates, store the clients' memories."""
         reject_unknown(tasks, len(self.population))
         sent, orders = self.wire.send(tasks, self.checkpoint.holds)
         job = Job(self.state.round, function, sent, training, keep_updates)
@@ -328,7 +328,7 @@ class Server:
         return CohortUpdate(merge_all(answer.partials, len(chunks)), records)
 
     def _forget(self) -> None:
-        """Drop what clients remember for the method; what they keep for the link stays."""
+        """Drop the method's entries in the clients' memories; those of the link stay."""
         kept = {k: split_memory(memory)[1] for k, memory in self.checkpoint.memories.items()}
         self.checkpoint.memories = {k: memory for k, memory in kept.items() if memory}
 
@@ -389,7 +389,7 @@ class Server:
         return replace(state, params=overlaid(state.params, norms.statistics, mean, state.mask))
 
     def _context(self, purpose: int) -> ServerContext:
-        """Return what a hook may use in this round; `purpose` tells apart the generators of two hooks."""
+        """Return the tools of a hook in this round; `purpose` separates the generators of two hooks."""
         state, place = self.state, self.place
         rng = generator(place.seed, "method", state.round, purpose)
 
@@ -464,7 +464,7 @@ class Server:
         return there
 
     def _as_client(self) -> Client:
-        """Return the server as a client of its own, one for each phase of a round."""
+        """Return the server as a client, one for each round."""
         if not self.method.uses_server_data:
             raise MethodError(
                 f"{type(self.method).__name__} trains on server data without declaring it: set "
@@ -503,7 +503,7 @@ class Server:
         return RoundReport(round, metrics, records, noted)
 
     def _density_notes(self, round: int, asked: float | None) -> Iterator[str]:
-        """Yield what a reader should know of the mask: a layer that lost all, once; a density not reached."""
+        """Yield notes on the mask: each layer that lost all its weights, once; a density not reached."""
         mask = self.state.mask
         lost = [name for name in empty_layers(mask) if name not in self._empty]
         self._empty.update(lost)

@@ -33,13 +33,13 @@ from fedray.models.spec import ModelSpec
 from fedray.types import ClientUpdate, Extra, Layout, Mask, Params, ServerState, Task
 
 Memory = dict[str, Any]
-"""What a client remembers between rounds: its method's entries, and those of the link."""
+"""A client's memory between rounds: entries of its method, and of the link."""
 
 OWN_NORMS = "own norms"
 """Entry of a client's memory: the BatchNorm that stays with it."""
 
 RESIDUAL = "uplink residual"
-"""Entry of a client's memory: what its codec left out so far, float32 in the layout of the wire."""
+"""Entry of a client's memory: the residual of its codec, float32 in the layout of the wire."""
 
 KEPT = (OWN_NORMS, RESIDUAL)
 """Entries of a client's memory that belong to the link; methods do not see them."""
@@ -55,7 +55,7 @@ class Order:
 
 
 class Upload(NamedTuple):
-    """What an update became on its way: as the server decodes it, its bytes, and what the device keeps."""
+    """An update as the server decodes it, its bytes, and the entries that the device keeps for the link."""
 
     update: ClientUpdate
     bytes_up: int
@@ -165,12 +165,12 @@ class Wire:
         Args:
             task: as the client held it.
             update: what the client returned.
-            kept: what the device kept for the link so far.
+            kept: the entries that the device kept for the link so far.
             training: whether the update is that of a round's training. Only such updates follow one another,
                 so only they are sent as differences.
 
         Raises:
-            MethodError: if something in the update cannot travel.
+            MethodError: if a value in the update cannot travel.
         """
         norms = self.model.norms
         mask, known = norms.sent_mask(update.mask), norms.sent_mask(task.mask)
@@ -192,7 +192,7 @@ class Wire:
     def _upload_difference(
         self, codec: DeltaCodec, task: Task, update: ClientUpdate, keeps: Memory, extras: Mapping[str, Extra]
     ) -> Upload:
-        """Send the difference to the task and what the codec left out before; keep what it leaves out now."""
+        """Send the difference to the task plus the residual; keep the new residual."""
         norms = self.model.norms
         mask, known = norms.sent_mask(update.mask), norms.sent_mask(task.mask)
         before, after = norms.sent(task.params).masked(known), norms.sent(update.params)
@@ -239,7 +239,7 @@ def reject_unknown(clients: Iterable[int], population: int) -> None:
 
 
 def malformed(update: object, size: int) -> str | None:
-    """Return what is wrong with the form of an update, or None."""
+    """Return the problem with the form of an update, or None."""
     if not isinstance(update, ClientUpdate):
         return f"client_update returned {type(update).__name__}, not ClientUpdate"
     lengths = update.params.flat.numel(), update.mask.flat.numel()
@@ -249,7 +249,7 @@ def malformed(update: object, size: int) -> str | None:
 
 
 def check_types(update: ClientUpdate) -> None:
-    """Refuse what cannot be added up or averaged.
+    """Refuse values that cannot be summed or averaged.
 
     Raises:
         MethodError: if `sums` or `each` hold anything but tensors, or `metrics` anything but numbers.

@@ -1,5 +1,5 @@
-"""What a worker does with a chunk of clients: train each, send its update through the codec, decide its fate,
-fold it.
+"""A worker trains the clients of a chunk, sends their updates over the link, decides their fates and folds
+them.
 
 The same code runs in process and inside an actor, so where it runs cannot change a bit. Nothing here knows of
 Ray.
@@ -35,10 +35,10 @@ EVALUATION_SHARD = 500
 
 @dataclass(frozen=True)
 class Rules:
-    """Which updates count, beyond what the devices themselves do.
+    """Rules by which updates count, beside the devices' own dropout.
 
     Args:
-        deadline_s: simulated seconds after which an update is late; None waits for everybody.
+        deadline_s: simulated seconds after which an update is late; None waits for every client.
         dropout: probability that an asked client never answers, in [0, 1), beside its device's own.
     """
 
@@ -48,7 +48,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Everything that a worker needs for the whole run; sent to it once. The test set is not in it."""
+    """The data, model, clients and method of a run; sent to a worker once. Without the test set."""
 
     model: ModelSpec
     flops: FlopModel
@@ -67,13 +67,13 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Job:
-    """One exchange with clients: a round's training, or something that was asked.
+    """One exchange with clients: a round's training, or a function given to `ctx.ask`.
 
     Args:
         round: the round it belongs to.
         function: what runs on the device.
         tasks: the different tasks of the exchange, as the devices decode them.
-        training: False for what is asked outside the round: nobody is late or drops out.
+        training: False for exchanges outside the round's training, in which no client is late or drops out.
         keep_updates: keep every model in the partial.
     """
 
@@ -92,7 +92,7 @@ class Chunk:
         index: place among the chunks of the job.
         group: which group of workers may train it (0 unless device classes have resources of their own).
         orders: one for each client.
-        memories: client → what it remembers, where it remembers anything.
+        memories: client → its memory, unless it is empty.
         num_examples: of all its clients; what chunks are dealt by.
     """
 
@@ -105,7 +105,7 @@ class Chunk:
 
 @dataclass
 class Answer:
-    """What came of some chunks: partial folds by node of the tree, a record for each client, memories."""
+    """The result of some chunks: partial folds by node of the tree, client records, memories."""
 
     partials: dict[Node, Partial] = field(default_factory=dict)
     records: list[ClientRecord] = field(default_factory=list)
@@ -136,7 +136,7 @@ class Worker:
         self._watch, self._seeds_all = Watch(), False
 
     def begin(self) -> None:
-        """Prepare for clients: from here on, nobody else may draw from the global generators."""
+        """Prepare for clients: from here on, only they may draw from the global generators."""
         self._watch.start()
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
@@ -224,7 +224,7 @@ class Worker:
 
     @cached_property
     def _bounds(self) -> Bounds:
-        """How large an update may be, if the mean is to be finite whatever the others send."""
+        """Largest magnitudes of an update with which the mean stays finite, whatever the others send."""
         return self.place.method.fold.bounds(self.place.population.partition.sizes)
 
     def _judge(
@@ -302,7 +302,7 @@ def masks_of(model: ModelSpec, tasks: Sequence[Task]) -> dict[bytes, Mask]:
 
 
 def client_generator(seed: int, round: int, client: int) -> Callable[..., np.random.Generator]:
-    """Return what makes a client's generators: of the round, or of a number that the method chose."""
+    """Return a factory of a client's generators: of the round, or of a number that the method chose."""
 
     def make(fixed: int | None = None) -> np.random.Generator:
         # id −1 is the server; a fixed seed must not meet the stream of a round
