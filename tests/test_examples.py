@@ -105,7 +105,7 @@ def test_the_proximal_term_holds_clients_back(tmp_path: Path) -> None:
     without = result_of(tmp_path, "fedprox", "method.mu=0.0")
     strong = result_of(tmp_path, "fedprox", "method.mu=5.0")
     assert without.result["val/loss"] == pytest.approx(fedavg.result["val/loss"], rel=1e-5)
-    # two rounds are too short for the term to pay; what it must do is to slow the clients down
+    # two rounds are too short for the term to pay; but it must slow the clients down
     assert 1.02 * without.result["val/loss"] < strong.result["val/loss"] < strong.rounds[0]["val/loss"]
     assert strong.result["total/bytes/up"] == without.result["total/bytes/up"]
 

@@ -73,7 +73,7 @@ def test_tensors_and_labels_of_any_integer_type_are_taken():
     assert checked("mine", spec(), replace(table(), train=examples))
 
 
-# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────
+# ── malformed data ───────────────────────────────────────────────────────────────────────────────────────
 
 nan = np.arange(3.0 * N).reshape(N, 3)
 nan[4, 1] = np.nan

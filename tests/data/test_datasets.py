@@ -1,4 +1,4 @@
-"""Data sets: reading what lies on disk, saying what is wrong with it, normalising, setting rows aside."""
+"""Data sets: reading files, naming their faults, normalising, setting rows aside."""
 
 import gzip
 import hashlib
@@ -61,7 +61,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def small_arrays(train=12, test=5) -> dict[str, np.ndarray]:
-    """Arrays by file name, told apart by their values: image i is filled with i, its label is i mod 10."""
+    """Arrays by file name, with different values: image i is filled with i, its label is i mod 10."""
     arrays = {}
     for part, n in (("train", train), ("t10k", test)):
         arrays[f"{part}-images-idx3-ubyte"] = np.broadcast_to(np.arange(n)[:, None, None], (n, 28, 28))

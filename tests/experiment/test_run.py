@@ -312,7 +312,7 @@ def test_runs_that_start_at_once_get_directories_of_their_own(in_tmp, monkeypatc
 def test_a_directory_that_holds_something_is_refused(in_tmp, finished, no_ray):
     (in_tmp / "mine").mkdir()
     (in_tmp / "mine" / "thesis.tex").write_text("all of it")
-    with pytest.raises(ConfigError, match=r"^mine is not empty: .* choose a new one with --out$"):
+    with pytest.raises(ConfigError, match=r"^mine is not empty: .* choose another one with --out$"):
         run(tiny.config(), out="mine")
     assert tiny.listing(in_tmp) == ["mine", "mine/thesis.tex"]
     before = tiny.figures(finished.path)

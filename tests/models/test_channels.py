@@ -15,7 +15,7 @@ from fedray.types import ChannelGroup
 from tests import small
 
 SHAPES = ((1, 8, 8), (1, 28, 28), (3, 32, 32))
-"""The first that a model takes is what it is built for here."""
+"""A model is built here for the first shape that it takes."""
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_layer_that_is_called_twice_has_no_channels_of_its_own() -> None:
 
 
 class Residual(nn.Sequential):
-    """A sequence that adds its input to what it computes."""
+    """A sequence that adds its input to its output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = x + super().forward(x)

@@ -1,4 +1,4 @@
-"""FedLP's network: published sizes, exits that share its layers, and what a pass through an exit costs."""
+"""FedLP's network: published sizes, exits that share its layers, and the cost of a pass through an exit."""
 
 from itertools import pairwise
 from math import prod

@@ -98,7 +98,7 @@ def test_every_model_trains_on_every_data_set_or_says_why_not(name: str, input_s
         logits = module(torch.randn(n, *input_shape))
         assert logits.shape == (n, 7)
         nn.functional.cross_entropy(logits, torch.arange(n)).backward()
-    # the whole network; what only an early exit would run is not part of it
+    # the whole network, without the layers that only an early exit would run
     run = [p for n, p in module.named_parameters() if not n.startswith("exit")]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in run)
     assert flat.isfinite().all()

@@ -1,4 +1,4 @@
-"""What a policy makes of a model's BatchNorm: layers, entries, and the part that crosses the wire."""
+"""A model's BatchNorm under each policy: layers, entries, and the part that is sent."""
 
 from functools import partial
 from math import gcd
@@ -26,7 +26,7 @@ NORMS: Norms = cnn("local").norms
 
 
 def of_channels(*channels: int) -> Architecture:
-    """Return a network that is a BatchNorm of so many channels after another."""
+    """Return a network of BatchNorm layers with these numbers of channels."""
 
     def build(input_shape: InputShape, num_classes: int) -> nn.Module:
         return nn.Sequential(*map(nn.BatchNorm2d, channels), nn.Flatten(), nn.Linear(1, num_classes))

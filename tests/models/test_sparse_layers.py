@@ -110,7 +110,7 @@ def test_a_channel_of_equal_weights_has_finite_gradients() -> None:
     assert weight.grad is not None and bool(weight.grad.isfinite().all())
 
 
-# ── what is stored
+# ── stored entries
 
 
 @PROPERTY
@@ -150,7 +150,7 @@ def test_a_tensor_that_was_kept_whole_comes_back_as_it_is() -> None:
     assert restore(x) is x
 
 
-# ── what it does to gradients
+# ── gradients
 
 with torch.random.fork_rng(devices=[]):
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def test_no_whole_input_is_saved() -> None:
         layer(x)
         assert torch.Size((50, 40)) in seen
         seen.clear()
-        PrunedActivations(0.5)(layer, dict(layer.named_parameters()), x)  # has hooks of its own
+        PrunedActivations(0.5)(layer, dict(layer.named_parameters()), x)  # has its own hooks
     assert torch.Size((50, 40)) not in seen
 
 

@@ -1,4 +1,4 @@
-"""Networks that users write: what is wrong is said by name before anything starts, what is right trains."""
+"""Networks of users: a broken one is refused by name before anything starts; others train."""
 
 import re
 import threading
@@ -131,7 +131,7 @@ def test_what_is_no_model_is_refused(network: Layers, message: str) -> None:
         spec(network)
 
 
-# ── what is right ────────────────────────────────────────────────────────────────────────────────────────
+# ── sound networks ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class Shared(nn.Module):

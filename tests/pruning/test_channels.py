@@ -1,4 +1,4 @@
-"""Channels by hand and as properties: which are taken out, what goes with them, and how wide a model is."""
+"""Channels by hand and as properties: which are removed, with which entries, and a model's width."""
 
 from math import ceil, sqrt
 

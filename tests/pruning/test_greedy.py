@@ -1,4 +1,4 @@
-"""The greedy search against brute force, in exact fractions; what is dropped; when a size has settled."""
+"""The greedy search against brute force, in exact fractions; dropped weights; settled sizes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ problems = st.builds(
 
 
 def prefixes(problem: Problem) -> Iterator[set[int]]:
-    """Yield what is kept, with the first 0, 1, 2, … candidates in the order of g²/t."""
+    """Yield the kept mask with the first 0, 1, 2, … candidates in the order of g²/t."""
     order = sorted(problem.candidates(), key=lambda i: (-Fraction(problem.importance[i], problem.time(i)), i))
     for count in range(len(order) + 1):
         yield indices(problem.start) | set(order[:count])
@@ -133,7 +133,7 @@ def test_of_equals_all_or_none_pay() -> None:
     # all weights of a are worth 2 a second, more than the 1/1 of the biases: Γ nears 2 and never gets there
     problem = Problem((2,) * A + (1, 0) + (0,) * B, (False,) * SIZE, (1, 1, 1))
     assert indices(problem.solved()) == {*range(A), 6, 7}
-    # one as good as what is there changes nothing, and stays out
+    # a candidate that leaves the ratio unchanged stays out
     problem = Problem((1,) * A + (1, 0) + (0,) * B, (False,) * SIZE, (1, 1, 1))
     assert indices(problem.solved()) == {6, 7}
     # under a cap, the first ones
@@ -162,7 +162,7 @@ def test_a_layer_that_takes_no_time_is_refused(per_weight_s: dict[str, float]) -
         maximise_ratio(torch.ones(SIZE), Mask.full(LAYOUT), Seconds(1.0, per_weight_s))
 
 
-# ── what is dropped before it
+# ── the drop before it
 
 
 @given(
@@ -200,7 +200,7 @@ def test_a_dropped_weight_that_pays_comes_back() -> None:
         (
             0.5,
             {3, 4, 5, 6, 7, 10, 11},
-        ),  # what the drop leaves just fits: nothing more is dropped, nor admitted
+        ),  # just fits after the drop: nothing more is dropped or admitted
         (0.75, {1, 4, 5, 6, 7, 8, 11}),  # a quarter of each, rounded up, and the two that matter most
         (1.0, {0, 1, 2, 3, 6, 7, 8}),
     ],

@@ -261,7 +261,7 @@ def test_a_layer_keeps_its_best_and_the_others_lose_their_lowest_for_it():
     full = Mask.full(SMALL)
     assert kept(at_least(scores, 7.0, SMALL, within=full, min_layer=1)) == {6, 7, 8, 2}
     assert kept(at_least(scores, 99.0, SMALL, within=full, min_density=0.5, min_layer=1)) == {6, 7, 8, 2}
-    # what is not held cannot be kept
+    # entries that are not held cannot be kept
     assert kept(top_k(scores, 0.25, SMALL, within=Mask(scores > 4, SMALL), min_layer=1)) == {6, 8}
 
 

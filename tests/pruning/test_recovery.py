@@ -26,7 +26,7 @@ def test_an_ensemble_with_weights_of_classes_is_one_classifier(members, classes,
     rng = torch.Generator().manual_seed(seed)
     heads = torch.randn(members, classes, width + 1, generator=rng)
     counts = torch.randint(0, 4, (members, classes), generator=rng).float()
-    counts[0] += 1.0  # somebody has every class
+    counts[0] += 1.0  # some member has a weight for each class
     features = torch.randn(8, width, generator=rng)
     alpha = counts / counts.sum(0)
     voted = torch.stack([alpha[k] * classify(heads[k], features) for k in range(members)]).sum(0)

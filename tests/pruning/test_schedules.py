@@ -27,7 +27,7 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHE
 progress = st.floats(0, 1)
 densities = st.floats(1e-3, 1)
 ULP = 1e-15
-"""What rounding may do to a density of at most 1."""
+"""Largest rounding error of a density ≤ 1."""
 
 
 def test_by_hand():
@@ -36,7 +36,7 @@ def test_by_hand():
     assert cubic(0.5, 1.0, 0.2) == pytest.approx(0.2 + 0.8 / 8)
     assert cosine(0.25, 1.0, 0.2) == pytest.approx(0.2 + 0.8 * (1 + cos(pi / 4)) / 2)
     assert cosine(0.5, 1.0, 0.2) == pytest.approx(0.6)
-    # iterative pruning: a fifth of what remains goes in each of three steps
+    # iterative pruning: each of three steps removes a fifth of the remaining weights
     assert [geometric(i / 3, 1.0, 0.512) for i in range(4)] == pytest.approx([1, 0.8, 0.64, 0.512])
     assert geometric(0.5, 0.4, 0.1) == pytest.approx(0.2)
 
@@ -79,7 +79,7 @@ def test_what_tells_the_four_apart(at, final):
     assert linear(at, 1, final) + linear(1 - at, 1, final) == pytest.approx(1 + final)
     assert cosine(at, 1, final) + cosine(1 - at, 1, final) == pytest.approx(1 + final)
     assert geometric(at, 1, final) * geometric(1 - at, 1, final) == pytest.approx(final)
-    # what is left above the end, as a share of all there is to remove, is the cube of linear's
+    # the share that is still to be removed is the cube of linear's
     left = [(schedule(at, 1, final) - final) / (1 - final) for schedule in (cubic, linear)]
     assert left[0] == pytest.approx(left[1] ** 3, abs=1e-12)
     # cosine starts slower than linear and makes up for it

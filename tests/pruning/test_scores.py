@@ -1,4 +1,4 @@
-"""Scores and the learning distance: numbers worked out by hand, and what they must not depend on."""
+"""Scores and the learning distance: numbers worked out by hand, and invariances."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ SIZE = 120_000
 
 
 def digests() -> list[str]:
-    """Return what each way of choosing entries keeps, of scores with few different values."""
+    """Return the masks of all ways to choose entries, for scores with few different values."""
     layout = Layout(("a", "b"), ((SIZE // 200, 100), (SIZE // 200, 100)), (True, True), (True, True))
     scores = torch.from_numpy(np.random.default_rng(0).integers(0, 5, SIZE).astype(np.float32))
     held = masks.top_k(scores, 0.37, layout)

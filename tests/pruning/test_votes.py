@@ -1,4 +1,4 @@
-"""Votes for growth: what a client sends, and what the server makes of it."""
+"""Votes for growth: the vote of a client, and their tally on the server."""
 
 import torch
 from hypothesis import given, settings
@@ -38,7 +38,7 @@ def test_what_diverged_votes_last_and_sends_numbers():
 def test_a_tally_by_hand():
     one = {"positions": torch.tensor([1, 6]).int(), "gradient": torch.tensor([2.0, -1.0])}
     other = {"positions": torch.tensor([1, 7]).int(), "gradient": torch.tensor([-3.0, 4.0])}
-    # 1: |10·2 − 30·3|, 6: |−10·1|, 7: 30·4; what is held is below whatever got no vote
+    # 1: |10·2 − 30·3|, 6: |−10·1|, 7: 30·4; held entries are below those without a vote
     total = tally([(10, one), (30, other)], holding(0))
     assert total.tolist() == [-1.0, 70.0, 0.0, 0.0, -1.0, -1.0, 10.0, 120.0, 0.0, 0.0]
     assert tally([], holding(0)).tolist() == [-1.0, 0.0, 0.0, 0.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
