@@ -59,6 +59,7 @@ Overrides = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", help="An empty or new directory; default: the next under runs/.")
 ]
+Name = Annotated[str | None, typer.Argument(help="Show one of them with all its options.")]
 Import = Annotated[
     list[Path] | None,
     typer.Option("--import", help="Python file that adds methods, models, devices, … to the tables."),
@@ -213,7 +214,7 @@ def ui(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one of them with all its options.")] = None,
+    name: Name = None,
     imports: Import = None,
 ) -> None:
     """List the methods; or show one with its options."""
@@ -235,7 +236,7 @@ def methods(
 
 @app.command()
 def samplers(
-    name: Annotated[str | None, typer.Argument(help="Show one of them with all its options.")] = None,
+    name: Name = None,
     imports: Import = None,
 ) -> None:
     """List the client samplers; or show one with its options."""
@@ -249,10 +250,10 @@ def samplers(
 
 @app.command()
 def codecs(
-    name: Annotated[str | None, typer.Argument(help="One of them: its options, in full.")] = None,
+    name: Name = None,
     imports: Import = None,
 ) -> None:
-    """List the codecs of updates; or the options of one."""
+    """List the codecs of updates; or show one with its options."""
     _import(imports)
     from fedray.costs.differences import CODECS
 
@@ -308,7 +309,7 @@ def datasets(imports: Import = None) -> None:
 
 @app.command()
 def partitions(
-    name: Annotated[str | None, typer.Argument(help="Show one of them with all its options.")] = None,
+    name: Name = None,
     imports: Import = None,
 ) -> None:
     """List the kinds of partition; or show one with its options."""
