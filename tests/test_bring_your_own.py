@@ -60,6 +60,7 @@ def test_a_file_works_in_a_run_and_after_resume(in_tmp, heading):
     )
 
 
+@pytest.mark.slow
 def test_all_files_work_together_in_a_sweep_on_ray(ray_local, in_tmp):
     for heading, text in FILES.items():
         (in_tmp / name_of(heading)).write_text(text)
