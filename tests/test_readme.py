@@ -3,13 +3,16 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedray.cli import app
 from fedray.config.plugins import import_modules
 from fedray.config.run_config import RunConfig
+from fedray.costs.differences import CODECS
 from fedray.experiment.space import Sweep
+from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -29,11 +32,13 @@ SHOWN = [(page, command) for page in PAGES for command in commands(page)]
 @pytest.fixture
 def tables(monkeypatch):
     """Put the tables back after a file has added to them."""
-    before = dict(METHODS)
+    tables: list[dict[str, Any]] = [METHODS, SAMPLERS, CODECS]
+    before = [dict(table) for table in tables]
     monkeypatch.setattr("fedray.config.plugins._imported", {})
     yield
-    METHODS.clear()
-    METHODS.update(before)
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.mark.parametrize(("page", "command"), SHOWN, ids=[f"{p.name}:{c[:60]}" for p, c in SHOWN])
