@@ -20,7 +20,7 @@ Sources: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 20
 dense gradients the accounting in Huang et al., "FedRTS", NeurIPS 2025, arXiv 2501.19122.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,10 +86,10 @@ class FlopModel:
             return torch.randint(tokens, shape) if tokens else torch.zeros(shape)
 
         with torch.no_grad(), borrowed(0):
-            positions, fixed = products_of(probe, lambda count: probe(examples(count)))
+            positions, fixed = products_of(probe, probe, examples)
             exits: dict[str, float] = {}
             for path in getattr(probe, "exits", ()):
-                ways, _ = products_of(probe, partial(_along, probe, path, examples))
+                ways, _ = products_of(probe, partial(_along, probe, path), examples)
                 exits |= {name: n for name, n in ways.items() if name not in positions}
         for name in (*positions, *exits):
             if name not in layout.spans:
@@ -186,9 +186,8 @@ def _with_memory(module: nn.Module) -> nn.Module:
     return deepcopy(module, memo)
 
 
-def _along(module: nn.Module, path: Sequence[str], examples: Callable[[int], Tensor], count: int) -> Tensor:
-    """Send examples through some modules of a network, one after the other."""
-    x = examples(count)
+def _along(module: nn.Module, path: Sequence[str], x: Tensor) -> Tensor:
+    """Send examples through some modules of a network, in sequence."""
     for name in path:
         x = module.get_submodule(name)(x)
     return x

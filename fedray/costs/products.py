@@ -28,28 +28,33 @@ MORE: dict[Any, Callable[..., int]] = {
     aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix.numel(),
     aten.dot: lambda a, b, **_: 2 * a.numel(),
     aten._cdist_forward: lambda a, b, *_, out_val, **__: 2 * out_val.numel() * a.shape[-1],
+    aten._euclidean_dist: lambda a, b, *_, out_val, **__: 2 * out_val.numel() * a.shape[-1],
+    aten.addbmm: lambda bias, a, b, **_: 2 * a.numel() * b.shape[-1],
     aten._trilinear: lambda a, b, c, *_, out_val, **__: 2 * out_val.numel() * prod(b.shape[-2:]),
 }
 """Operation → FLOPs, beside torch's own table."""
 
-LOOK_UPS = """embedding embedding_renorm_ _embedding_bag _embedding_bag_forward_only index index_select gather
-take searchsorted bucketize equal"""
+LOOK_UPS = """embedding embedding_renorm _embedding_bag _embedding_bag_forward_only index index_select gather
+take searchsorted bucketize equal dist"""
 NORMALISATION = """native_layer_norm native_group_norm _fused_rms_norm native_batch_norm batch_norm
 cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update"""
-COPIES = """cat stack copy_ copy index_put index_put_ index_add index_copy scatter scatter_add scatter_reduce
+COPIES = """cat stack copy index_put index_add index_copy scatter scatter_add scatter_reduce
 select_scatter slice_scatter masked_scatter masked_select"""
 FREE = frozenset(f"{LOOK_UPS} {NORMALISATION} {COPIES}".split())
 """Operations on a weight and activations that multiply no matrices, beside pointwise ones and views."""
 
 
-def products_of(module: nn.Module, run: Callable[[int], object]) -> tuple[dict[str, float], float]:
+def products_of(
+    module: nn.Module, run: Callable[[Tensor], object], examples: Callable[[int], Tensor]
+) -> tuple[dict[str, float], float]:
     """Count the products of a forward pass, per example.
 
     FLOPs that do not grow with the number of examples, such as a product of two weights, are left out.
 
     Args:
         module: its parameters are the weights; each has memory of its own.
-        run: makes a forward pass of as many examples as it is given.
+        run: makes a forward pass.
+        examples: number → as many examples.
 
     Returns:
         Name of a weight → number of multiply-adds that each of its entries takes part in, in order of first
@@ -59,7 +64,7 @@ def products_of(module: nn.Module, run: Callable[[int], object]) -> tuple[dict[s
     Raises:
         ConfigError: if the FLOPs of an operation with a weight of two or more dimensions are unknown.
     """
-    few, many = (_flops(module, run, count) for count in PROBES)
+    few, many = (_flops(module, run, examples(count)) for count in PROBES)
     more = PROBES[1] - PROBES[0]
     sizes = {name: p.numel() for name, p in module.named_parameters()}
     positions = {
@@ -70,10 +75,10 @@ def products_of(module: nn.Module, run: Callable[[int], object]) -> tuple[dict[s
     return {name: n for name, n in positions.items() if n}, fixed
 
 
-def _flops(module: nn.Module, run: Callable[[int], object], count: int) -> "_Products":
+def _flops(module: nn.Module, run: Callable[[Tensor], object], x: Tensor) -> "_Products":
     products = _Products(module)
     with _plain_kernels(), products:
-        run(count)
+        run(x)
     return products
 
 
@@ -89,10 +94,11 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.of_activations: float = 0
         self._matrices = {name: p.numel() for name, p in module.named_parameters() if p.dim() > 1}
         self._vectors = {n for n, p in module.named_parameters() if sum(size > 1 for size in p.shape) < 2}
-        # views share their tensor's storage, so a storage says which weights a tensor is made of
+        # the weights that each tensor is made of; none for buffers and constants; activations are not listed.
+        # Views share a storage, so it stands for the tensor
         self._parameters = {_storage(p): frozenset({name}) for name, p in module.named_parameters()}
-        self._buffers = {_storage(b): frozenset[str]() for b in module.buffers()}
-        self._made = self._buffers | self._parameters
+        self._made = {_storage(b): frozenset[str]() for b in module.buffers()} | self._parameters
+        self._given = set(self._made)
         self._alive: list[Any] = []  # so that no storage is used a second time
 
     @classmethod
@@ -107,13 +113,14 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive.append(out)
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         flops = self._count(func, args, kwargs, tensors, out)
-        made_of_weights = bool(tensors) and all(_storage(tensor) in self._made for tensor in tensors)
+        constant = func._overloadpacket is aten.lift_fresh  # torch.tensor(…)
+        made_of_weights = constant or all(_storage(tensor) in self._made for tensor in tensors)
         names = frozenset[str]().union(*(self._made.get(_storage(tensor), ()) for tensor in tensors))
-        for result in _tensors((out,)):
+        for storage in {_storage(result) for result in _tensors((out,))} - self._given:
             if made_of_weights and flops is None:  # e.g. a standardised weight
-                self._made.setdefault(_storage(result), names)
-            elif _storage(result) not in self._parameters | self._buffers:
-                self._made.pop(_storage(result), None)  # activations were written into a copy of a weight
+                self._made[storage] = names
+            else:
+                self._made.pop(storage, None)  # activations were written into a copy of a weight
         return out
 
     def _count(
@@ -135,7 +142,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         if func._overloadpacket in (aten.mul, aten.mul_):
             # a product by hand, (x.unsqueeze(1) * weight).sum(2); a scale that broadcasts is none
-            if out.numel() > max(tensor.numel() for tensor in strangers):
+            if out.numel() > max(_entries(tensor) for tensor in strangers):
                 self._charge(weights, 2 * out.numel())
         elif not _is_free(func):
             raise ConfigError(
@@ -188,7 +195,7 @@ def _plain_kernels() -> Iterator[None]:
 def _is_free(func: Any) -> bool:
     """Tell whether an operation on a weight multiplies no matrices."""
     name = func._overloadpacket.__name__
-    return bool(func.is_view) or torch.Tag.pointwise in func.tags or name in FREE
+    return bool(func.is_view) or torch.Tag.pointwise in func.tags or name.rstrip("_") in FREE
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -201,6 +208,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _entries(tensor: Tensor) -> int:
+    """Return the number of different entries: an expanded tensor repeats some."""
+    return prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
 
 
 def _exact(flops: float, per_position: int) -> float:

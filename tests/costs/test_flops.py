@@ -419,6 +419,9 @@ BY_HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "row by row": lambda x, w: torch.stack([w @ row for row in x]),
     "broadcast": lambda x, w: (x.unsqueeze(1) * w).sum(2),
     "distances": torch.cdist,
+    "a copy of the weight": lambda x, w: x @ torch.empty(3, 30).copy_(w).t(),
+    "noise on the weight": lambda x, w: x @ (w + torch.randn(3, 30) * torch.tensor(0.1)).t(),
+    "in its own buffer": lambda x, w: x.clone().copy_(x) @ w.t(),
     "normalised": lambda x, w: x @ nn.functional.normalize(w).t(),
     "split": lambda x, w: x[:, :10] @ w[:, :10].t() + x[:, 10:] @ w[:, 10:].t(),
     "stacked": lambda x, w: nn.functional.linear(x, torch.cat([w[:1], w[1:]])),
@@ -430,8 +433,14 @@ def test_a_layer_by_hand_counts_as_a_linear_one(how: str):
     assert traced(Own(BY_HAND[how]), (1, 5, 6)).positions == {"weight": 1}
 
 
-def test_scales_and_shifts_are_free():
-    for how in (lambda x, w: x[:, :3] * w.mean(1), lambda x, w: (x + w[:1])[:, :3], lambda x, w: x * w[:1]):
+def test_scales_shifts_and_copies_are_free():
+    for how in (
+        lambda x, w: x.clone().scatter_(1, torch.zeros(len(x), 3).long(), w[:, :1].t().expand(len(x), 3)),
+        lambda x, w: x[:, :3] * torch.dist(x[:1], w[:1]),
+        lambda x, w: x[:, :3] * w.mean(1),
+        lambda x, w: (x + w[:1])[:, :3],
+        lambda x, w: x * w[:1],
+    ):
         flops = traced(Own(how), (1, 5, 6))
         assert (flops.positions, flops.fixed) == ({}, 0)
 
