@@ -41,7 +41,12 @@ def tables_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         *(METHODS, MODELS, DATASETS, PARTITIONS, SAMPLERS),
         *(DEVICES, HARDWARE, LINKS),
     )
-    records: tuple[dict[Any, Any], ...] = (plugins._imported, plugins._beside, plugins._adopted)
+    records: tuple[dict[Any, Any], ...] = (
+        plugins._imported,
+        plugins._beside,
+        plugins._adopted,
+        plugins._sources,
+    )
     before = [(kept, dict(kept)) for kept in (*tables, *records)]
     modules = set(sys.modules)
     yield

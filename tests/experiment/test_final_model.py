@@ -15,7 +15,7 @@ def test_the_loaded_model_has_the_accuracy_that_the_run_reports(in_tmp, changes)
     data = fedray.DATASETS["digits"].load(None)
     with torch.no_grad():
         right = model(data.normalise(data.test.x)).argmax(1) == torch.from_numpy(data.test.y)
-    assert right.float().mean().item() == pytest.approx(history.result["test/accuracy"], abs=1e-9)
+    assert right.float().mean().item() == pytest.approx(history.result["test/accuracy"], abs=1e-6)
     assert fedray.load_run(history.path).last("test/accuracy") == history.result["test/accuracy"]
 
 

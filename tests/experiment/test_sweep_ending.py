@@ -169,7 +169,7 @@ def test_a_sweep_that_was_killed_when_all_was_done_is_ended_by_resume(
 ) -> None:
     fitting(all_well)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(sweeps, "_conclude", lambda *_: 1 / 0)
+        patch.setattr(sweeps, "_record_outcomes", lambda *_: 1 / 0)
         sweep(plan(in_tmp, uri), out="s")
     assert told(uri)[0].info.status == "RUNNING"
     fitting(lambda *_: pytest.fail("nothing was left to try"))

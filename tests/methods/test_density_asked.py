@@ -136,7 +136,7 @@ def test_channels_that_leave_less_than_the_minimum_of_a_layer(options: dict[str,
     changes = options | {"model": "lenet5", "data.server_fraction": 0.1}
     message = refused(changes | {"method.min_layer": 50})
     # conv1 has 6 channels of 25 weights, and keeps one of them
-    assert "method.min_layer=50 is more than the 25 of 150 weights that conv1.weight has left" in message
+    assert "method.min_layer=50 is more than the 25 of 150 weights that conv1.weight keeps" in message
     assert tiny.config(changes | {"method.min_layer": 25})
 
 
