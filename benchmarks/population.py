@@ -2,7 +2,7 @@
 
     python -m benchmarks.population [--populations 1000 100000] [--rounds 9] [--actors 0]
 
-Each population has a process of its own (and a Ray of its own with --actors); their rounds are interleaved.
+Each population has its process (with --actors also its Ray); their rounds are interleaved.
 The cohort is the same: 100 clients of 60 images. Memory is the proportional set size of the whole process
   tree.
 """

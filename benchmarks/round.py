@@ -129,7 +129,7 @@ def contenders(model: str) -> tuple[dict[str, Callable[[int], Any]], Callable[[]
 def measure(model: str, rounds: int, warm_up_s: float) -> None:
     """Print medians, spreads and ratios for a model.
 
-    The warm-up is long: Ray goes on starting processes of its own for some seconds after it is up.
+    The warm-up is long: Ray keeps starting processes for some seconds after `init` returns.
     """
     makers, close = contenders(model)
     seconds: dict[str, list[float]] = {name: [] for name in makers}

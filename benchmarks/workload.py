@@ -1,4 +1,4 @@
-"""What is measured.
+"""The measured workload.
 
 Clients with 60 random images of 28×28 each, 100 a round, one epoch of SGD at batch 20.
 """

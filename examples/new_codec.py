@@ -1,4 +1,4 @@
-"""A codec of your own: one bit for the sign of each entry, and one scale; what is left out comes later.
+"""A new codec: one bit for the sign of each entry, and one scale; error feedback sends the rest later.
 
     fedray run tune_configs/quickstart.yaml --import examples/new_codec.py clients.uplink.name=sign
 
@@ -19,7 +19,7 @@ class Sign(fedray.DeltaCodec):
     """Sends the signs of the difference and its mean magnitude.
 
     Args:
-        feedback: remember on the device what was left out, and add it to the client's next difference.
+        feedback: add the rest to the client's next difference; the device keeps it.
     """
 
     def encode(self, difference: fedray.Params, mask: fedray.Mask) -> bytes:

@@ -160,7 +160,7 @@ def sync(
     experiment: Annotated[str | None, typer.Option(help="MLflow's experiment; default: as above.")] = None,
     imports: Import = None,
 ) -> None:
-    """Add to MLflow what it lacks of runs and sweeps, e.g. after it was out of reach."""
+    """Bring MLflow up to date with runs and sweeps, e.g. after it was out of reach."""
     _import(imports)
     from fedray.experiment.sync import sync as bring
 
@@ -603,7 +603,7 @@ def _list_entries(what: str, table: Mapping[str, type[Any]], section: str) -> No
 
 
 def _describe_entry(what: str, name: str, table: Mapping[str, type[Any]], section: str) -> None:
-    """Print one entry of such a table: what it does, what its options mean, and their defaults.
+    """Print one entry of such a table: its purpose, options and defaults.
 
     Raises:
         ConfigError: if the table has no such entry.
@@ -630,7 +630,7 @@ def _defaults(entry: type[Any], prefix: str = "") -> str:
 
 
 def _citation(entry: type) -> str:
-    """Return the source that a class itself names, not one that it inherits; else a dash."""
+    """Return the class's own source, without inheritance; else a dash."""
     return str(vars(entry).get("citation") or "—")
 
 

@@ -118,7 +118,7 @@ class Watch:
     """Tells whether code drew from the global generators of Python or numpy.
 
     Seeding these two for each client would take longer than many a client's step, and few methods need it.
-    From a known state the next numbers are known: if they come, nobody drew in between.
+    The numbers that follow a known state are known: if they follow, nothing drew in between.
     """
 
     def __init__(self) -> None:

@@ -85,7 +85,7 @@ def direction_of(metric: str) -> Direction | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each named tensor lies in a model's flat vector, and whether it is pruned and trained.
+    """The position of each named tensor in a model's flat vector, and whether it is pruned and trained.
 
     Args:
         names: dotted names, in the order of the vector.
@@ -343,7 +343,7 @@ class DeviceProfile:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server may know of a client: its number of examples and its device."""
+    """The server's knowledge of a client: its number of examples and its device."""
 
     id: int
     num_examples: int

@@ -173,7 +173,7 @@ def _tune(options: Any, where: Where) -> TuneConfig:
 
 
 def _label(point: Mapping[str, Any]) -> str:
-    """Name a trial by what it changes; a section by the name that it chooses."""
+    """Name a trial by its changes; a section by the name that it chooses."""
     parts = []
     for key, value in point.items():
         if isinstance(value, Mapping) and "name" in value:

@@ -47,7 +47,7 @@ def train(
         config: of the training.
         out: its directory, empty or absent.
         on_evaluation: called after each evaluation.
-        store: MLflow's; None: the one that the config names.
+        store: MLflow's; None: the config's.
         parent: the parent run in MLflow.
         taken: whether the caller made `out` with `take_next`.
 
@@ -72,7 +72,7 @@ def resume(
     store: Store | None = None,
     patience_s: float = 0.0,
 ) -> list[Row]:
-    """Resume an interrupted training; one that is over stays as it is.
+    """Resume an interrupted training; a finished one stays as it is.
 
     Args:
         path: its directory.

@@ -36,7 +36,7 @@ class Source:
         name: of the module.
         path: of its file.
         text: of its file.
-        given: whether it is a file of `imports`; else it lies in the folder of one.
+        given: whether `imports` names the file; otherwise it is in the folder of one that is named.
     """
 
     name: str

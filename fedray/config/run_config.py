@@ -105,7 +105,7 @@ class Section(BaseModel):
         return schema
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy, validated anew where it is updated."""
+        """Return a copy; updated values are validated."""
         if not update:
             return super().model_copy(deep=deep)
         return type(self)(**(self.given_tree() | dict(update)))

@@ -58,7 +58,7 @@ def sqlite_uri(database: Path) -> str:
 
 
 def database_of(uri: str) -> Path:
-    """Return the file that an SQLite address names; `%25` stands for %, and `%3F` for ?."""
+    """Return the file that an SQLite address names; `%25` means %, `%3F` means ?."""
     return Path(uri.removeprefix(SQLITE).replace("%3F", "?").replace("%25", "%"))
 
 

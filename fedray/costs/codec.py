@@ -1,21 +1,20 @@
-"""How a model crosses the wire: (params, mask, extras) → bytes, and back. Their length is what a run pays.
+"""How a model crosses the wire: (params, mask, extras) → bytes, and back. A run is charged their length.
 
     header 32 B │ values of the held entries │ which entries are held │ extras
 
-Values are `fp32` (bit for bit), `fp16`, or `int8` (one byte each, and a scale and zero point per tensor); the
-few in vectors (biases, normalisation) may stay `fp32`. Of the ways to say which entries are held, the
-smallest is taken:
+Values are `fp32` (bit for bit), `fp16`, or `int8` (one byte each, and a scale and zero point per tensor).
+Values in vectors (biases, normalisation) may stay `fp32`. Positions are written in the smallest of these
+forms:
 
     dense     nothing: every entry is held
     known     8 bytes: the digest of a mask that the receiver holds already ("values only")
     bitmap    one bit per entry of the model
     gaps      one or two bytes per held entry: its distance to the one before; 0 means "advance by the
-              largest distance, nothing is held there"
-    runs      the same for the entries where held and not held change over: rows, channels, whole layers
+              largest distance, no entry is held there"
+    runs      the same for the entries at which held and not held alternate: rows, channels, whole layers
 
-A mask that holds nothing (a client that stays silent) is thus a header. All numbers are little endian.
-Decoding reads numbers and JSON, never code; whatever is not a payload of ours is a WireError. Extras are
-written by `extras.py`.
+A mask that holds nothing (a client that stays silent) is a header only. All numbers are little endian.
+Decoding reads numbers and JSON, never code; any other payload is a WireError. `extras.py` writes extras.
 """
 
 from collections.abc import Iterator, Mapping
@@ -87,7 +86,7 @@ class Codec:
             over a range that includes 0; |x − x̂| ≤ scale = range / 255. A tensor that holds NaN or infinity
             arrives as NaN in all its held entries, so that the server sees it and leaves the update out.
         exact_vectors: whether tensors of one dimension (biases, normalisation and its running statistics)
-            travel in `fp32` all the same. They are few, and a small variance that is rounded to 0 is ruinous.
+            always travel in `fp32`. They are few, and a small variance rounded to 0 ruins the model.
 
     Raises:
         ConfigError: for an unknown kind of values.
@@ -182,7 +181,7 @@ class Codec:
 
 
 def encode_mask(mask: Mask, known: bytes | None = None) -> bytes:
-    """Write a mask without values: the number of its entries, and their positions in the smallest way.
+    """Write a mask without values: the number of its entries, and their positions in the smallest form.
 
     Args:
         mask: bool (n,).
@@ -201,7 +200,7 @@ def decode_mask(data: bytes, layout: Layout, known: Mapping[bytes, Mask]) -> Mas
     """Read what `encode_mask` wrote.
 
     Raises:
-        WireError: if this is not a whole mask for this layout, or names one that is not in `known`.
+        WireError: if this is not a whole mask for this layout, or names a mask that `known` lacks.
     """
     _expect(len(data) > _COUNT.size, "bytes of a mask", len(data), f"more than {_COUNT.size}")
     held, kind = _COUNT.unpack_from(data)[0], data[_COUNT.size]
@@ -242,7 +241,7 @@ def _is_known(mask: Mask, known: bytes | None) -> bool:
 
 
 def _positions(mask: Mask, known: bytes | None, index: _Array | None = None) -> tuple[int, bytes]:
-    """Return kind and bytes of the smallest way to say what `mask` holds; `index` is where, if at hand."""
+    """Return kind and bytes of the smallest form of a mask; `index` is where it is True, if known."""
     if mask.is_full:
         return _DENSE, b""
     best = _BITMAP, mask.packed
@@ -257,7 +256,7 @@ def _positions(mask: Mask, known: bytes | None, index: _Array | None = None) -> 
 
 
 def _positions_bytes(mask: Mask, known: bytes | None) -> int:
-    """Return the length of what `_positions` returns, remembered: clients have few masks, mostly one."""
+    """Return the length of the bytes of `_positions`; cached, since clients share few masks."""
     key = mask.digest, mask.layout.size, _is_known(mask, known)  # a digest is of whole bytes
     if key not in _POSITIONS_BYTES:
         if len(_POSITIONS_BYTES) >= _CACHED_MASKS:
@@ -314,9 +313,9 @@ def _read_runs(header: _Header, data: memoryview, layout: Layout) -> _Array:
 
 
 def _index(mask: Mask, recurring: bool = False) -> _Array:
-    """Return where `mask` is True, remembered for the `recurring` mask that was asked for last.
+    """Return where `mask` is True; cached for the last `recurring` mask.
 
-    With a mask common to all clients that is most of the work of encoding and decoding values only.
+    If all clients share a mask, this is most of the work of encoding and decoding values only.
     """
     if not recurring:
         return np.flatnonzero(mask.flat.numpy())
@@ -416,7 +415,7 @@ def _unpack(kind: ValueKind, data: memoryview, index: _Array | None, layout: Lay
 
 
 def _in_vectors(index: _Array | None, layout: Layout) -> _Array:
-    """Return of each held entry whether it is in a tensor of one dimension (or none), bool (held,)."""
+    """Return whether each held entry is in a tensor of one dimension (or none), bool (held,)."""
     flags = np.repeat([len(shape) < 2 for shape in layout.shapes], layout.sizes)
     return flags if index is None else flags[index]
 
@@ -465,9 +464,9 @@ def _held_spans(index: _Array | None, layout: Layout) -> Iterator[tuple[int, sli
 def _affine(values: _Array) -> tuple[np.float32, int]:
     """Return FL-PQSU's scale and zero point of `values` (k ≥ 1,); the scale is NaN if one is not finite.
 
-    The range includes 0 (theirs may not, which destroys the tensor), and the scale is rounded up, so that the
-    range fits into 255 steps also where float32 has few digits left. The zero point is cut to an integer, as
-    theirs.
+    The range includes 0 (theirs may not, which destroys the tensor). The scale is rounded up, so that the
+    range fits into 255 steps even at the limits of float32. The zero point is truncated to an integer, as in
+    their code.
     """
     with np.errstate(invalid="ignore"):
         smallest, largest = float(values.min()), float(values.max())

@@ -1,11 +1,11 @@
-"""Codecs of updates that send the difference to the task, and may remember what they left out.
+"""Codecs that send an update as its difference to the task, with or without error feedback.
 
-    8 B lengths │ which entries the client vouches for │ extras │ the difference, as the codec writes it
+    8 B lengths │ mask of the entries that the client vouches for │ extras │ the encoded difference
 
 A device and the server both have the task, so the difference is enough. Error feedback (Stich et al., NeurIPS
-2018; Karimireddy et al., ICML 2019) adds what a codec left out to the client's next difference.
+2018; Karimireddy et al., ICML 2019) adds the entries that a codec left out to the client's next difference.
 
-A codec of your own subclasses `DeltaCodec`, and a line in `CODECS` gives it a name for `clients.uplink.name`.
+A new codec subclasses `DeltaCodec`; a line in `CODECS` gives it a name for `clients.uplink.name`.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _LENGTHS = Struct("<II")  # bytes of the mask, and of the extras
 
 @dataclass(frozen=True, kw_only=True)
 class UplinkCodec:
-    """Sends each update for itself: the weights under its mask, as `method.uplink_values` says.
+    """Sends each update as weights under its mask, written as `method.uplink_values` says.
 
     The base class of every codec of updates.
     """
@@ -42,13 +42,13 @@ class DeltaCodec(UplinkCodec):
     """Sends the difference between an update and its task; subclasses say how.
 
     Args:
-        feedback: remember on the device what the codec left out, and add it to the client's next difference.
+        feedback: add the entries that the codec left out to the client's next difference.
     """
 
     feedback: bool = True
 
     def encode(self, difference: Params, mask: Mask) -> bytes:
-        """Write a difference; its length is what the run pays.
+        """Write a difference; the run is charged its length.
 
         Args:
             difference: float32 (n,), zeros outside the mask.
@@ -72,7 +72,7 @@ class TopK(DeltaCodec):
     Args:
         share: share of the update's entries that are sent, rounded up.
         values: bytes of an entry's value, as in `method.uplink_values`.
-        feedback: remember on the device what was not sent, and add it to the client's next difference.
+        feedback: add the entries that were not sent to the client's next difference; the device keeps them.
     """
 
     citation: ClassVar[str] = "Stich et al., NeurIPS 2018; Karimireddy et al., ICML 2019"
@@ -106,7 +106,7 @@ class TopK(DeltaCodec):
 
 
 CODECS: dict[str, type[UplinkCodec]] = {"plain": UplinkCodec, "topk": TopK}
-"""Name → codec of updates: what `clients.uplink.name` chooses."""
+"""Name, for `clients.uplink.name` → codec of updates."""
 
 PLAIN = UplinkCodec()
 
@@ -119,9 +119,9 @@ def encode_update(
     Args:
         codec: writes the difference.
         difference: float32 (n,).
-        mask: what the client vouches for; at least one entry.
+        mask: entries that the client vouches for; at least one.
         known: digest of the task's mask, which the server has.
-        extras: what travels beside the model.
+        extras: named values that travel beside the model.
 
     Raises:
         MethodError: for an extra that cannot travel, or a codec that does not write bytes.

@@ -176,7 +176,7 @@ class FlopModel:
 
 
 def _with_memory(module: nn.Module) -> nn.Module:
-    """Return a copy whose parameters and buffers have values, and storages of their own."""
+    """Return a copy whose parameters and buffers have values and share no storage."""
     memo: dict[int, Tensor] = {}  # deepcopy takes a tensor that it finds in its memo as the copy
     for tensor in chain(module.parameters(), module.buffers()):
         value = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().clone()

@@ -1,6 +1,6 @@
 """The products in a forward pass, and the weight that takes part in each.
 
-A dispatch mode sees every operation of a forward pass, in whatever module it happens. torch's own table
+A dispatch mode sees every operation of a forward pass, in every module. torch's own table
 (`torch.utils.flop_counter`) gives the FLOPs of an operation; `MORE` adds a few that the table lacks. The
 FLOPs of a product with a weight belong to that weight, and shrink with its density. The FLOPs of a product of
 activations, as in attention, belong to no weight.
@@ -52,7 +52,7 @@ def products_of(
     FLOPs that do not grow with the number of examples, such as a product of two weights, are left out.
 
     Args:
-        module: its parameters are the weights; each has memory of its own.
+        module: its parameters are the weights; no two share memory.
         run: makes a forward pass.
         examples: number → as many examples.
 

@@ -160,7 +160,7 @@ def download(name: str, dataset_class: str, folder: str, root: Path, needed: str
             (root / folder).mkdir(parents=True, exist_ok=True)
             for file in (Path(scratch) / folder).iterdir():
                 file.replace(root / folder / file.name)
-    except Exception as error:  # whatever the transport raises
+    except Exception as error:  # any error of the transport
         raise DataError(
             f"{name}: not (wholly) in {root}, and it could not be downloaded ({error}); "
             f"set data.root to a folder with {needed}"

@@ -135,7 +135,7 @@ class Dirichlet:
     """Label skew: each class is shared out by proportions ~ Dirichlet(alpha) over the clients.
 
     Yurochkin et al., Bayesian nonparametric federated learning, ICML 2019; without the cap on sizes that some
-    codes add. A deal that leaves a client empty is drawn anew, up to DEALS deals in all; the last one is
+    codes add. A deal that leaves a client empty is drawn again, up to DEALS deals in all; the last one is
     repaired: each empty client gets one random example of the client that then has most.
 
     Args:

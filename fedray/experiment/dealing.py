@@ -1,4 +1,4 @@
-"""How data reaches the clients: load, split, partition. A sweep checks all its configs beforehand."""
+"""How data reaches the clients: load, split, partition. A sweep checks all its configs before it starts."""
 
 from collections.abc import Iterable
 

@@ -110,7 +110,7 @@ def signals() -> Iterator[Stop]:
 
 
 def _is_default(handler: Callable[[int, FrameType | None], Any] | int | None) -> bool:
-    """Tell whether a handler is a default: Python's, or the one that Ray leaves behind."""
+    """Tell whether a handler is a default: Python's or Ray's."""
     by_ray = (getattr(handler, "__module__", None) or "").startswith("ray.")
     return handler in (signal.SIG_DFL, signal.default_int_handler) or by_ray
 

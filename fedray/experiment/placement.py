@@ -1,6 +1,6 @@
 """Where clients train: in this process, or in actors on Ray.
 
-    config → groups of actors, and what each asks of Ray → pool of clients
+    config → groups of actors with their resources → pool of clients
 
 Only runs with client actors import Ray.
 """

@@ -4,7 +4,7 @@
 
     space:
       method.threshold: {grid: [0.2, 0.5, 1.0]}      crossed with the other grids
-      method.lr:        {loguniform: [0.01, 0.3]}    drawn anew for each of `tune.num_samples`
+      method.lr:        {loguniform: [0.01, 0.3]}    drawn for each of `tune.num_samples`
       method:           {grid: [{name: fedavg}, {name: snip, density: 0.2}]}
     tune: {metric: val/accuracy, scheduler: asha, concurrent: 2}
 
@@ -112,7 +112,7 @@ class Sweep:
             name: of the sweep.
             tree: its `base`, `space` and `tune`.
             tune: the validated section.
-            changes: what each point changes in the base.
+            changes: key → value, for each point.
             where: the keys were given; for messages.
             on_point: called with the number of points validated so far, and of all.
 
@@ -148,7 +148,7 @@ class Sweep:
 
 
 def expand(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> list[Tree]:
-    """Return the points of a space: the product of its grids, random verbs drawn anew in each.
+    """Return the points of a space: the product of its grids, random verbs are drawn in each.
 
     Raises:
         ConfigError: for a verb that there is not, or arguments it does not take.

@@ -243,7 +243,7 @@ class _Job:
     Args:
         trees: name of each trial → its config.
         sources: files that add to the tables, to be imported first.
-        entries: (key, name) → what a script or a module without a file added to the table of that key.
+        entries: (key, name) → table entry that a script, or a module without a file, added.
         path: the sweep's directory.
         cpus: that a trial may use.
         tracking: where trials are tracked.

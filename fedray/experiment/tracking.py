@@ -83,7 +83,7 @@ def prepare_store(uri: str, experiment: str) -> Store:
         experiment: name of the experiment that holds the runs.
 
     Returns:
-        The store, or one that tracks nothing and names its `problem` where it could not be made ready.
+        The store; if it could not be prepared, a store that tracks nothing and names its `problem`.
 
     Raises:
         ConfigError: as `check_uri`.
@@ -115,7 +115,7 @@ class MLflowTracker:
 
     Args:
         store: from `prepare_store`.
-        run_name: what the run is called in the UI.
+        run_name: the run's name in the UI.
         params: nested config; logged once, under dotted names such as `method.density`. None: only a run that
             is there is continued, and none is made.
         tags: see `provenance.run_tags`.
@@ -126,7 +126,7 @@ class MLflowTracker:
 
     Attributes:
         run_id: None until MLflow has given one.
-        warnings: what a reader of the run should know.
+        warnings: warnings on the run, for its readers.
         is_complete: whether the run has ended and the store has taken everything.
         points: how many metric values were logged.
     """
@@ -538,7 +538,7 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
 
 
 def _name(key: str) -> str:
-    """Return `key` if MLflow takes it as a name, or else one that it takes and that no other key gets."""
+    """Return `key` if MLflow accepts it as a name; otherwise an accepted name that no other key gets."""
     clean = re.sub(r"[^\w.\- :/]", "_", key)
     norm = posixpath.normpath(clean)
     if clean == key and norm == key != "." and not key.startswith(("/", "..")) and len(key) <= _NAME_LENGTH:

@@ -156,7 +156,7 @@ def _stopper(stop: Stop, folder: Path) -> Any:
     from ray.tune.stopper import NoopStopper
 
     class Ending(tune.Stopper):  # type: ignore[misc]  # Ray has no types
-        """Tune asks it in every step; it is pickled as one that stops nothing."""
+        """Tune asks it in every step; a pickled copy stops nothing."""
 
         asked_at: float | None = None
 

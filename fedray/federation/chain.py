@@ -1,10 +1,10 @@
-"""Plain SGD on a chain of linear layers without autograd: the gradient goes straight into the weights.
+"""Plain SGD on a chain of linear layers without autograd.
 
-For `Flatten`, `Linear` and `ReLU` in a row under cross-entropy, backward is a few products; with `addmm_` the
-weight update is part of the product, and no gradient is ever written to memory. That makes a small network
-about twice as fast on a CPU, where the memory traffic of fresh gradients costs as much as the arithmetic. The
-numbers are those of autograd to rounding; the path depends on the model and the options of the call alone, so
-a run keeps its bits.
+For `Flatten`, `Linear` and `ReLU` layers under cross-entropy, the backward pass is a few matrix products.
+`addmm_` adds each product to the weights directly, so no gradient is written to memory. A small network
+trains about twice as fast on a CPU, where writing gradients costs as much as the arithmetic. Results equal
+those of autograd to rounding. The choice depends only on the model and the options of the call, so a run
+keeps its bits.
 """
 
 from typing import Self
@@ -22,7 +22,7 @@ def _is_flattening(layer: nn.Module) -> bool:
 
 
 class LinearChain:
-    """The linear layers of a network, their weights being views of a working vector.
+    """The linear layers of a network; their weights are views of a working vector.
 
     Args:
         layers: each but the last is followed by a ReLU.
@@ -34,17 +34,17 @@ class LinearChain:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
-        """Return the chain that a module is, or None if it is something else."""
+        """Return the chain of a module, or None if the module is not one."""
         if not is_sequence(module) or any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
             return None
         assert isinstance(module, nn.Sequential)
         layers = [layer for layer in module if not _is_flattening(layer)]
         if len(layers) < len(module) and not _is_flattening(module[0]):
-            return None  # the layers before the flattening compute with each row of an example
+            return None  # layers before the flattening treat each row of an example alone
         linear, between = layers[::2], layers[1::2]
         is_chain = len(layers) % 2 == 1 and all(type(layer) is nn.ReLU for layer in between)
         found = [layer for layer in linear if type(layer) is nn.Linear and layer.bias is not None]
-        # a tied weight is listed once; a step would write it before it is done reading it
+        # parameters() lists a tied weight once; a step would write it before its last read
         parameters = list(module.parameters())
         plain = all(p.requires_grad for p in parameters) and len(parameters) == 2 * len(found)
         return cls(found) if is_chain and plain and len(found) == len(linear) else None

@@ -45,7 +45,7 @@ class Meter:
     last_loss: float = float("nan")
 
     def charge(self, flops: float, executed_flops: float, started: float) -> None:
-        """Add FLOPs (the theoretical count, and what the device really runs) and the time since `started`."""
+        """Add theoretical and executed FLOPs, and the time since `started`."""
         self.flops += flops
         self.executed_flops += executed_flops
         self.wall_s += time.perf_counter() - started
@@ -131,19 +131,18 @@ class Client:
         Args:
             params: where to start; not changed.
             mask: which entries are trained and kept.
-            epochs: passes over the examples; what the method's options say if neither this nor `steps` is
-                given.
+            epochs: passes over the examples. Without this and `steps`, the method's options decide.
             steps: number of batches instead, starting a new pass whenever one is used up.
             lr: another learning rate than the method's; or number of the step → learning rate.
             seed: order the examples by this instead of by the round: equal seeds see equal batches.
             loss: instead of the cross-entropy of the logits.
             on_grad: called with the *dense* gradient (size,) before each step; charged as a dense backward.
             on_step: called with the working vector (size,) after each step, in place of the masking.
-            view: name → weight, differentiably mapped to what the forward pass uses.
+            view: maps the weights, by name, to those of the forward pass; differentiable.
             forward: how logits are computed from module, weights and examples.
 
         Returns:
-            The trained weights, in memory of their own.
+            The trained weights, as a copy.
 
         Raises:
             MethodError: if both epochs and steps are given, or the client has no examples, or fewer than the

@@ -1,4 +1,4 @@
-"""The density of a run: whether a model can be pruned as asked, whether it was, and layers that lost all."""
+"""Checks on density: targets that a model cannot reach, targets that a run missed, and empty layers."""
 
 from collections.abc import Sequence
 from math import prod
@@ -14,10 +14,10 @@ MICRO = 10**6
 
 
 def cannot_start(method: Method, setting: Setting) -> str | None:
-    """Return why a method cannot do with a model what its options ask, beginning with the key; or None.
+    """Return why a method's options do not fit the model, beginning with the key; or None.
 
-    What the method's own `check` refuses comes after a model without anything to prune, and before a density
-    below the minima of the layers: a method that prunes channels knows a larger minimum.
+    First comes a model without prunable weights, then the method's own `check`, then a density below the
+    minima of the layers: a method that prunes channels knows a larger minimum, so its own message is better.
     """
     return _nothing_prunable(method, setting) or method.check(setting) or _too_sparse(method, setting)
 
@@ -54,9 +54,9 @@ def _nothing_prunable(method: Method, setting: Setting) -> str | None:
 
 
 def above_asked(asked: float | None, mask: Mask, groups: Sequence[ChannelGroup]) -> str | None:
-    """Return a note if a run ends above the density asked for; or None.
+    """Return a note if a run ends above the density that its options ask for; or None.
 
-    One weight more in a layer is rounding; where channels were removed as a whole, so is one of each group.
+    One weight more in a layer is rounding. If whole channels were removed, one channel more in a group is.
     """
     if asked is None:
         return None
@@ -68,19 +68,17 @@ def above_asked(asked: float | None, mask: Mask, groups: Sequence[ChannelGroup])
         return None
     return (
         f"the run ends at density {mask.density:.4g}, above the {asked:.4g} that its options ask for: "
-        "what was due was not carried out in any round"
+        "no round carried out the last pruning"
     )
 
 
 def _channel(group: ChannelGroup, layout: Layout) -> int:
-    """Return how many prunable weights go with a channel of a group."""
+    """Return the number of prunable weights in one channel of a group."""
     prunable = set(layout.prunable_names)
     weights = sum(prod(layout.shape_of[name]) for name in {*group.rows, group.columns} & prunable)
     return -(-weights // group.size)
 
 
 def emptied(layers: Sequence[str]) -> list[str]:
-    """Return a note for each layer that lost all its weights, given by the names of their tensors."""
-    return [
-        f"{name} holds no weight any more: its layer gives the same output for every input" for name in layers
-    ]
+    """Return a note for each layer that lost all its weights; `layers` are names of tensors."""
+    return [f"{name} has no weight left: its layer gives the same output for every input" for name in layers]

@@ -1,9 +1,8 @@
 """One model in working memory: a flat vector, and a module whose parameters are views of it.
 
-Whatever computes with weights goes through here: a gradient, a step, an evaluation. FLOPs are counted by the
-client that calls. Under a mask that removed whole channels, the engine hands over to a physically smaller
-one, whose results are the same to rounding; which one trains depends on the model, the mask and the options
-of the call alone, so a run keeps its bits.
+All computing with weights happens here: gradients, steps, evaluations. The client that calls counts the
+FLOPs. If a mask removes whole channels, a physically smaller engine trains instead, with the same results to
+rounding. The choice depends only on the model, the mask and the options of the call, so a run keeps its bits.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,8 +39,8 @@ class Step:
 
     Args:
         x: (batch, …), float32 or tokens (int64). y: (batch,) int64. logits: (batch, classes).
-        features: (batch, width), what the last linear layer, the classifier, was given; the logits where it
-            took no part.
+        features: (batch, width), the input of the classifier (the last linear layer); the logits if the
+            classifier was not called.
         weights: name → the leaf tensor that is being trained, for penalties on the weights.
         index: 0 for the first step of the call.
     """
@@ -99,8 +98,8 @@ class Engine:
     Args:
         model: its module is copied, and its parameters become views of `flat`.
         flops: counts the FLOPs of a batch.
-        device: where it computes; what goes in and comes out is on the CPU.
-        part: for a smaller engine, where its entries lie in the whole model.
+        device: where it computes; arguments and results are on the CPU.
+        part: for a smaller engine, the positions of its entries in the whole model.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Engine:
         self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.chain = LinearChain.of(self.module)
         self._tracked = [(n, norm) for n, norm in batch_norms(self.module) if n in model.norms.tracked]
-        # what a module counts beside the vector, e.g. its batches, must not pass from client to client
+        # counters outside the vector, e.g. of batches, must not pass from client to client
         self._counters = [b for n, b in self.module.named_buffers() if n not in model.layout.spans]
         self._counted = [buffer.clone() for buffer in self._counters]
         self._sparse = any(getattr(module, "sparse", False) for module in self.module.modules())
@@ -148,13 +147,13 @@ class Engine:
             self.flat.copy_(flat if self.part is None else flat.index_select(0, self.part.index))
 
     def unload(self, layout: Layout) -> Params:
-        """Return the working vector as weights of the whole model, in memory of their own."""
+        """Return a copy of the working vector as weights of the whole model."""
         if self.part is None:
             return Params(self.flat.to("cpu", copy=True), layout)
         return Params(torch.zeros(layout.size).scatter_(0, self.part.index, self.flat.cpu()), layout)
 
     def masking(self, mask: Mask) -> Callable[[Tensor], object] | None:
-        """Return what sets the working vector to zero outside the mask; None if it holds all of it."""
+        """Return a function that zeroes the working vector outside the mask; None for a full mask."""
         if mask.digest not in self._masking:
             held = mask.flat if self.part is None else mask.flat[self.part.index]
             full = mask.is_full or bool(held.all())
@@ -194,7 +193,7 @@ class Engine:
             y: (batch,) int64, on this engine's device.
             index: number of the step, for the loss.
             loss: instead of the cross-entropy of the logits.
-            view: name → weight, differentiably mapped to what the forward pass uses.
+            view: maps the weights, by name, to those of the forward pass; differentiable.
             forward: how logits are computed; the module's own way if None.
         """
         weights = self.leaves if view is None else dict(view(self.leaves))
@@ -232,7 +231,7 @@ class Engine:
 
     @contextmanager
     def _classifier_input(self, seen: list[Tensor]) -> Iterator[None]:
-        """Note what the classifier is given."""
+        """Append each input of the classifier to `seen`."""
         classifier = self.module.get_submodule(self.model.head)
         hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:

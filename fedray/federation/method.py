@@ -2,10 +2,10 @@
 
     setup → configure → client_update → aggregate → prune
 
-A method is a frozen dataclass that subclasses `Method` directly. Its fields are its hyper-parameters; what it
-must remember between rounds lives in `ServerState.memory` and `client.memory`, never in itself. It counts no
-byte and no FLOP: those are metered where tensors cross the wire or enter a gradient. It never sees the
-config, the clock, the tracker or the test set.
+A method is a frozen dataclass that subclasses `Method` directly. Its fields are its hyper-parameters. Its
+state between rounds lives in `ServerState.memory` and `client.memory`, never in the object. It counts neither
+bytes nor FLOPs: the wire and the engine meter them. It never sees the config, the clock, the tracker or the
+test set.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -114,7 +114,7 @@ class ServerContext:
 
         No client is late or drops out here. The seconds of the slowest one are added to the round's. For
         clients that were neither in the round's cohort nor drawn by `sample` in it, the server waits until
-        they are available, and the wait is charged; one that never comes is missing in the answer.
+        they are available, and the wait is charged. The answer lacks clients that never become available.
 
         Args:
             function: a method's bound method, or any function that can be pickled.
@@ -123,7 +123,7 @@ class ServerContext:
 
         Raises:
             MethodError: if there is no task, or one for a client that does not exist.
-            RunError: if none of the clients ever comes.
+            RunError: if none of the clients becomes available.
         """
         return self._ask(function, tasks, keep_updates)
 
@@ -148,7 +148,7 @@ class ServerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Generic[M]):
-    """FedAvg, and what every method has. Override a hook to be something else.
+    """FedAvg, with the options that all methods share. Subclasses override hooks.
 
     Args:
         local_epochs: passes of a client over its examples in a round.
@@ -293,7 +293,7 @@ class Method(Generic[M]):
         return state.params
 
     def measures(self, state: ServerState[M]) -> Mapping[str, float]:
-        """Say what the round's report should hold of the method's own, as `method/<name>`; after `prune`."""
+        """Return metrics for the round's report, named `method/<name>` there; called after `prune`."""
         return {}
 
 

@@ -93,7 +93,7 @@ class LocalPool:
 
 @dataclass(frozen=True)
 class ActorOptions:
-    """What one hosting actor asks of Ray.
+    """The resources that one client actor asks of Ray.
 
     Args:
         cpu: CPUs, may be a fraction. gpu: GPUs, may be a fraction.
@@ -123,7 +123,7 @@ class ActorOptions:
 
 @dataclass(frozen=True)
 class Group:
-    """Actors that are alike: how many, and what each asks of Ray."""
+    """A number of equal actors, and the resources of each."""
 
     actors: int
     options: ActorOptions = ActorOptions()
@@ -168,7 +168,7 @@ class ClientActor:
     Args:
         places: a reference to the workplace, in a list: Ray would read it before `prepare` is called.
         device: where clients train, as torch names it.
-        prepare: called first, e.g. to import what the workplace needs.
+        prepare: called first, e.g. to import the modules of the workplace.
     """
 
     def __init__(self, places: "Sequence[ObjectRef]", device: str, prepare: Prepare | None = None) -> None:
@@ -189,7 +189,7 @@ class ClientActor:
         return self.worker.run(packed.unpack(self.worker.engine.layout), chunks)
 
     def train(self, packed: PackedJob, orders: Sequence[tuple[Order, Memory]]) -> list[Trained]:
-        """Train clients without folding them: what `actors: per_client` asks."""
+        """Train clients without folding them, for `actors: per_client`."""
         job = packed.unpack(self.worker.engine.layout)
         self.worker.begin()
         return [self.worker.train(job, order, memory) for order, memory in orders]
@@ -210,7 +210,7 @@ class RayPool:
     """Clients hosted by Ray actors.
 
     Args:
-        place: what every worker needs; put into the object store once.
+        place: the workplace of every worker; put into the object store once.
         groups: actors by group; a chunk goes to its group.
         per_client: one actor for each client of the population, in one group; updates are folded here.
         ready_timeout_s: how long placing and starting the actors may take.
@@ -357,7 +357,7 @@ class RayPool:
 def _keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next client.
 
-    Else it unmaps every vector, and each one faults in anew.
+    Otherwise it unmaps every vector, and the next client's pages fault again.
     """
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

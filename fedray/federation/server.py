@@ -156,7 +156,7 @@ class Server:
         place: model, data, clients, method and seed, as the workers have them.
         pool: where clients train.
         schedule: how long, how many, how often.
-        side: what the server itself has.
+        side: the server's own device, examples and validation data.
         checkpoint: the state to continue from; None starts from the model's seeded initialisation.
     """
 
@@ -209,7 +209,7 @@ class Server:
         # 1 SAMPLE: the sampler draws the cohort
         cohort = self._sample()
 
-        # 2 CONFIGURE: what each client gets; equal tasks are sent as one
+        # 2 CONFIGURE: a task for each client; equal tasks are sent as one
         tasks = {client: method.configure(state, self.population[client]) for client in cohort}
 
         # 3 TRAIN: on the devices; bytes, FLOPs and seconds are metered on the way
@@ -482,7 +482,7 @@ class Server:
     def _report(
         self, round: int, cohort: CohortUpdate | None, started: float, *, evaluate: bool
     ) -> RoundReport:
-        """Add up what the round cost and evaluate it if it is due."""
+        """Add up the costs of the round; evaluate the model if it is due."""
         metrics = {"density/global": self.state.mask.density}
         metrics |= self._accounts.metrics(cohort, self.place.rules.deadline_s)
         state = replace(self.state, round=round)

@@ -1,13 +1,13 @@
 """The link between the server and its clients: both ends of it.
 
-    server   send          tasks → what each device decodes, and the bytes that reach it
-    device   arrive        a decoded task → the task as the client holds it, with its own norms
-    device   upload        an update → what the server decodes, the bytes, and what the device keeps
-    server   keep_norms    its own norms, where clients never send theirs
+    server   send          encode tasks; return the decoded ones, and the bytes to each client
+    device   arrive        add the client's own norms to a decoded task
+    device   upload        encode an update; return the decoded one, its bytes, and the entries to keep
+    server   keep_norms    put back the server's norms if clients keep theirs
 
-The codec turns a model into bytes (`costs/codec.py`), and `models/norms.py` says which entries never travel.
-What a device keeps for the link is part of the client's memory, out of the reach of methods. A lossless codec
-is not run: its payload would decode to the same bits, so the size is enough.
+`costs/codec.py` turns a model into bytes, and `models/norms.py` knows the entries that never travel. Entries
+that a device keeps for the link are part of the client's memory, hidden from methods. A lossless codec does
+not run: its payload would decode to the same bits, so its size is enough.
 """
 
 from collections.abc import Iterable, Mapping
@@ -71,7 +71,7 @@ class Wire:
         downlink: writes tasks.
         uplink: writes updates.
         seed: of the run; clients start from the norms that it initialises.
-        codec: writes the updates of a round's training; one that is no `DeltaCodec` leaves it to `uplink`.
+        codec: a `DeltaCodec` writes the updates of a round's training; otherwise `uplink` does.
     """
 
     model: ModelSpec
@@ -89,7 +89,7 @@ class Wire:
 
         Args:
             tasks: client → its task.
-            holds: client → digest of the mask that it decoded last; brought up to date.
+            holds: client → digest of the mask that it decoded last; updated in place.
 
         Returns:
             The different tasks as devices decode them, and each client's order.
@@ -164,7 +164,7 @@ class Wire:
 
         Args:
             task: as the client held it.
-            update: what the client returned.
+            update: the client's.
             kept: the entries that the device kept for the link so far.
             training: whether the update is that of a round's training. Only such updates follow one another,
                 so only they are sent as differences.
@@ -265,7 +265,7 @@ def check_types(update: ClientUpdate) -> None:
         given: object = number
         if not (isinstance(given, bool | int | float) or (isinstance(given, Tensor) and given.numel() == 1)):
             raise MethodError(
-                f"'metrics.{name}' is {type(number).__name__}, not a number; what is not averaged goes "
+                f"'metrics.{name}' is {type(number).__name__}, not a number; values that are not averaged go "
                 "into `each`"
             )
 
@@ -280,7 +280,7 @@ def _check_layout(task: Task, layout: Layout, client: int) -> None:
         if given != layout:
             raise MethodError(
                 f"the task for client {client} has {part} of another layout than the model's: {given.size:,} "
-                f"entries, the model has {layout.size:,}; make what `configure` returns, or `ask` is given, "
+                f"entries, the model has {layout.size:,}; tasks are made "
                 "from the state's own params and mask"
             )
 

@@ -90,7 +90,7 @@ class Chunk:
 
     Args:
         index: place among the chunks of the job.
-        group: which group of workers may train it (0 unless device classes have resources of their own).
+        group: number of the group of workers that may train it; 0 without groups.
         orders: one for each client.
         memories: client → its memory, unless it is empty.
         num_examples: of all its clients; what chunks are dealt by.
@@ -150,10 +150,10 @@ class Worker:
         return answer
 
     def train(self, job: Job, order: Order, memory: Memory) -> Trained:
-        """Let one client do its part, with global generators that are seeded for it alone.
+        """Run one client's function, with global generators that are seeded for this client.
 
-        Those of Python and numpy are seeded once some client has drawn from them, which then does its part
-        again.
+        The generators of Python and numpy are seeded only after some client has drawn from them; that client
+        then runs again.
 
         Raises:
             ClientError: if the method's code raised, or returned what cannot be sent; with client and round.
@@ -174,7 +174,7 @@ class Worker:
         return self._train(job, order, memory)
 
     def _train(self, job: Job, order: Order, memory: Memory) -> Trained:
-        """Let one client do its part; torch's global generators are seeded for it."""
+        """Run one client's function; torch's global generators are seeded for it."""
         seed_torch(self.place.seed, job.round, order.client)
         info = self.place.population[order.client]
         memory, kept = split_memory(deepcopy(memory))
@@ -224,7 +224,7 @@ class Worker:
 
     @cached_property
     def _bounds(self) -> Bounds:
-        """Largest magnitudes of an update with which the mean stays finite, whatever the others send."""
+        """Largest magnitudes of an update with which the mean of the largest cohort stays finite."""
         return self.place.method.fold.bounds(self.place.population.partition.sizes)
 
     def _judge(

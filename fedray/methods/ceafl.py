@@ -77,7 +77,7 @@ class CEAFLMemory:
     teacher: Tensor | None = None
 
     def due(self, round: int) -> bool:
-        """Whether a round has an event: one of its own, or an earlier one without an update."""
+        """Whether a round has an event: a scheduled one, or an earlier one that had no update."""
         return due(self.events, self.done, round)
 
 

@@ -67,7 +67,7 @@ class FRLP(Method[FRLPMemory]):
 
     Args:
         solver: of the rate: a trained agent, a scan step by step, or bisection.
-        policy: folder of the agent for `dqn`, written by `fedray agent train`; None: the one that ships.
+        policy: folder of the agent for `dqn`, written by `fedray agent train`; None: the shipped agent.
         prune_rounds: rounds after which the server prunes; None: every `interval` up to `until`.
         interval: rounds between events; None: a fifth of the run, at most 20.
         until: last event, as a share of the run's rounds.

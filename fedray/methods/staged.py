@@ -60,7 +60,7 @@ class StagedMemory:
     history: History | None = None
 
     def due(self, round: int) -> bool:
-        """Whether a round has a stage: one of its own, or an earlier one without an answer."""
+        """Whether a round has a stage: a scheduled one, or an earlier one that had no answer."""
         return due(self.stages, self.done, round)
 
     def progress(self, round: int) -> float:
@@ -83,7 +83,7 @@ class Staged(Method[StagedMemory]):
         schedule: form of the density's fall from stage to stage.
         policy: `schedule` prunes by `density` or `threshold`; a trained agent or a bandit chooses one of
             `fedray.policies.stages.ACTIONS` at each stage.
-        agent: folder written by `fedray agent train`; None: the one that ships.
+        agent: folder written by `fedray agent train`; None: the shipped agent.
         preference: λ of agent and bandit: points of accuracy, in hundreds, that the dense model's whole
             traffic is worth. 0.01 keeps accuracy, 1 saves bytes.
         budget: limit of the run's traffic, as a share of the dense model's. λ then starts at `preference` and

@@ -2,7 +2,7 @@
 
 A convolution or linear layer computes channels; normalisation, activations and pooling do not mix them; the
 next convolution or linear layer takes them as inputs. A channel is one row of the first layer, one entry of
-each vector in between, and one block of columns of the second. If anything else lies in between (a sum of
+each vector in between, and one block of columns of the second. If anything else is in between (a sum of
 branches, a GroupNorm, which mixes channels, a layer of another kind or with its own `forward`), no channel
 can be removed.
 """

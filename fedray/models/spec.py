@@ -97,7 +97,7 @@ def not_images(name: str, input_shape: InputShape) -> str | None:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An architecture built for a data set. Pickles to a few kilobytes, whatever the size of the model.
+    """An architecture built for a data set. Pickles to a few kilobytes for models of any size.
 
     Args:
         name: as in the table of models.
@@ -192,7 +192,7 @@ class ModelSpec:
                 try:
                     logits = module.train(mode == "train")(self.architecture.blank(1, self.input_shape))
                     alone = logits.shape == (1, self.num_classes)
-                except Exception:  # whatever it is: with two examples the model works, see `trial`
+                except Exception:  # of any kind: with two examples the model works, see `trial`
                     alone = False
                 if not alone:
                     found.add(mode)

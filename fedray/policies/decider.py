@@ -27,7 +27,7 @@ class Decider:
 
     Args:
         policy: the trained agent, or the bandit.
-        agent: folder of a trained agent; None: the one that ships.
+        agent: folder of a trained agent; None: the shipped agent.
         budget: limit of the run's traffic, as a share of the dense model's; None: no limit.
         min_density: no action prunes below it.
         rollback: largest factor by which one action may raise the validation loss, ≥ 1.

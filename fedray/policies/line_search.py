@@ -82,7 +82,7 @@ def solve(search: RateSearch, solver: str, stride: int = 10, policy: Path | None
         search: the process.
         solver: a name of SOLVERS.
         stride: states that `scan` and `dqn` advance at a time.
-        policy: folder of the agent for `dqn`; None: the one that ships.
+        policy: folder of the agent for `dqn`; None: the shipped agent.
 
     Raises:
         ConfigError: if the solver is unknown, or the policy cannot be used.

@@ -56,7 +56,7 @@ class RateSearch:
         now: density before the event, in (0, 1].
         stop: lowest density that the event may reach, below `now`.
         distance: density → learning distance D of the model pruned to it and fine-tuned; called once per
-            density, which lies in [stop, now]. NaN (the fine-tuning diverged) counts as infinitely far.
+            density, in [stop, now]. NaN (the fine-tuning diverged) counts as infinitely far.
         samples: K, the number of equally spaced rates that are tried for p_0, both ends included; ≥ 2.
         step: width of a state in rate.
         ratio: y, the growth of the distance at an end.
@@ -117,7 +117,7 @@ class RateSearch:
         return self._at(self._rate(state)) / start if start > 0 else 1.0
 
     def is_end(self, state: int) -> bool:
-        """Whether a state lies in the window around the ratio."""
+        """Whether a state is in the window around the ratio."""
         return abs(self.growth(state) - self.ratio) < self.tolerance
 
     def is_below(self, state: int) -> bool:

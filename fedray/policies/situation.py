@@ -29,7 +29,7 @@ class Situation:
         progress: share of the run's rounds that are over.
         stages_left: share of the run's stages that follow.
         spent_bytes: traffic so far, as a share of the dense model's traffic in the whole run.
-        spent_flops: the clients' training FLOPs so far, likewise.
+        spent_flops: the clients' training FLOPs so far, in the same unit.
         bytes_now: traffic of this round, as a share of the dense model's.
         density: of the mask.
         accuracy: on validation data.

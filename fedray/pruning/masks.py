@@ -6,7 +6,7 @@ that every way of computing a mask keeps the same set and masks of falling densi
 
 `min_layer` is the number of entries that each prunable tensor keeps at least, its best ones (all candidates,
 if it has fewer). The total stays the one asked for: other tensors lose their lowest entries instead. Only if
-the minima add up to more than the total is more kept; `lowest_density` returns that limit beforehand.
+the minima add up to more than the total is more kept; `lowest_density` returns that limit.
 """
 
 from collections.abc import Mapping

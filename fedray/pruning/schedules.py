@@ -59,7 +59,7 @@ def spread(rounds: int, count: int, start: float, until: float) -> tuple[int, ..
         rounds: planned rounds.
         count: ≥ 1.
         start: the first stage, as a share of the run's rounds, in [0, 1]; the nearest round, at least 1.
-        until: the last stage, likewise; ≥ `start`.
+        until: the last stage, as a share of the rounds too; ≥ `start`.
     """
     shares = (start + i * (until - start) / max(1, count - 1) for i in range(count))
     return tuple(sorted({max(1, round(share * rounds)) for share in shares}))

@@ -27,7 +27,7 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     """
     text = yaml_text.dump(dict(tree))
     digest = _digest(yaml_text.parse(text, str(path)))
-    note = "# What was run. To change a value and go on: fedray resume DIR KEY=VALUE\n"
+    note = "# Config of this run. To change a value and resume: fedray resume DIR KEY=VALUE\n"
     replace(path, f"{note}# SHA-256 of the values: {digest}\n{text}".encode())
 
 

@@ -57,7 +57,7 @@ def tables(policy: Path | None, curves: int, with_cost: bool, root: Path | None 
     """Compare a policy with the line searches.
 
     Args:
-        policy: its folder; None: the one that ships.
+        policy: its folder; None: the shipped policy.
         curves: held-out curves of each family, at the paper's step and FRLP's default range.
         with_cost: also measure the server's fine-tuning, which takes minutes.
         root: not used: curves need no data.

@@ -56,7 +56,7 @@ class Federations:
         """Return the config of one federation.
 
         Args:
-            seed: ≥ 0; equal seeds give equal federations, whatever the method.
+            seed: ≥ 0; equal seeds give equal federations for all methods.
             method: the section `method`; learning rate, batch and local epochs are drawn.
         """
         rng = np.random.default_rng(seed)

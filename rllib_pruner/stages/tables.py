@@ -73,7 +73,7 @@ def tables(policy: Path | None, problems: int, with_cost: bool, root: Path | Non
     """Compare a trained policy with fixed policies and with the bandit.
 
     Args:
-        policy: its folder; None: the one that ships.
+        policy: its folder; None: the shipped policy.
         problems: held-out federations.
         with_cost: also measure the time of a decision.
         root: folder of the downloaded data sets; None: the default cache.

@@ -282,8 +282,8 @@ def test_a_stage_that_cannot_be_made_up_is_a_warning() -> None:
     found = watch(method, 6, 7, 8)
     assert (found.density[-1], found.asked[-1]) == (0.5, 0.25)
     assert found.reports[-1].notes == (
-        "the run ends at density 0.5, above the 0.25 that its options ask for: what was due was not carried "
-        "out in any round",
+        "the run ends at density 0.5, above the 0.25 that its options ask for: no round carried out the last "
+        "pruning",
     )
     assert not any("the run ends" in note for report in found.reports[:-1] for note in report.notes)
 

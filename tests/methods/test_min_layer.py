@@ -142,7 +142,7 @@ def test_a_layer_that_is_emptied_all_the_same_is_named_once() -> None:
     server = small.server(
         Staged(density=0.02, until=0.7, min_layer=0), schedule=Schedule(4, 4), architecture=DEEP
     )
-    noted = [note for report in small.run(server) for note in report.notes if "holds no weight" in note]
+    noted = [note for report in small.run(server) for note in report.notes if "has no weight left" in note]
     lost = empty_layers(server.state.mask)
     assert len(lost) >= 2
     assert sorted(note.split()[0] for note in noted) == sorted(lost)
