@@ -38,10 +38,14 @@ def test_layers_keep_their_share(distribution: str, expected: list[int]) -> None
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.floats(0.001, 1.0), st.sampled_from(["erk", "uniform"]))
-@example(0.00390625, "erk")  # less than a weight in each layer: one stays
-def test_the_density_is_met_to_half_a_weight_in_each_layer(density: float, distribution: str) -> None:
-    server = begin(RandomMask(density=density, distribution=distribution))  # type: ignore[arg-type]
+@given(st.floats(0.001, 1.0), st.sampled_from(["erk", "uniform"]), st.integers(0, 2))
+@example(0.00390625, "erk", 1)  # less than a weight in each layer: one stays
+@example(0.0078125, "uniform", 1)  # a large layer gives up a weight for a small one
+def test_the_density_is_met_to_half_a_weight_in_each_layer(
+    density: float, distribution: str, min_layer: int
+) -> None:
+    method = RandomMask(density=density, distribution=distribution, min_layer=min_layer)  # type: ignore[arg-type]
+    server = begin(method)
     server.setup()
     mask = server.state.mask
     shares = (
@@ -49,10 +53,14 @@ def test_the_density_is_met_to_half_a_weight_in_each_layer(density: float, distr
         if distribution == "erk"
         else dict.fromkeys(mask.layout.prunable_names, density)
     )
-    for name, share in shares.items():
-        weights = share * mask[name].numel()
-        assert abs(int(mask[name].count_nonzero()) - max(1.0, weights)) <= 0.5 + 1e-6
     assert sum(shares[name] * mask[name].numel() for name in shares) == pytest.approx(density * 324)
+    rounded = [round(share * mask[name].numel()) for name, share in shares.items()]
+    if min(rounded) >= min_layer:
+        assert kept(mask) == rounded
+    else:  # layers below the minimum are filled up by the others, so the total stays
+        assert min(kept(mask)) == min_layer
+        assert sum(kept(mask)) == max(sum(rounded), min_layer * len(rounded))
+        assert all(after <= max(before, min_layer) for after, before in zip(kept(mask), rounded, strict=True))
     assert mask.flat[~mask.layout.prunable_flat].all()
 
 
