@@ -131,6 +131,9 @@ def test_digits_come_with_the_package_and_split_the_same_way_each_time():
     np.testing.assert_array_equal(first.train.x[:3].reshape(3, 64), np.floor(images[rows] * 255 / 16 + 0.5))
     assert first.train.y[:3].tolist() == labels[rows].tolist() == [2, 8, 2]
     assert first.train.x.max() == 255
+    order = np.random.RandomState(0).permutation(1797)
+    both = np.concatenate((first.train.x, first.test.x)).reshape(-1, 64)
+    np.testing.assert_array_equal(both, np.floor(images[order] * 255 / 16 + 0.5))
     assert (np.bincount(first.train.y) + np.bincount(first.test.y)).tolist() == np.bincount(labels).tolist()
     DATASETS["digits"].check(Path("/no/such/folder"))  # ignored, so not an error
 
