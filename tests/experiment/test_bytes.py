@@ -1,5 +1,7 @@
 """What pruning saves on the wire, by the runs' own files, on real data."""
 
+import pytest
+
 import fedray
 from fedray.config.run_config import RunConfig
 from fedray.storage.run_files import RunFiles
@@ -13,6 +15,7 @@ BASE = {
 }
 
 
+@pytest.mark.slow
 def test_at_density_a_tenth_staged_uploads_at_most_an_eighth_of_what_fedavg_does(data_root, in_tmp):
     base = RunConfig.from_tree(BASE | {"data": {"name": "fashion_mnist", "root": str(data_root)}})
     staged = {"method.name": "staged", "method.density": 0.1, "method.stages": 1, "method.start": 0.25}

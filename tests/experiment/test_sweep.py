@@ -99,16 +99,6 @@ def test_a_trial_takes_over_the_process_of_an_earlier_one_and_none_of_its_state(
         assert sums[point.name] == alone.weights_sha256
 
 
-def test_a_sweep_gives_the_bits_of_a_run_in_process(ray_local, in_tmp):
-    import fedray
-
-    planned = plan(in_tmp, {"seed": {"grid": [3]}})
-    made = sweep(planned, out=in_tmp / "sweep")
-    alone = fedray.run(planned.points[0].config.override({"clients.actors": 0}), out=in_tmp / "alone")
-    (result,) = results(made.path).values()
-    assert result["weights_sha256"] == alone.weights_sha256
-
-
 @pytest.mark.slow
 def test_asha_ends_the_worse_trials_early_and_says_so(ray_local, in_tmp):
     space = {"method.lr": {"grid": [0.1, 1e-7, 1e-6, 1e-5]}}
@@ -282,6 +272,7 @@ OWN: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_what_a_file_adds_to_the_tables_works_in_a_sweep_and_after_resume(ray_local, in_tmp):
     """Also on two actors; and an error of its code is kept, in a line and whole."""
     import fedray
@@ -415,7 +406,7 @@ def test_a_metric_that_no_round_reports_is_one_clear_message(ray_local, in_tmp):
 @pytest.mark.parametrize(
     "metric",
     [
-        "train/loss",
+        pytest.param("train/loss", marks=pytest.mark.slow),
         pytest.param("density/client_mean", marks=pytest.mark.slow),
         pytest.param("method/asked", marks=pytest.mark.slow),
     ],

@@ -99,7 +99,7 @@ def test_a_resumed_run_pays_what_clients_owed(norm: Norm, tmp_path):
     assert {len(v) for v in owed.values()} == {size}
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_bits_do_not_depend_on_where_clients_train(chunk: int, ray_local):
     from fedray.federation.pool import ActorOptions, Group, RayPool
 

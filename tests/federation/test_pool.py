@@ -118,7 +118,8 @@ class Drawing(Remembering):
         return replace(update, params=Params(update.params.flat * (1 + noise / 100), update.params.layout))
 
 
-@pytest.mark.parametrize("dies", [pytest.param(False, marks=slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True])
 def test_what_draws_from_the_global_generators_has_the_bits_of_one_process(ray_local, tmp_path, dies):
     def build(input_shape, num_classes):
         return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, num_classes))
@@ -134,6 +135,7 @@ def test_what_draws_from_the_global_generators_has_the_bits_of_one_process(ray_l
     assert (tmp_path / "died").exists() == dies
 
 
+@slow
 def test_an_actor_that_always_dies_ends_the_run(ray_local, tmp_path):
     class Deadly(Method):
         def client_update(self, task, client):
