@@ -104,7 +104,7 @@ def fedray(
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if anything starts Ray."""
 
-    def start_ray() -> None:
+    def start_ray(meanwhile: object = None) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("fedray.experiment.placement.start_ray", start_ray)

@@ -165,8 +165,9 @@ class ClientsConfig(Section):
         cohort: number of clients that train in a round.
         devices: device (or device@link) → weight in the mix.
         jitter: spread of speed and bandwidth among clients of one device: sigma of a log-normal.
-        actors: Ray actors that host the clients: `auto` starts one per CPU, `per_client` one per client, 0
-            none (clients train in the run's process).
+        actors: Ray actors that host the clients: `auto` starts one per CPU, or none for a run that is too
+            short to pay for their start; `per_client` one per client; 0 none (clients train in the run's
+            process).
         resources: resources of each actor, for Ray.
         chunk: clients whose updates are summed together; null makes at most 16 chunks. Changes the last bits
             of a result.

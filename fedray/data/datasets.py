@@ -30,7 +30,6 @@ from fedray.data.files import (
 )
 from fedray.errors import ConfigError, DataError
 
-
 DIGITS = Path(__file__).with_name("digits.npz")
 """The images that scikit-learn has too, where loading them takes an import of seconds."""
 

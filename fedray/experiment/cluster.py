@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,8 +41,11 @@ INSTEAD = (
 )
 
 
-def start_ray() -> None:
+def start_ray(meanwhile: Callable[[], object] = lambda: None) -> None:
     """Connect to the cluster of RAY_ADDRESS, or start a local Ray that ends with this process; once.
+
+    Args:
+        meanwhile: called while a local Ray starts, which leaves this process idle for seconds.
 
     Raises:
         RunError: if it cannot be reached or started; within 30 s for a cluster that does not answer.
@@ -52,7 +56,8 @@ def start_ray() -> None:
     address = _address()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        _watched(lambda: ray.init("local", include_dashboard=False, **quiet), START_S, _cannot_start)
+        start = partial(ray.init, "local", include_dashboard=False, **quiet)
+        _watched(start, START_S, _cannot_start, meanwhile)
         return
     resolved = reached(address)
     _watched(lambda: ray.init(resolved, **quiet), CONNECT_S, lambda why: _no_cluster(address, why))
@@ -247,7 +252,12 @@ def _cannot_start(why: str) -> RunError:
     )
 
 
-def _watched(init: Callable[[], object], limit_s: float, failed: Callable[[str], RunError]) -> None:
+def _watched(
+    init: Callable[[], object],
+    limit_s: float,
+    failed: Callable[[str], RunError],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> None:
     """Call `ray.init` in a separate thread, and stop waiting when it takes too long or its processes die.
 
     In the main thread it could not be interrupted, and would replace our handler of SIGTERM.
@@ -259,6 +269,7 @@ def _watched(init: Callable[[], object], limit_s: float, failed: Callable[[str],
         logging.getLogger(f"ray._private.{name}").setLevel(logging.CRITICAL)
     start = _Start(init)
     try:
+        meanwhile()
         why = start.wait(limit_s)
     except BaseException:
         start.end()

@@ -5,7 +5,10 @@
 Only runs with client actors import Ray.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from fedray.config import plugins
@@ -15,6 +18,14 @@ from fedray.experiment.cluster import cluster_cpus, cluster_nodes, start_ray
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
 from fedray.shares import floor_of
+from fedray.types import Mask
+
+logger = logging.getLogger(__name__)
+
+FLOPS_PER_S, STEP_S, CLIENT_S = 8e10, 2e-3, 1e-3
+"""Rough cost of training on one core: by FLOPs, by SGD step, by client."""
+START_S = 10.0
+"""Rough seconds until a local Ray and its client actors have started."""
 
 
 def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
@@ -45,16 +56,59 @@ def in_trial(config: RunConfig, cpus: float) -> bool:
     return config.clients.actors == "auto" and cpus < 2 and config.clients.resources == ResourcesConfig()
 
 
-def reach(config: RunConfig) -> None:
-    """Connect to Ray, or start it, if a run's clients train there. Called before the run writes to disk.
+def placed(config: RunConfig, place: Workplace, meanwhile: Callable[[], object]) -> PoolFactory:
+    """Decide where a run's clients train, and connect to Ray, or start it, if they train there.
+
+    Called before the run writes to disk. `clients.actors=auto` takes this process if the rounds are expected
+    to end sooner here than with the start of a local Ray. A cluster (RAY_ADDRESS, or a Ray that this process
+    has already) is used in any case.
+
+    Args:
+        config: of the run.
+        place: its workplace.
+        meanwhile: called while Ray starts.
 
     Raises:
         RunError: as `start_ray`.
         ConfigError: if the cluster has no room for the client actors.
     """
-    if config.clients.actors != 0:
-        start_ray()
-        check_room(groups_for(config, _cpus(config)), "the run")
+    if config.clients.actors == 0 or _is_short(config, place):
+        return LocalPool
+    start_ray(meanwhile)
+    check_room(groups_for(config, _cpus(config)), "the run")
+    return pool_for(config)
+
+
+def _is_short(config: RunConfig, place: Workplace) -> bool:
+    """Tell whether a run with `clients.actors=auto` is too short to pay for the start of a local Ray."""
+    clients = config.clients
+    if clients.actors != "auto" or clients.resources != ResourcesConfig() or _has_ray():
+        return False
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here_s = expected_s(config, place)
+    with_ray_s = here_s / cpus + START_S
+    short = here_s <= with_ray_s
+    logger.info(
+        "training is expected to take about %.2g s in this process, %.2g s with %d actors on Ray: "
+        "clients.actors=auto takes %s",
+        *(here_s, with_ray_s, cpus, "this process" if short else "Ray"),
+    )
+    return short
+
+
+def expected_s(config: RunConfig, place: Workplace) -> float:
+    """Return roughly the seconds that the training of a run takes on one core."""
+    method, n = place.method, int(place.population.partition.sizes.mean())
+    steps = method.local_steps(n)
+    examples = min(steps * method.batch_size, steps * n)
+    flops = examples * place.flops.train(Mask.full(place.model.layout))
+    return config.rounds * config.clients.cohort * (flops / FLOPS_PER_S + steps * STEP_S + CLIENT_S)
+
+
+def _has_ray() -> bool:
+    """Tell whether this process is connected to Ray, or is to connect to the cluster of RAY_ADDRESS."""
+    ray = sys.modules.get("ray")
+    return bool(os.environ.get("RAY_ADDRESS", "").strip()) or (ray is not None and ray.is_initialized())
 
 
 def _cpus(config: RunConfig) -> float:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,12 @@ from fedray.durable import local_path, remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment.dealing import check_pairs, dealt, loaded
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
-from fedray.experiment.placement import pool_for, reach
+from fedray.experiment.placement import placed
 from fedray.experiment.provenance import declared
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
 from fedray.experiment.sync import mend
 from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
-from fedray.experiment.tracking import RunStatus
+from fedray.experiment.tracking import MLflowTracker, RunStatus, import_mlflow
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
@@ -174,8 +175,7 @@ def run(
     if out is not None:
         check_free(local_path(out))
     federation = Federation.of(config)
-    if pool is None:
-        reach(config)
+    pool = pool or placed(config, federation.place, partial(import_mlflow, config.tracking.uri))
     with signals():
         if out is not None:
             files = RunFiles.create(local_path(out))
@@ -235,8 +235,7 @@ def resume(
         result = finished_result(files, config)  # another process may have finished it meanwhile
         if result is not None:
             return History(files.path, _history(files), result)
-        if pool is None:
-            reach(config)
+        pool = pool or placed(config, federation.place, partial(import_mlflow, config.tracking.uri))
         found = files.load()
         if found is not None:
             check_origin(files, found, config, federation.place.model.layout)
@@ -279,18 +278,19 @@ def _run_rounds_tracked(
     files: RunFiles,
     found: Stored | None,
     on_round: OnRound | None,
-    pool_factory: PoolFactory | None,
+    pool_factory: PoolFactory,
     tracking: Tracking,
 ) -> History:
     config, checkpoint = federation.config, found.checkpoint if found is not None else None
     status: RunStatus = "FAILED"
     with signals() as stop:
         files.rewind(found)
-        tracker = open_tracker(config, files, tracking)
+        tracker: MLflowTracker | None = None
         try:
             with stop.cuts():
-                pool = (pool_factory or pool_for(config))(federation.place)
+                pool = pool_factory(federation.place)
             with _opened(pool):
+                tracker = open_tracker(config, files, tracking)  # while the client actors start
                 server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
                 with closing(_rounds(server, files, config, stop)) as rounds:
                     for report in rounds:
@@ -310,7 +310,7 @@ def _run_rounds_tracked(
                     files.warn([f"failed: {error}"])
             raise
         finally:
-            close_tracker(tracker, config, files, status)
+            close_tracker(tracker or open_tracker(config, files, tracking), config, files, status)
             if status != "FINISHED":
                 done, path = "interrupted" if status == "KILLED" else "failed", shown(files.path)
                 logger.warning("%s; `fedray resume %s` continues from the last checkpoint", done, path)

@@ -33,8 +33,8 @@ from fedray.experiment.run import RUNS, resume, run
 from fedray.experiment.space import OnPoint, Point, Sweep
 from fedray.experiment.sync import mend
 from fedray.experiment.tracked import Tracking
-from fedray.experiment.tracking import RunStatus, finish_parent, parent_run, prepare_store
-from fedray.experiment.tune import end_if_asked, fit, room
+from fedray.experiment.tracking import RunStatus, finish_parent, import_mlflow, parent_run, prepare_store
+from fedray.experiment.tune import end_if_asked, fit, import_tune, room
 from fedray.storage import sealed
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles
@@ -108,7 +108,7 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
     if path is not None:
         check_free(path)
     check_data(_configs(plan))
-    start_ray()
+    start_ray(partial(_import_all, plan))
     _check_rooms(plan)
     if path is None:
         path = take_next(local_path(RUNS), plan.name, "trials", "sweep")
@@ -180,7 +180,7 @@ def _run_tracked(
     """Run the remaining points and record the sweep's outcome in MLflow; return errors by name."""
     if waiting:
         with stop.cuts():
-            start_ray()
+            start_ray(partial(_import_all, plan))
             _check_rooms(replace(plan, points=tuple(waiting)))
     where = plan.points[0].config.tracking
     store = prepare_store(where.uri, where.experiment)
@@ -333,6 +333,12 @@ def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:
 
 def _tables() -> dict[str, Any]:
     return {**TABLES, **devices.TABLES}
+
+
+def _import_all(plan: Sweep) -> None:
+    """Import the libraries of a sweep, which takes seconds."""
+    import_mlflow(plan.points[0].config.tracking.uri)
+    import_tune()
 
 
 def _shares(plan: Sweep, trials: int) -> tuple[float, int]:

@@ -95,7 +95,7 @@ def prepare_store(uri: str, experiment: str) -> Store:
     if uri.startswith(SQLITE):
         database = database_of(uri).expanduser().resolve()
         uri, artifacts = sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
-    _import_mlflow(uri)
+    import_mlflow(uri)
     lane, limit_s = _Lane(), _opening_s(uri)
     try:
         experiment_id = lane.submit(lambda: _open_experiment(uri, experiment, artifacts)).result(limit_s)
@@ -152,7 +152,7 @@ class MLflowTracker:
         self._lane = _Lane() if self._is_on else None
         if not self._is_on:
             return
-        _import_mlflow(self._uri)
+        import_mlflow(self._uri)
         if parent_run_id is not None:
             tags = {**tags, PARENT: parent_run_id}
         opened = self._submit(lambda: self._open(store.experiment_id, run_name, params, tags, resume))
@@ -433,8 +433,10 @@ class _Lane:
                 future.set_exception(error)
 
 
-def _import_mlflow(uri: str) -> None:
-    """Import MLflow (seconds) where the caller expects to wait, and keep it quiet in our threads."""
+def import_mlflow(uri: str) -> None:
+    """Import MLflow, which takes seconds, unless `uri` is none; keep it quiet in our threads."""
+    if uri == "none":
+        return
     _import_quietly("mlflow.store.tracking.sqlalchemy_store" if uri.startswith(SQLITE) else "mlflow")
     for name in ("mlflow.store.db.utils", "mlflow.pytorch", "urllib3.connectionpool"):
         logging.getLogger(name).addFilter(_is_not_ours)

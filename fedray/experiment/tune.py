@@ -63,13 +63,7 @@ def fit(
     Returns:
         Name → reason, for each failed trial.
     """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # Tune would end the trials without asking them
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    from ray import tune
-
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are reported at the end, once
+    tune = import_tune()
 
     def trial(sample: Mapping[str, str]) -> None:
         # a stopped trial closes its files before the next one takes over its process
@@ -103,6 +97,18 @@ def fit(
         for result in results
         if result.error is not None and result.config is not None
     }
+
+
+def import_tune() -> Any:
+    """Import Ray Tune, after setting the variables that it reads; return the module."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune would end the trials without asking them
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are reported at the end, once
+    return tune
 
 
 def room(actors: Sequence[ActorOptions]) -> Any:

@@ -240,7 +240,7 @@ class RayPool:
         self._examples: dict[int, tuple[Examples, ObjectRef]] = {}
         self._members = [g for g, group in enumerate(self.groups) for _ in range(group.actors)]
         self.actors: list[ActorHandle] = [self._create(group) for group in self._members]
-        self._await_ready(self.actors)
+        self._are_ready = False
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
         """Train and fold all chunks: one broadcast, one call per actor."""
@@ -304,6 +304,7 @@ class RayPool:
 
         An actor that dies is created again and called again.
         """
+        self._await_start()
         pending = {self._submit(worker, call): worker for worker, call in calls.items()}
         answers: dict[int, Any] = {}
         deaths = 0
@@ -340,6 +341,12 @@ class RayPool:
         hosted = self._ray.remote(max_restarts=0, max_task_retries=0, **options)(ClientActor)
         device = "cuda" if options["num_gpus"] else "cpu"
         return hosted.remote([self._place_ref], device, self.prepare)
+
+    def _await_start(self) -> None:
+        """Wait for the actors once, before the first call: the caller has other things to start."""
+        if not self._are_ready:
+            self._await_ready(self.actors)
+            self._are_ready = True
 
     def _await_ready(self, actors: Iterable["ActorHandle"]) -> None:
         waiting = [actor.ready.remote() for actor in actors]

@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 
 from fedray.errors import ConfigError
-from fedray.experiment.placement import actors_for, check_room, groups_for, in_trial, pool_for
+from fedray.experiment import placement
+from fedray.experiment.placement import (
+    actors_for,
+    check_room,
+    expected_s,
+    groups_for,
+    in_trial,
+    placed,
+    pool_for,
+)
+from fedray.experiment.run import Federation
 from fedray.federation.pool import ActorOptions, Group, LocalPool
 from tests.experiment import tiny
 
@@ -136,3 +146,52 @@ def test_a_trial_with_one_cpu_trains_in_its_own_process(
     assert (pool_for(config, cpus) is LocalPool) is expected
     if expected:
         assert actors_for(config, cpus) == [ActorOptions(cpu=min(1.0, cpus))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "address", "starts"),
+    [
+        ({}, "", False),
+        ({"rounds": 10**6}, "", True),
+        ({"rounds": 10**6, "clients.actors": 0}, "", False),
+        ({"clients.actors": 1}, "", True),
+        ({"clients.resources.cpu": 1.0}, "", True),  # asked for
+        ({}, "127.0.0.1:1", True),  # a cluster is there, and asked for
+    ],
+)
+def test_a_run_too_short_for_the_start_of_ray_trains_in_its_own_process(
+    changes: dict[str, Any], address: str, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config({"clients.actors": "auto"} | changes)
+    place = Federation.of(config).place
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(placement, "cluster_cpus", lambda **_: 2.0)
+    monkeypatch.setattr(placement, "check_room", lambda *_: None)
+    calls: list[str] = []
+
+    def start_ray(meanwhile: Any) -> None:
+        calls.append("start")
+        meanwhile()
+
+    monkeypatch.setattr(placement, "start_ray", start_ray)
+    pool = placed(config, place, lambda: calls.append("meanwhile"))
+    assert calls == (["start", "meanwhile"] if starts else [])
+    assert (pool is LocalPool) is not starts
+
+
+def test_the_estimate_is_logged_and_grows_with_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny.config({"clients.actors": "auto", "clients.cohort": 3, "rounds": 3})
+    place = Federation.of(config).place
+    once = expected_s(config, place)
+    assert expected_s(config.override({"rounds": 30}), place) == pytest.approx(10 * once)
+    assert expected_s(config.override({"clients.cohort": 6}), place) == pytest.approx(2 * once)
+    # three rounds of three clients; each makes steps of two milliseconds, and costs another one
+    n = int(place.population.partition.sizes.mean())
+    steps = place.method.local_steps(n)
+    assert 9 * (2e-3 * steps + 1e-3) < once < 9 * (2e-3 * steps + 2e-3)
+    with caplog.at_level("INFO", logger="fedray"), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr("ray.is_initialized", lambda: False)
+        placed(config, place, lambda: None)
+    assert "clients.actors=auto takes this process" in caplog.text

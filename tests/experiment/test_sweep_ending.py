@@ -35,7 +35,7 @@ def uri(in_tmp: Path) -> str:
 @pytest.fixture
 def fitting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fit], None]]:
     """Set what Tune does with the points that wait."""
-    monkeypatch.setattr(sweeps, "start_ray", lambda: None)
+    monkeypatch.setattr(sweeps, "start_ray", lambda *_: None)
     monkeypatch.setattr(sweeps, "_check_rooms", lambda plan: None)
 
     def set_it(fit: Fit) -> None:

@@ -220,8 +220,14 @@ def test_device_classes_are_trained_by_actors_of_their_own(ray_local, tmp_path):
 
 def test_actors_that_do_not_fit_are_reported_and_not_waited_for(ray_local):
     started = time.monotonic()
+
+    def pool(place):
+        return RayPool(place, [Group(1, ActorOptions(cpu=99.0))], ready_timeout_s=2)
+
+    server = small.server(Remembering(), clients=CLIENTS, schedule=SCHEDULE, pool=pool)
     with pytest.raises(RunError, match=r"not placed within 2 s.*99.*the cluster has.*clients.actors"):
-        RayPool(small.workplace(Method()), [Group(1, ActorOptions(cpu=99.0))], ready_timeout_s=2)
+        small.run(server)
+    server.pool.close()
     assert time.monotonic() - started < 30
 
 
