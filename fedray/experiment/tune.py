@@ -131,12 +131,16 @@ def attempt(body: Body, name: str, place: Path) -> None:
     kept.unlink(missing_ok=True)  # of an earlier attempt
     try:
         body(name)
-    except SystemExit:
-        return  # it ended in good order, as asked
+    except Asked:
+        return  # in good order; when Tune stops a trial, it raises another SystemExit, and awaits it
     except Exception as error:
         place.mkdir(parents=True, exist_ok=True)
         kept.write_text(traceback.format_exc(), encoding="utf-8")
         raise RunError(f"{described(error)}; traceback in {kept}") from None
+
+
+class Asked(SystemExit):
+    """The driver has asked the trials to end."""
 
 
 def end_if_asked(folder: Path) -> None:
@@ -146,10 +150,10 @@ def end_if_asked(folder: Path) -> None:
         folder: of all trials, the parent of Tune's.
 
     Raises:
-        SystemExit: if one has.
+        Asked: if one has.
     """
     if _ending(folder).exists():
-        raise SystemExit(0)
+        raise Asked
 
 
 def _ending(folder: Path) -> Path:

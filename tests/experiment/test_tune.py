@@ -1,10 +1,15 @@
-"""What is kept of a trial's error: the traceback, and a line that names the user's own code."""
+"""Trials of Tune: what is kept of an error, and how a trial ends that is stopped."""
+
+import os
+import time
 
 import pytest
 
 from fedray.config.plugins import import_modules, imported_modules
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.tune import TRACEBACK, attempt
+from fedray.experiment.interrupt import signals
+from fedray.experiment.tune import TRACEBACK, attempt, end_if_asked, fit, room
+from fedray.federation.pool import ActorOptions
 
 BROKEN = """
 import json
@@ -71,3 +76,59 @@ def test_an_attempt_that_succeeds_leaves_no_traceback_of_the_one_before(tmp_path
     (tmp_path / TRACEBACK).write_text("of the attempt before")
     attempt(lambda name: None, "00", tmp_path)
     assert not (tmp_path / TRACEBACK).exists()
+
+
+def test_tune_ends_a_trial_by_system_exit_and_a_signal_by_another(tmp_path):
+    def stopped(name: str) -> None:
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit):  # returning would let Tune wait for a report that nobody takes
+        attempt(stopped, "00", tmp_path)
+
+    def asked(name: str) -> None:
+        (tmp_path / ".ending").touch()
+        end_if_asked(tmp_path)
+
+    attempt(asked, "00", tmp_path)
+    assert not (tmp_path / TRACEBACK).exists()
+
+
+def test_the_process_of_a_stopped_trial_is_taken_over(ray_local, tmp_path):
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+    class First(FIFOScheduler):
+        """Stops the first trial after its first report."""
+
+        def on_trial_result(self, controller, trial, result):
+            first = trial.config["name"] == "00"
+            return TrialScheduler.STOP if first else TrialScheduler.CONTINUE
+
+    def body(name: str) -> None:
+        from ray import tune
+
+        (tmp_path / name).mkdir()
+        try:
+            for number in range(3):
+                tune.report({"number": number})
+        finally:
+            (tmp_path / name / "process").write_text(f"{os.getpid()} {number}")
+
+    names = ("00", "01")
+    started = time.monotonic()
+    with signals() as stop:
+        failed = fit(
+            body,
+            {name: tmp_path / name for name in names},
+            {name: room([ActorOptions(cpu=1.0)]) for name in names},
+            tmp_path / "tune" / "files",
+            concurrent=1,
+            max_failures=0,
+            stop=stop,
+            scheduler=First(),
+            reuse=True,
+        )
+    assert not failed
+    processes, ends = zip(*((tmp_path / name / "process").read_text().split() for name in names), strict=True)
+    assert processes[0] == processes[1]
+    assert ends == ("0", "2")
+    assert time.monotonic() - started < 60
