@@ -20,6 +20,12 @@ hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that need a Ray: in parallel, a long file at the end would run alone."""
+    with_ray = {item.path for item in items if "ray_local" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in with_ray)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Collect garbage after each file: what complains when it is deleted fails the file that left it behind.
