@@ -1,4 +1,6 @@
-"""Writes docs/config.md and the JSON schemas from the docstrings and types of the code: `make docs`.
+"""Writes what the docstrings and types of the code say: docs/config.md, the JSON schemas, the list of methods.
+
+    make docs
 
 tests/test_reference.py fails while a file is not what this module writes.
 """
@@ -11,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from fedray.cli import listing
 from fedray.config.choice import described
 from fedray.config.docstrings import summary
 from fedray.config.run_config import RunConfig
@@ -82,11 +85,12 @@ def config_page() -> str:
 
 
 def written() -> dict[str, str]:
-    """Return name in docs/ → text of every file that is generated."""
+    """Return path from docs/ → text of every file that is generated."""
     return {
         "config.md": config_page(),
         "config.schema.json": json.dumps(file_schema(), indent=1, ensure_ascii=False) + "\n",
         "training.schema.json": json.dumps(file_schema(TrainConfig), indent=1, ensure_ascii=False) + "\n",
+        "../fedray/methods/listing.json": json.dumps(listing(), indent=1, ensure_ascii=False) + "\n",
     }
 
 

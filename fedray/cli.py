@@ -218,20 +218,34 @@ def methods(
     imports: Import = None,
 ) -> None:
     """List the methods; or show one with its options."""
-    _import(imports)
+    if name is not None:
+        _import(imports)
+        return _method(name)
+    if imports:
+        _import(imports)
+        listed = listing()
+    else:  # the file saves the import of torch, which takes seconds
+        listed = json.loads(LISTING.read_text(encoding="utf-8"))
+    table = _table("method", "what it is", "source", "needs")
+    for row in listed["methods"]:
+        table.add_row(*row)
+    out.print(table)
+    out.print(f"Every method has: {listed['common']}\nIn full: fedray methods NAME")
+
+
+LISTING = Path(__file__).parent / "methods" / "listing.json"
+"""The list of methods, as `make docs` writes it."""
+
+
+def listing() -> dict[str, Any]:
+    """Return the rows of the list of methods, and the options that every method has."""
     from dataclasses import fields
 
     from fedray.federation.method import Method
     from fedray.methods import METHODS
 
-    if name is not None:
-        return _method(name)
-    table = _table("method", "what it is", "source", "needs")
-    for known, method in METHODS.items():
-        table.add_row(known, _title(method), method.citation, _needs(method) or "—")
-    out.print(table)
-    common = ", ".join(f"{field.name}={field.default}" for field in fields(Method))
-    out.print(f"Every method has: {common}\nIn full: fedray methods NAME")
+    rows = [[name, _title(kind), kind.citation, _needs(kind) or "—"] for name, kind in METHODS.items()]
+    return {"methods": rows, "common": ", ".join(f"{f.name}={f.default}" for f in fields(Method))}
 
 
 @app.command()

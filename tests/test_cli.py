@@ -695,12 +695,12 @@ except SystemExit as end:
     assert not end.code
 print("HEAVY", *({"torch", "numpy", "ray", "pandas", "mlflow", "sklearn", "fedray.types"} & set(sys.modules)))
 """
-    for arguments in (["--help"], ["run", "--help"]):
+    for arguments in (["--help"], ["run", "--help"], ["methods"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
-        assert "Usage: " in done.stdout
+        assert ("prunefl" if arguments == ["methods"] else "Usage: ") in done.stdout
 
 
 def test_help_names_every_command():
