@@ -1,4 +1,4 @@
-"""Writes what the docstrings and types of the code say: docs/config.md, the JSON schemas, the list of methods.
+"""Writes what docstrings and types of the code say: docs/config.md, the JSON schemas, the list of methods.
 
     make docs
 
