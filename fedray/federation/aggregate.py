@@ -26,6 +26,9 @@ Masks = Mapping[bytes, Mask]
 """Masks by digest: what a digest in a partial refers to."""
 
 Weight = Literal["examples", "uniform"]
+BLOCK = 2**15
+"""Entries that are added at once."""
+
 CountedBy = Literal["mask", "nonzero", "everyone"]
 
 
@@ -96,8 +99,6 @@ class Partial:
         """Add one client's update, which must be finite under its mask."""
         weight = float(num_examples) if self.fold.weight == "examples" else 1.0
         params, mask = update.params, update.mask
-        if self.fold.by == "nonzero":
-            mask = Mask(mask.flat & (params.flat != 0), self.layout)
         if self.fold.by == "everyone" and mask.count and not mask.is_full:
             params, mask = params.masked(mask), Mask.full(self.layout)
         if mask.count:  # a silent client adds nothing, and must not make a common mask a vector
@@ -142,18 +143,19 @@ class Partial:
     def _add_params(self, params: Params, mask: Mask, weight: float) -> None:
         if self.weighted is None:
             self.weighted = np.zeros(self.layout.size, dtype=np.float32)
-        total = torch.from_numpy(self.weighted)
-        if mask.is_full:
-            total.add_(params.flat, alpha=weight)
-        else:
-            total.add_(params.masked(mask).flat, alpha=weight)
-        known = mask.digest in self.masks
-        if known and self.held is None and self.common in (None, mask.digest):
+        sent = params.flat if mask.is_full else params.masked(mask).flat
+        torch.from_numpy(self.weighted).add_(sent, alpha=weight)
+        literal = self.fold.by == "nonzero"
+        if not literal and self._is_shared(mask) and self.held is None and self.common in (None, mask.digest):
             self.common, self.weight = mask.digest, self.weight + weight
-        else:
-            held = torch.from_numpy(self._spread())
-            held.add_(mask.flat, alpha=weight)
-            self.common, self.weight, self.held = None, 0.0, held.numpy()
+            return
+        held = self._spread()
+        _count_held(held, sent.numpy() if literal else mask.flat.numpy(), np.float32(weight))
+        self.common, self.weight, self.held = None, 0.0, held
+
+    def _is_shared(self, mask: Mask) -> bool:
+        """Tell whether both sides of a process border know a mask; a digest is computed only if it may be."""
+        return any(mask.count == known.count for known in self.masks.values()) and mask.digest in self.masks
 
     def _spread(self) -> Vector:
         """Return Σ n·m as a new vector (size,)."""
@@ -207,6 +209,16 @@ class Partial:
         """Return self after a process border, with layout and masks put back."""
         self.layout, self.masks = layout, masks
         return self
+
+
+def _count_held(held: Vector, values: NDArray[Any], weight: np.float32) -> None:
+    """Add a weight to `held` in place wherever `values` is not zero, or True."""
+    flags, weights = np.empty(BLOCK, np.bool_), np.empty(BLOCK, np.float32)
+    for start in range(0, len(held), BLOCK):  # a block stays in the cache for all its passes
+        part = values[start : start + BLOCK]
+        block, flag = held[start : start + BLOCK], flags[: len(part)]
+        np.not_equal(part, 0, out=flag)
+        np.add(block, np.multiply(flag, weight, out=weights[: len(part)]), out=block)
 
 
 def _form(array: NDArray[Any]) -> str:
