@@ -42,6 +42,7 @@ def tables_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Restore the tables of methods, models, devices, … after a test that imports a file."""
     from fedray.config import plugins
     from fedray.costs.devices import DEVICES, HARDWARE, LINKS
+    from fedray.costs.differences import CODECS
     from fedray.data import DATASETS, PARTITIONS
     from fedray.federation.sampling import SAMPLERS
     from fedray.methods import METHODS
@@ -49,7 +50,7 @@ def tables_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(sys, "path", list(sys.path))
     tables: tuple[dict[Any, Any], ...] = (
-        *(METHODS, MODELS, DATASETS, PARTITIONS, SAMPLERS),
+        *(METHODS, MODELS, DATASETS, PARTITIONS, SAMPLERS, CODECS),
         *(DEVICES, HARDWARE, LINKS),
     )
     records: tuple[dict[Any, Any], ...] = (

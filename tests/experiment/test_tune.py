@@ -96,7 +96,7 @@ def test_tune_ends_a_trial_by_system_exit_and_a_signal_by_another(tmp_path):
 def test_the_process_of_a_stopped_trial_is_taken_over(ray_local, tmp_path):
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-    class First(FIFOScheduler):
+    class First(FIFOScheduler):  # type: ignore[misc]  # Ray has no types
         """Stops the first trial after its first report."""
 
         def on_trial_result(self, controller, trial, result):
