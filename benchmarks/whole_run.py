@@ -77,6 +77,9 @@ def inside(config: str, changes: list[str], started: float) -> None:
     shares = Shares()
     shares.seconds["import"] = time.time() - started
     with shares.within("import"):
+        from fedray.cli import collect_rarely
+
+        collect_rarely()
         from fedray.config.run_config import RunConfig
         from fedray.experiment import run as runs
         from fedray.federation.pool import RayPool
