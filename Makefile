@@ -23,7 +23,7 @@ $(READY): requirements.lock pyproject.toml
 	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup      ## a sweep on real data, about two minutes
+demo: setup      ## a sweep on real data, about a minute
 	$(BIN)/fedray sweep tune_configs/quickstart.yaml
 
 test: setup      ## the fast tests, in parallel
