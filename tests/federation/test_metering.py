@@ -90,6 +90,9 @@ class WatchedWorker(Worker):
     def __init__(self, place: Workplace, real: RealFlops) -> None:
         super().__init__(place)
         self.real, self.entries = real, list[Entry]()
+        # another thread (of a Ray that an earlier test started) may draw from Python's generator; a client
+        # would then train twice, and be charged once
+        self._seeds_all = True
 
     def train(self, job: Job, order: Order, memory: Memory) -> Trained:
         before = self.real.total
