@@ -1,6 +1,6 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli → rllib_pruner → fedray → experiment → storage → report → config → methods → policies → federation →
+cli → rllib_pruner → fedray → experiment → storage → report → config → methods → policies → federation → training →
 pruning · costs · models · data → the ground floor
 """
 
@@ -23,6 +23,7 @@ FLOORS = (
     {"durable"},
     {"parquet"},
     {"pruning", "costs", "models", "data"},
+    {"training"},
     {"federation"},
     {"policies"},
     {"methods"},

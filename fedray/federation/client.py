@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fedray.errors import MethodError
-from fedray.federation.engine import Engine, Forward, Loss, Outcome, Step, Training, View, cut
 from fedray.models.spec import ModelSpec
+from fedray.training.engine import Engine, Forward, Loss, Outcome, Step, Training, View, cut
 from fedray.types import ClientInfo, ClientUpdate, E, Mask, Params, Task, expect
 
 __all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "Step", "norm_statistics"]

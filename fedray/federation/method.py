@@ -20,9 +20,9 @@ from fedray.costs.flops import FlopModel
 from fedray.errors import MethodError
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client, ClientFunction
-from fedray.federation.engine import Optimizer
 from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import removed_entries
+from fedray.training.engine import Optimizer
 from fedray.types import (
     ChannelGroup,
     ClientInfo,

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedray.federation.client import Client, Step
-from fedray.federation.engine import SMALLER_ENGINES, Engine
 from fedray.federation.method import Method
 from fedray.federation.server import Schedule
 from fedray.methods.fedavg_small import FedAvgSmall
 from fedray.models import MODELS, Architecture
 from fedray.pruning.channels import channel_mask
 from fedray.pruning.masks import top_k
+from fedray.training.engine import SMALLER_ENGINES, Engine
 from fedray.types import Mask, Params
 from tests import small
 

@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim.adam import adam
 
 from fedray.costs.flops import FlopModel
-from fedray.federation.chain import LinearChain
 from fedray.models.norms import batch_norms
 from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import Shrunken, shrink
+from fedray.training.chain import LinearChain
 from fedray.types import Layout, Mask, Params
 
 SMALLER_ENGINES = 8

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedray.federation.client import Client, Step
-from fedray.federation.engine import SMALLER_ENGINES, Weights
 from fedray.federation.method import Method
 from fedray.federation.worker import client_generator
 from fedray.models.spec import Architecture
 from fedray.pruning import masks
 from fedray.pruning.channels import Shrunken, channel_mask, shrink
+from fedray.training.engine import SMALLER_ENGINES, Weights
 from fedray.types import ChannelGroup, Mask, Params
 from tests import small
 
@@ -332,7 +332,7 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> list[Mask]:
         calls.append(mask)
         return shrink(mask, groups)
 
-    monkeypatch.setattr("fedray.federation.engine.shrink", noted)
+    monkeypatch.setattr("fedray.training.engine.shrink", noted)
     return calls
 
 

@@ -1,0 +1,1 @@
+"""How a device trains one model: a flat vector, the module that reads from it, steps and evaluations."""
