@@ -7,7 +7,7 @@ the four are read as torchvision lays them out, zipped or not; CIFAR-10 also fro
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,20 @@ class Dataset:
             return torch.from_numpy(x.astype(np.int64, order="C"))
         out = x.astype(np.float32, order="C")
         if self.std:
-            unit = 255 if x.dtype == np.uint8 else 1
-            std = np.array(self.std, dtype=np.float64).reshape(-1, *(1,) * (x.ndim - 2))
-            shift = np.array(self.mean, dtype=np.float64).reshape(std.shape) / std
-            out *= (1 / (unit * std)).astype(np.float32)
-            out -= shift.astype(np.float32)
+            factor, shift = _scale(self.mean, self.std, 255 if x.dtype == np.uint8 else 1, x.ndim - 2)
+            out *= factor
+            out -= shift
         return torch.from_numpy(out)
+
+
+@lru_cache
+def _scale(
+    mean: tuple[float, ...], std: tuple[float, ...], unit: int, trailing: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what numbers are multiplied by, and what is then subtracted; one for each channel."""
+    deviation = np.array(std, dtype=np.float64).reshape(-1, *(1,) * trailing)
+    shift = np.array(mean, dtype=np.float64).reshape(deviation.shape) / deviation
+    return (1 / (unit * deviation)).astype(np.float32), shift.astype(np.float32)
 
 
 def _no_check(root: Path | None) -> None:

@@ -24,6 +24,9 @@ from fedray.types import ClientInfo, ClientUpdate, E, Mask, Params, Task, expect
 __all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "Step", "norm_statistics"]
 
 
+GATHERED = 2**18
+"""Numbers of examples that are gathered at once; they stay in a cache."""
+
 TWO = (
     "it normalises over the batch (BatchNorm1d, or a single value for each channel), or drops a dimension of "
     "size 1: give each client two examples or more, take method.batch_size of 2 or more, or another model"
@@ -95,7 +98,7 @@ class Client:
     @property
     def num_examples(self) -> int:
         """Its number of examples."""
-        return len(self.y)
+        return self.y.shape[0]
 
     @property
     def model(self) -> ModelSpec:
@@ -156,27 +159,28 @@ class Client:
         plain = loss is None and on_grad is None and view is None and forward is None
         engine = self._engine.smaller(mask) if plain and on_step is None else self._engine
         engine.load(params, mask)
-        engine.module.train()
         after_step = on_step or engine.masking(mask)
         simple = plain and training.optimizer == "sgd" and not training.momentum
-        chain = engine.chain if simple else None
+        chain = engine.chain if simple and engine.chain and engine.chain.takes(training.batch_size) else None
+        if chain is None:
+            engine.module.train()
         optimizer = engine.optimizer(training, training.weight_decay)
         total, value, seen = torch.zeros((), device=engine.device), torch.tensor(float("nan")), 0
         rng = self.rng if seed is None else self._generator(seed)
-        for index, rows in enumerate(self._batches(rng, epochs, steps)):
-            x, y = self._batch(rows)
-            step_lr = rate(index) if callable(rate) else rate
-            if chain is not None:
-                value = chain.step(x, y, step_lr, training.weight_decay)
-            else:
-                value, grads = engine.gradient(x, y, index, loss, view, forward)
-                if on_grad is not None:
-                    on_grad(engine.dense(grads))
-                optimizer.step(grads, step_lr)
-            if after_step is not None:
-                with torch.no_grad():
-                    after_step(engine.flat)
-            total, seen = total.add_(value, alpha=len(rows)), seen + len(rows)
+        with torch.set_grad_enabled(chain is None):
+            for index, (x, y) in enumerate(self._batches(rng, epochs, steps)):
+                step_lr = rate(index) if callable(rate) else rate
+                if chain is not None:
+                    value = chain.step(x, y, step_lr, training.weight_decay)
+                else:
+                    value, grads = engine.gradient(engine.batch(x), y, index, loss, view, forward)
+                    if on_grad is not None:
+                        on_grad(engine.dense(grads))
+                    optimizer.step(grads, step_lr)
+                if after_step is not None:
+                    with torch.no_grad():
+                        after_step(engine.flat)
+                total, seen = total.add_(value, alpha=y.shape[0]), seen + y.shape[0]
         self._charge(seen, mask, started, dense_gradient=on_grad is not None)
         self.meter.loss = float(total) / seen if seen else float("nan")
         self.meter.last_loss = float(value)
@@ -201,15 +205,13 @@ class Client:
         self._engine.load(params, mask)
         self._engine.module.train()
         total, seen = torch.zeros(self._engine.layout.size), 0
-        whole = self._cut(torch.arange(self.num_examples))
-        parts: Iterator[Tensor] = iter(whole)
+        parts = self._gathered(torch.arange(self.num_examples))
         if batches is not None:
-            parts = self._batches(self.rng, None, min(batches, len(whole)))
-        for rows in parts:
-            x, y = self._batch(rows)
-            _, grads = self._engine.gradient(x, y, 0, loss)
-            total.add_(self._engine.dense(grads), alpha=len(rows))
-            seen += len(rows)
+            parts = self._batches(self.rng, None, min(batches, len(self._cut(self.y))))
+        for x, y in parts:
+            _, grads = self._engine.gradient(self._engine.batch(x), y, 0, loss)
+            total.add_(self._engine.dense(grads), alpha=len(y))
+            seen += len(y)
         self._charge(seen, mask, started, dense_gradient=True)
         return total / seen
 
@@ -230,19 +232,34 @@ class Client:
         self._charge_forward(mask, started)
         return found
 
-    def _batches(self, rng: np.random.Generator, epochs: int | None, steps: int | None) -> Iterator[Tensor]:
-        """Yield the rows of each batch, for a number of epochs or steps; None takes the method's options."""
+    def _batches(
+        self, rng: np.random.Generator, epochs: int | None, steps: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches for a number of epochs or steps; None takes the method's options."""
         if epochs is None and steps is None:
             epochs, steps = self._training.local_epochs, self._training.steps
-        given = steps is not None
-        left, passes = steps or 0, epochs or 0
-        while left > 0 if given else passes > 0:
-            for rows in self._cut(torch.from_numpy(rng.permutation(self.num_examples))):
-                if given and left == 0:
-                    return
-                yield rows
-                left -= 1
-            passes -= 1
+        if steps is None:
+            for _ in range(epochs or 0):
+                yield from self._gathered(torch.from_numpy(rng.permutation(self.num_examples)))
+        while steps:
+            for batch in self._gathered(torch.from_numpy(rng.permutation(self.num_examples)), steps):
+                yield batch
+                steps -= 1
+
+    def _gathered(self, rows: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (x, y) of the batches that rows make, at most `most`, in fresh memory.
+
+        Several batches are gathered at once: for small ones that takes as long as one.
+        """
+        batches = self._cut(rows)[:most]
+        together = max(1, GATHERED // max(1, self.x[0].numel() * self._training.batch_size))
+        for start in range(0, len(batches), together):
+            lengths = [batch.shape[0] for batch in batches[start : start + together]]
+            some = torch.cat(batches[start : start + together])
+            # index_select gathers rows about twice as fast as indexing does
+            x = self.x.index_select(0, some).to(self._engine.device)
+            y = self.y.index_select(0, some).to(self._engine.device)
+            yield from zip(torch.split(x, lengths), torch.split(y, lengths), strict=True)
 
     def _cut(self, rows: Tensor) -> list[Tensor]:
         """Cut rows into batches of the method's size; none is of one example if the model needs two."""
@@ -256,11 +273,6 @@ class Client:
                 f"{self.model.name} cannot be trained on one example at a time, and client {self.id} has "
                 f"{self.num_examples} with method.batch_size={self._training.batch_size}; {TWO}"
             )
-
-    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        # index_select gathers rows about twice as fast as indexing does
-        x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
-        return self._engine.batch(x), y.to(self._engine.device)
 
     def _charge(self, examples: int, mask: Mask, started: float, *, dense_gradient: bool) -> None:
         flops = self._engine.flops

@@ -21,7 +21,7 @@ from fedray.costs.flops import FlopModel
 from fedray.models.norms import batch_norms
 from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import Shrunken, shrink
-from fedray.training.chain import LinearChain
+from fedray.training.chain import Chain
 from fedray.types import Layout, Mask, Params
 
 SMALLER_ENGINES = 8
@@ -111,7 +111,7 @@ class Engine:
         self.flat = torch.zeros(model.layout.size, device=self.device)
         self.module: nn.Module = model.bind(self.flat)
         self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.chain = LinearChain.of(self.module)
+        self.chain = Chain.of(self.module, model.input_shape, self.device)
         self._tracked = [(n, norm) for n, norm in batch_norms(self.module) if n in model.norms.tracked]
         # counters outside the vector, e.g. of batches, must not pass from client to client
         self._counters = [b for n, b in self.module.named_buffers() if n not in model.layout.spans]
@@ -162,13 +162,11 @@ class Engine:
         return None if factor is None else lambda flat: flat.mul_(factor)
 
     def batch(self, x: Tensor) -> Tensor:
-        """Return examples as this engine computes them: on its device, images with channels last.
+        """Return a copy of examples as the module takes them: on its device, images with channels last.
 
         Convolutions and, above all, pooling are about a quarter faster that way on a CPU; values stay the
         same.
         """
-        if self.chain is not None:
-            return x.to(self.device)
         if x.dim() != 4:
             return x.to(self.device, copy=True)  # a model may write into its input
         n, channels, height, width = x.shape
@@ -251,6 +249,8 @@ class Engine:
             norm.train(not bool(mask[f"{name}.running_var"].any()))
         by_batch = any(norm.training for _, norm in self._tracked)
         pairs = bool(self.model.pairs & ({"train", "eval"} if by_batch else {"eval"}))
+        if self.chain is not None:
+            batch = min(batch, self.chain.at_once or batch)
         parts = cut(x, batch, pairs=pairs)
         logits = [self._logits(part, pairs=pairs) for part in parts]
         labels = torch.split(y, [len(part) for part in parts])
@@ -263,6 +263,8 @@ class Engine:
 
     def _logits(self, x: Tensor, *, pairs: bool) -> Tensor:
         """Return the logits of a batch; a single example that the model cannot take goes in twice."""
+        if self.chain is not None:
+            return self.chain.logits(x.to(self.device)).cpu()
         logits: Tensor = self.module(self.batch(torch.cat([x, x]) if pairs and len(x) == 1 else x))
         return logits[: len(x)].cpu()
 

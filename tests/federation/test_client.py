@@ -550,8 +550,7 @@ def test_images_for_convolutions_have_channels_last_and_the_same_values(channels
     batch = client._engine.batch(x)
     assert torch.equal(batch, x)
     assert batch.stride() == (24 * channels, 1, 6 * channels, channels)
-    chained = small.client(Method(), architecture=small.MLP)
-    assert chained._engine.batch(x) is x
+    assert batch.data_ptr() != x.data_ptr()  # a model may write into its input
 
 
 # ── typed access

@@ -235,7 +235,7 @@ def test_a_last_batch_of_one_is_joined_to_the_one_before(
     method = Method(batch_size=batch_size)
     for name, expected in (("batch norm 1d", sizes), ("conv 1d", None)):
         client = small.client(method, architecture=architecture(RIGHT[name]), partition=small.dealt(examples))
-        found = [len(rows) for rows in client._batches(client.rng, 1, None)]
+        found = [len(y) for _, y in client._batches(client.rng, 1, None)]
         whole = [min(batch_size, examples - start) for start in range(0, examples, batch_size)]
         assert found == (whole if expected is None else expected)
 
