@@ -301,3 +301,41 @@ def test_the_command_says_it_once_and_ends(env: dict[str, str], says: str, tmp_p
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("failed:") and says in lines[0]
     assert not (tmp_path / "r").exists()
+
+
+# ── what a local Ray starts ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_ray_starts_without_what_no_run_uses() -> None:
+    """The names are Ray's: if a version renames one, its process (50 to 80 MB) would start again."""
+    from ray._private import utils
+    from ray._private.node import Node
+
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    before = [getattr(Node, name) for name in names]
+    with pytest.raises(ZeroDivisionError), cluster.without_extras():
+        assert [getattr(Node, name)(None) for name in names] == [None] * 3
+        assert isinstance(utils.get_dashboard_dependency_error(), ImportError)
+        raise ZeroDivisionError
+    assert [getattr(Node, name) for name in names] == before
+    assert utils.get_dashboard_dependency_error() is None
+
+
+PROCESSES = """
+from fedray.experiment.cluster import import_ray, start_ray
+import_ray()
+import psutil
+start_ray()
+print(*(" ".join(p.cmdline()[:3]) for p in psutil.Process().children(recursive=True)), sep="\\n")
+"""
+
+
+@pytest.mark.slow
+def test_a_local_ray_is_a_store_a_node_and_its_two_agents() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESSES], env=env, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "gcs_server" in done.stdout and "raylet/raylet" in done.stdout
+    for name in ("dashboard/dashboard.py", "monitor.py", "log_monitor.py"):
+        assert name not in done.stdout
