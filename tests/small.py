@@ -137,6 +137,7 @@ def workplace(
     partition: Partition | None = None,
     devices: Sequence[DeviceProfile] = (DEVICE,),
     codec: UplinkCodec = PLAIN,
+    stack: int = 1,
 ) -> Workplace:
     """Return what a worker needs.
 
@@ -153,6 +154,7 @@ def workplace(
         partition: who has which examples of it.
         devices: client k has device k, from the front again after the last.
         codec: how the updates of training are written.
+        stack: clients that train together.
     """
     data = data or dataset()
     if partition is None:
@@ -172,6 +174,7 @@ def workplace(
         rules=rules,
         seed=seed,
         codec=codec,
+        stack=stack,
     )
 
 

@@ -58,6 +58,12 @@ def _clients(config: "RunConfig") -> Iterator[Problem]:
             f"per_client would start {clients.population:,} processes of some 200 MB each (allowed: "
             f"{MOST_ACTORS_PER_CLIENT}); use auto, which hosts any number of clients in a few actors",
         )
+    if clients.actors == "per_client" and clients.stack not in ("auto", 1):
+        yield (
+            "clients.stack",
+            f"{clients.stack}, but with clients.actors=per_client each client trains alone in its actor; set "
+            "clients.stack=1, or another clients.actors",
+        )
     if isinstance(clients.actors, int) and clients.actors > MOST_ACTORS:
         yield "clients.actors", f"{clients.actors:,} processes of some 200 MB each; at most {MOST_ACTORS:,}"
     if clients.actors == 0 and clients.resources.gpu:

@@ -47,6 +47,9 @@ from fedray.methods import METHODS
 from fedray.models import MODELS, InputShape, ModelSpec, Norm, build_model
 from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
+MOST_STACKED = 1024
+"""Clients that train together; each needs the memory of a model and its batch."""
+
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -80,6 +83,18 @@ def _actors(value: Any) -> Any:
         return value
     hint = nearest(value, ("auto", "per_client")).rstrip(".") if isinstance(value, str) else ""
     raise ValueError(f"must be auto, per_client, or a whole number of actors (0: in process){hint}")
+
+
+Stack = PositiveInt | Literal["auto"]
+
+
+def _stack(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= MOST_STACKED):
+        return value
+    hint = nearest(value, ("auto",)).rstrip(".") if isinstance(value, str) else ""
+    raise ValueError(
+        f"must be auto, or a whole number of clients, 1 to {MOST_STACKED} (1: one after the other){hint}"
+    )
 
 
 class Section(BaseModel):
@@ -171,6 +186,8 @@ class ClientsConfig(Section):
         resources: resources of each actor, for Ray.
         chunk: clients whose updates are summed together; null makes at most 16 chunks. Changes the last bits
             of a result.
+        stack: clients that train together, as one stacked model: `auto` stacks small models on a GPU; 1
+            trains one after the other. Changes the last bits of a result.
         deadline_s: simulated seconds after which an update is too late to count.
         sampler: how the cohort is drawn.
         uplink: how the updates of training are written.
@@ -188,6 +205,7 @@ class ClientsConfig(Section):
     actors: Annotated[Actors, PlainValidator(_actors, json_schema_input_type=Actors)] = "auto"
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     chunk: PositiveInt | None = None
+    stack: Annotated[Stack, PlainValidator(_stack, json_schema_input_type=Stack)] = "auto"
     deadline_s: PositiveFloat | None = None
     sampler: Annotated[Choice[Sampler], SAMPLER] = Field(default_factory=SAMPLER.default)
     uplink: Annotated[Choice[UplinkCodec], UPLINK] = Field(default_factory=UPLINK.default)

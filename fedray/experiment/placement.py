@@ -26,6 +26,11 @@ FLOPS_PER_S, STEP_S, CLIENT_S = 8e10, 2e-3, 1e-3
 """Rough cost of training on one core: by FLOPs, by SGD step, by client."""
 START_S = 10.0
 """Rough seconds until a local Ray and its client actors have started."""
+STACKED_CLIENTS, STACKED_WEIGHTS = 32, 2**26
+"""Most clients, and most weights of them all, that `clients.stack=auto` trains together.
+
+A model must fit in 16 times. Estimates: unmeasured on a GPU.
+"""
 
 
 def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
@@ -103,6 +108,23 @@ def expected_s(config: RunConfig, place: Workplace) -> float:
     examples = min(steps * method.batch_size, steps * n)
     flops = examples * place.flops.train(Mask.full(place.model.layout))
     return config.rounds * config.clients.cohort * (flops / FLOPS_PER_S + steps * STEP_S + CLIENT_S)
+
+
+def stack_of(config: RunConfig, weights: int) -> int:
+    """Return how many clients of a run train together, by its config alone: actors must not change a bit.
+
+    Args:
+        config: of the run.
+        weights: entries of the model's vector.
+    """
+    clients = config.clients
+    if clients.stack != "auto":
+        return clients.stack
+    groups = [clients.resources, *clients.resources.by_device.values()]
+    small = 16 * weights <= STACKED_WEIGHTS
+    if clients.actors == "per_client" or not small or not all(group.gpu for group in groups):
+        return 1
+    return min(STACKED_CLIENTS, STACKED_WEIGHTS // weights)
 
 
 def _has_ray() -> bool:

@@ -26,7 +26,7 @@ from fedray.durable import local_path, remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment.dealing import check_pairs, dealt, loaded
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
-from fedray.experiment.placement import placed
+from fedray.experiment.placement import placed, stack_of
 from fedray.experiment.provenance import declared
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
 from fedray.experiment.sync import mend
@@ -121,6 +121,7 @@ class Federation:
             rules=Rules(clients.deadline_s, clients.dropout),
             seed=seed,
             codec=clients.uplink.options,
+            stack=stack_of(config, model.layout.size),
         )
         return cls(config, dataset, splits, place)
 

@@ -271,6 +271,12 @@ def cut(cohort: Sequence[int], chunk: int) -> list[tuple[int, ...]]:
     return [tuple(cohort[i : i + chunk]) for i in range(0, len(cohort), chunk)]
 
 
+def chunk_size(clients: int, stack: int) -> int:
+    """Return the clients of a chunk: at most 16 chunks, which do not cut up stacks of `stack` clients."""
+    stacks = -(-clients // stack)
+    return max(-(-clients // 16), -(-clients // stacks)) if stack > 1 else -(-clients // 16)
+
+
 def share(weights: Sequence[float], workers: int) -> list[range]:
     """Deal chunks to workers as contiguous ranges of about equal weight, in order; some may be empty."""
     ends = np.cumsum(weights)

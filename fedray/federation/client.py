@@ -157,7 +157,11 @@ class Client:
         started = time.perf_counter()
         training, rate = self._training, self.lr if lr is None else lr
         plain = loss is None and on_grad is None and view is None and forward is None
-        engine = self._engine.smaller(mask) if plain and on_step is None else self._engine
+        usual = plain and on_step is None
+        trained = self._elsewhere(params, mask, epochs, steps, rate, seed) if usual else None
+        if trained is not None:
+            return trained
+        engine = self._engine.smaller(mask) if usual else self._engine
         engine.load(params, mask)
         after_step = on_step or engine.masking(mask)
         simple = plain and training.optimizer == "sgd" and not training.momentum
@@ -186,6 +190,18 @@ class Client:
         self.meter.last_loss = float(value)
         return engine.unload(self._engine.layout)
 
+    def _elsewhere(
+        self,
+        params: Params,
+        mask: Mask,
+        epochs: int | None,
+        steps: int | None,
+        rate: float | Callable[[int], float],
+        seed: int | None,
+    ) -> Params | None:
+        """Return the result of a plain call that is trained elsewhere; None: it is trained here."""
+        return None
+
     def grad(
         self, params: Params, mask: Mask, *, loss: Loss | None = None, batches: int | None = None
     ) -> Tensor:
@@ -205,9 +221,10 @@ class Client:
         self._engine.load(params, mask)
         self._engine.module.train()
         total, seen = torch.zeros(self._engine.layout.size), 0
-        parts = self._gathered(torch.arange(self.num_examples))
+        whole = self._cut(torch.arange(self.num_examples))
+        parts = self._gathered(whole)
         if batches is not None:
-            parts = self._batches(self.rng, None, min(batches, len(self._cut(self.y))))
+            parts = self._batches(self.rng, None, min(batches, len(whole)))
         for x, y in parts:
             _, grads = self._engine.gradient(self._engine.batch(x), y, 0, loss)
             total.add_(self._engine.dense(grads), alpha=len(y))
@@ -236,22 +253,28 @@ class Client:
         self, rng: np.random.Generator, epochs: int | None, steps: int | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches for a number of epochs or steps; None takes the method's options."""
+        for batches in self._passes(rng, epochs, steps):
+            yield from self._gathered(batches)
+
+    def _passes(
+        self, rng: np.random.Generator, epochs: int | None, steps: int | None
+    ) -> Iterator[list[Tensor]]:
+        """Yield for each pass over the examples the rows of its batches; arguments as for `_batches`."""
         if epochs is None and steps is None:
             epochs, steps = self._training.local_epochs, self._training.steps
         if steps is None:
             for _ in range(epochs or 0):
-                yield from self._gathered(torch.from_numpy(rng.permutation(self.num_examples)))
+                yield self._cut(torch.from_numpy(rng.permutation(self.num_examples)))
         while steps:
-            for batch in self._gathered(torch.from_numpy(rng.permutation(self.num_examples)), steps):
-                yield batch
-                steps -= 1
+            batches = self._cut(torch.from_numpy(rng.permutation(self.num_examples)))[:steps]
+            yield batches
+            steps -= len(batches)
 
-    def _gathered(self, rows: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (x, y) of the batches that rows make, at most `most`, in fresh memory.
+    def _gathered(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (x, y) of batches of rows, in fresh memory.
 
         Several batches are gathered at once: for small ones that takes as long as one.
         """
-        batches = self._cut(rows)[:most]
         together = max(1, GATHERED // max(1, self.x[0].numel() * self._training.batch_size))
         for start in range(0, len(batches), together):
             lengths = [batch.shape[0] for batch in batches[start : start + together]]

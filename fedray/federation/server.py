@@ -26,7 +26,7 @@ from fedray.costs.devices import seconds
 from fedray.data.datasets import Examples
 from fedray.errors import MethodError
 from fedray.federation.accounts import TOTALS, Accounts, notes
-from fedray.federation.aggregate import CohortUpdate, cut, merge_all
+from fedray.federation.aggregate import CohortUpdate, chunk_size, cut, merge_all
 from fedray.federation.client import Client, ClientFunction, Outcome, norm_statistics
 from fedray.federation.density import above_asked, emptied
 from fedray.federation.method import ServerContext, check_mask
@@ -346,7 +346,7 @@ class Server:
         for client in sorted(orders):
             name = self.population[client].profile.name if names else ""
             groups.setdefault(names.get(name, 0), []).append(client)
-        size = self.schedule.chunk or -(-len(orders) // 16)
+        size = self.schedule.chunk or chunk_size(len(orders), self.place.stack)
         cuts = [(group, part) for group in sorted(groups) for part in cut(groups[group], size)]
         sizes, memories = self.population.partition.sizes, self.checkpoint.memories
         return [

@@ -6,7 +6,7 @@ Ray.
 """
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,9 +24,11 @@ from fedray.federation.aggregate import Bounds, Node, Partial, merge_within
 from fedray.federation.client import Client, ClientFunction, Engine, Outcome
 from fedray.federation.method import Method
 from fedray.federation.population import Population
+from fedray.federation.rehearsal import Asked, MakeClient, together
 from fedray.federation.wire import Memory, Order, Upload, Wire, check_types, malformed, split_memory
 from fedray.models.spec import ModelSpec
 from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_torch
+from fedray.training.stacked import stackable
 from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task, within
 
 EVALUATION_SHARD = 500
@@ -48,7 +50,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Workplace:
-    """The data, model, clients and method of a run; sent to a worker once. Without the test set."""
+    """The data, model, clients and method of a run; sent to a worker once. Without the test set.
+
+    `stack` is how many clients are trained together, 1 for one after the other.
+    """
 
     model: ModelSpec
     flops: FlopModel
@@ -58,6 +63,7 @@ class Workplace:
     rules: Rules
     seed: int
     codec: UplinkCodec = PLAIN
+    stack: int = 1
 
     @cached_property
     def wire(self) -> Wire:
@@ -144,26 +150,45 @@ class Worker:
         self.begin()
         answer = Answer()
         for chunk in chunks:
-            results = (self.train(job, order, chunk.memories.get(order.client, {})) for order in chunk.orders)
-            answer.join(fold_chunk(self.place, job, chunk.index, results))
+            answer.join(fold_chunk(self.place, job, chunk.index, self._results(job, chunk)))
         answer.partials = merge_within(answer.partials)
         return answer
 
-    def train(self, job: Job, order: Order, memory: Memory) -> Trained:
+    def _results(self, job: Job, chunk: Chunk) -> Iterator[Trained]:
+        """Train the clients of a chunk, in order of id."""
+
+        def train(order: Order, make: MakeClient) -> Trained:
+            return self.train(job, order, chunk.memories.get(order.client, {}), make)
+
+        return together(chunk.orders, train, self._stack)
+
+    @cached_property
+    def _stack(self) -> int:
+        """How many clients are trained together: what the workplace says, or 1 if the model cannot be."""
+        return self.place.stack if self.place.stack > 1 and stackable(self.engine) else 1
+
+    def train(self, job: Job, order: Order, memory: Memory, make: MakeClient = Client) -> Trained:
         """Run one client's function, with global generators that are seeded for this client.
 
         The generators of Python and numpy are seeded only after some client has drawn from them; that client
         then runs again.
 
+        Args:
+            job: what to run.
+            order: which client, and which task of the job.
+            memory: the client's.
+            make: makes the client.
+
         Raises:
+            Asked: from a client of `together`.
             ClientError: if the method's code raised, or returned what cannot be sent; with client and round.
         """
         if not self._watch.started:
             self.begin()
         if not self._seeds_all:
             try:
-                trained = self._train(job, order, memory)
-            except ClientError:
+                trained = self._train(job, order, memory, make)
+            except (ClientError, Asked):
                 if not self._watch.drawn():
                     raise
             else:
@@ -171,15 +196,16 @@ class Worker:
                     return trained
             self._seeds_all = True
         seed_others(self.place.seed, job.round, order.client)
-        return self._train(job, order, memory)
+        return self._train(job, order, memory, make)
 
-    def _train(self, job: Job, order: Order, memory: Memory) -> Trained:
+    def _train(self, job: Job, order: Order, memory: Memory, make: MakeClient) -> Trained:
         """Run one client's function; torch's global generators are seeded for it."""
         seed_torch(self.place.seed, job.round, order.client)
         info = self.place.population[order.client]
         memory, kept = split_memory(deepcopy(memory))
         task = self.place.wire.arrive(job.tasks[order.task], kept)
-        client = self.client(info, self.place.population.partition.rows(order.client), job.round, memory)
+        rows = self.place.population.partition.rows(order.client)
+        client = self.client(info, rows, job.round, memory, make)
         versions = _versions(task)
         try:
             update = job.function(task, client)
@@ -197,10 +223,12 @@ class Worker:
             )
         return trained
 
-    def client(self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory) -> Client:
-        """Return a client with its examples loaded."""
+    def client(
+        self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory, make: MakeClient = Client
+    ) -> Client:
+        """Return a client, made by `make`, with its examples loaded."""
         examples = self.place.dataset.train
-        return Client(
+        return make(
             info=info,
             x=self.place.dataset.normalise(examples.x[rows]),
             y=torch.from_numpy(examples.y[rows]),

@@ -320,23 +320,34 @@ class SGD:
         torch._foreach_add_(self.weights, gradients, alpha=-lr)
 
 
+@dataclass
 class Adam:
     """The step of torch.optim.Adam with its usual moments (0.9 and 0.999).
 
     By its functional form, since making the optimiser object imports torch's compiler for seconds.
+
+    Args:
+        weights: the leaves, updated in place.
+        weight_decay: L2 penalty.
     """
 
-    def __init__(self, weights: list[Tensor], weight_decay: float) -> None:
-        self._weights, self._weight_decay = weights, weight_decay
-        self._first = [torch.zeros_like(weight) for weight in weights]
-        self._second = [torch.zeros_like(weight) for weight in weights]
-        self._steps = [torch.zeros(()) for _ in weights]
+    weights: list[Tensor]
+    weight_decay: float
+    _first: list[Tensor] = field(default_factory=list)
+    _second: list[Tensor] = field(default_factory=list)
+    _steps: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Start the moments from zero, unless they are given."""
+        self._first = self._first or [torch.zeros_like(weight) for weight in self.weights]
+        self._second = self._second or [torch.zeros_like(weight) for weight in self.weights]
+        self._steps = self._steps or [torch.zeros(()) for _ in self.weights]
 
     @torch.no_grad()
     def step(self, grads: tuple[Tensor, ...], lr: float) -> None:
         """Move the weights against gradients."""
         adam(
-            self._weights,
+            self.weights,
             list(grads),
             self._first,
             self._second,
@@ -347,7 +358,7 @@ class Adam:
             beta1=0.9,
             beta2=0.999,
             lr=lr,
-            weight_decay=self._weight_decay,
+            weight_decay=self.weight_decay,
             eps=1e-8,
             maximize=False,
         )

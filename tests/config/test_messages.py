@@ -44,7 +44,7 @@ client (x.yaml): unknown; did you mean 'clients'? Keys here: …
 
 $ clients.cohrt=3
 clients.cohrt (x.yaml): unknown; did you mean 'cohort'? Keys here: actors, chunk, cohort, deadline_s, devices,
-dropout, jitter, over_selection, population, resources, sampler, uplink
+dropout, jitter, over_selection, population, resources, sampler, stack, uplink
 
 $ clients.=3
 clients. (x.yaml): unknown. Keys here: actors, …
@@ -262,6 +262,13 @@ clients.actors (x.yaml): got -1; must be auto, per_client, or a whole number of 
 $ clients.actors=true
 clients.actors (x.yaml): got True; must be auto, per_client, or a whole number of actors (0: in process)
 
+$ clients.stack=atuo
+clients.stack (x.yaml): got 'atuo'; must be auto, or a whole number of clients, 1 to 1024 (1: one after the
+other); did you mean 'auto'?
+
+$ clients.stack=0
+clients.stack (x.yaml): got 0; must be auto, or a whole number of clients, 1 to 1024 (1: one after the other)
+
 $ method.uplink_values=fp15
 method.uplink_values (x.yaml): got 'fp15'; must be 'fp32', 'fp16' or 'int8'; did you mean 'fp16'?
 
@@ -346,6 +353,10 @@ clients; the sum must be below 1
 $ clients.actors=per_client  clients.population=1000
 clients.actors (x.yaml): per_client would start 1,000 processes of some 200 MB each (allowed: 256); use auto,
 which hosts any number of clients in a few actors
+
+$ clients.actors=per_client  clients.stack=4
+clients.stack (x.yaml): 4, but with clients.actors=per_client each client trains alone in its actor; set
+clients.stack=1, or another clients.actors
 
 $ clients.actors=0  clients.resources.gpu=1
 clients.resources.gpu (x.yaml): clients in process (clients.actors=0) are not placed by Ray

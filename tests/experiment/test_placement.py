@@ -14,6 +14,7 @@ from fedray.experiment.placement import (
     in_trial,
     placed,
     pool_for,
+    stack_of,
 )
 from fedray.experiment.run import Federation
 from fedray.federation.pool import ActorOptions, Group, LocalPool
@@ -195,3 +196,31 @@ def test_the_estimate_is_logged_and_grows_with_the_work(caplog: pytest.LogCaptur
         patch.setattr("ray.is_initialized", lambda: False)
         placed(config, place, lambda: None)
     assert "clients.actors=auto takes this process" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("clients", "weights", "expected"),
+    [
+        ({}, 1_000, 1),
+        ({"stack": 5}, 1_000, 5),
+        ({"stack": 5}, 10**9, 5),
+        ({"actors": 2, "resources": {"gpu": 0.5}}, 1_000, 32),
+        ({"actors": 2, "resources": {"gpu": 0.5}}, 4_000_000, 16),
+        ({"actors": 2, "resources": {"gpu": 0.5}}, 11_000_000, 1),
+        ({"actors": 2, "resources": {"gpu": 0.5}, "stack": 1}, 1_000, 1),
+        ({"actors": "per_client", "resources": {"gpu": 0.1}}, 1_000, 1),
+        (
+            {"actors": 2, "resources": {"by_device": {"phone": {"gpu": 0.5}}}, "devices": {"phone": 1.0}},
+            1_000,
+            1,
+        ),
+    ],
+)
+def test_small_models_are_stacked_on_gpus(clients: dict[str, Any], weights: int, expected: int) -> None:
+    config = tiny.config({f"clients.{key}": value for key, value in clients.items()})
+    assert stack_of(config, weights) == expected
+
+
+def test_a_run_knows_its_stack() -> None:
+    config = tiny.config({"clients.stack": 3})
+    assert Federation.of(config).place.stack == 3

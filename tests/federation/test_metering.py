@@ -23,6 +23,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Outcome, Step
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import LocalPool
+from fedray.federation.rehearsal import MakeClient
 from fedray.federation.server import Schedule, Server
 from fedray.federation.wire import Memory, Order
 from fedray.federation.worker import Job, Trained, Worker, Workplace
@@ -94,9 +95,9 @@ class WatchedWorker(Worker):
         # would then train twice, and be charged once
         self._seeds_all = True
 
-    def train(self, job: Job, order: Order, memory: Memory) -> Trained:
+    def train(self, job: Job, order: Order, memory: Memory, make: MakeClient = Client) -> Trained:
         before = self.real.total
-        trained = super().train(job, order, memory)
+        trained = super().train(job, order, memory, make)
         cost, name = trained.record.cost, getattr(job.function, "__name__", "?")
         who = f"client {order.client} in {name} of round {job.round}"
         self.entries.append(Entry(who, self.real.total - before, cost.flops, cost.executed_flops))

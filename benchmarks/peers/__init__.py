@@ -1,1 +1,0 @@
-"""fedray beside other platforms: `python -m benchmarks.peers`."""
