@@ -231,8 +231,14 @@ class Params(_Flat):
 
     def masked(self, mask: "Mask") -> "Params":
         """Return a copy with exact zeros wherever `mask` is False, also in place of NaN."""
+        out = torch.empty_like(self.flat)
+        self.write_masked(mask, out)
+        return Params(out, self.layout)
+
+    def write_masked(self, mask: "Mask", out: Tensor) -> None:
+        """Write what `masked` returns into a float32 vector (size,)."""
         # an `and` of the bits; torch.where takes ten times as long if the mask is scattered
-        return Params((self.flat.view(torch.int32) & mask.bits).view(torch.float32), self.layout)
+        torch.bitwise_and(self.flat.view(torch.int32), mask.bits, out=out.view(torch.int32))
 
     def is_finite(self) -> bool:
         """Tell whether every entry of the vector is finite."""

@@ -10,6 +10,7 @@ the config alone, so the mean has the same bits on any number of workers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import pairwise
 from math import isfinite
 from typing import Any, Literal
@@ -143,15 +144,25 @@ class Partial:
     def _add_params(self, params: Params, mask: Mask, weight: float) -> None:
         if self.weighted is None:
             self.weighted = np.zeros(self.layout.size, dtype=np.float32)
-        sent = params.flat if mask.is_full else params.masked(mask).flat
-        torch.from_numpy(self.weighted).add_(sent, alpha=weight)
         literal = self.fold.by == "nonzero"
-        if not literal and self._is_shared(mask) and self.held is None and self.common in (None, mask.digest):
+        if not literal and self.held is None and self._is_shared(mask) and self.common in (None, mask.digest):
+            # whatever lies outside a common mask is never read: `_within` and `mean` leave it out
+            torch.from_numpy(self.weighted).add_(params.flat, alpha=weight)
             self.common, self.weight = mask.digest, self.weight + weight
             return
-        held = self._spread()
+        self.weighted, held = self._within(), self._spread()
+        sent = params.flat if mask.is_full else params.masked(mask).flat
+        torch.from_numpy(self.weighted).add_(sent, alpha=weight)
         _count_held(held, sent.numpy() if literal else mask.flat.numpy(), np.float32(weight))
         self.common, self.weight, self.held = None, 0.0, held
+
+    def _within(self) -> Vector:
+        """Return Σ n·m·w with zeros where no client holds an entry."""
+        assert self.weighted is not None
+        if self.common is None or self.masks[self.common].is_full:
+            return self.weighted
+        held = self.masks[self.common]
+        return Params(torch.from_numpy(self.weighted), held.layout).masked(held).flat.numpy()
 
     def _is_shared(self, mask: Mask) -> bool:
         """Tell whether both sides of a process border know a mask; a digest is computed only if it may be."""
@@ -168,12 +179,14 @@ class Partial:
     def merge(self, other: "Partial") -> "Partial":
         """Return the fold of both, this one's clients first; neither is changed."""
         out = Partial(self.layout, self.fold, self.masks)
-        out.weighted = _plus(self.weighted, other.weighted)
         same = None in (self.common, other.common) or self.common == other.common
         if self.held is None and other.held is None and same:
+            out.weighted = _plus(self.weighted, other.weighted)
             out.common = self.common or other.common
             out.weight = self.weight + other.weight
         else:
+            parts = (part for part in (self, other) if part.weighted is not None)
+            out.weighted = reduce(_plus, (part._within() for part in parts), None)
             out.held = self._spread() + other._spread()
         out.sums, out.senders = dict(self.sums), dict(self.senders)
         for name, array in other.sums.items():
@@ -227,7 +240,10 @@ def _form(array: NDArray[Any]) -> str:
 
 
 def _plus(a: Vector | None, b: Vector | None) -> Vector | None:
-    return b if a is None else a if b is None else a + b
+    if a is None or b is None:
+        return b if a is None else a
+    with np.errstate(over="ignore", invalid="ignore"):  # outside a common mask anything may lie
+        return a + b
 
 
 Node = tuple[int, int]

@@ -143,6 +143,9 @@ class Engine:
         with torch.no_grad():
             for buffer, value in zip(self._counters, self._counted, strict=True):
                 buffer.copy_(value)
+            if self.part is None and not mask.is_full and self.flat.is_cpu:
+                params.write_masked(mask, self.flat)
+                return
             flat = params.flat if mask.is_full else params.masked(mask).flat
             self.flat.copy_(flat if self.part is None else flat.index_select(0, self.part.index))
 

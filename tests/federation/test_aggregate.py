@@ -459,3 +459,42 @@ def test_a_cohort_counts_the_folded_and_charges_everybody():
     assert cohort.num_examples == 16
     assert cohort.cost == Cost(3, 30, 300.0, 3000.0, 9.0)
     assert CohortUpdate(partial()).cost == Cost()
+
+
+# ── what lies outside a mask ─────────────────────────────────────────────────────────────────────────────
+
+FIRST, LAST = mask(1, 1, 0, 0), mask(0, 0, 1, 1)
+
+
+def known(*updates: ClientUpdate, masks: Sequence[Mask] = (FIRST, LAST), first: int = 0) -> Partial:
+    """Fold clients with one example each, under masks that both sides know."""
+    out = Partial(LAYOUT, Fold(), {m.digest: m for m in masks})
+    for client, one in enumerate(updates, start=first):
+        out.add(client, 1, one)
+    return out
+
+
+@pytest.mark.parametrize("outside", [NAN, math.inf, -math.inf, 3e38, 7.0])
+def test_values_outside_a_mask_never_reach_the_mean(outside: float):
+    first = update(1, 2, outside, outside, held=FIRST)
+    last = update(outside, -outside, 5, 6, held=LAST)
+    rest = Params(torch.tensor([9.0, 9, 9, 9]), LAYOUT)
+    assert values(known(first, first, first).mean(rest)) == [1, 2, 9, 9]
+    assert values(known(first, first, last).mean(rest)) == [1, 2, 5, 6]
+    assert values(known(first).merge(known(first)).mean(rest)) == [1, 2, 9, 9]
+    assert values(known(first).merge(known(last)).merge(known(first)).mean(rest)) == [1, 2, 5, 6]
+    with_unknown = known(first, last, masks=[FIRST]), known(last, first, masks=[LAST])
+    for folded in with_unknown:
+        assert values(folded.mean(rest)) == [1, 2, 5, 6]
+        assert values(pickle.loads(pickle.dumps(folded)).arrived(LAYOUT, folded.masks).mean(rest)) == [
+            1,
+            2,
+            5,
+            6,
+        ]
+
+
+def test_a_fold_of_a_common_mask_is_not_changed_by_a_merge():
+    one = known(update(1, 2, NAN, NAN, held=FIRST))
+    one.merge(known(update(NAN, NAN, 5, 6, held=LAST)))
+    assert values(one.merge(known()).mean()) == [1, 2, 0, 0]
