@@ -13,9 +13,9 @@ import os
 import statistics
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import tree_memory_bytes
 from benchmarks.workload import COHORT, config, server
 from fedray.experiment.placement import pool_for
 
@@ -31,14 +31,6 @@ def _serve(connection: Connection, population: int, actors: int) -> None:
         connection.send(time.perf_counter() - start)
     connection.send(tree_memory_bytes(os.getpid()))
     federation.pool.close()
-
-
-def tree_memory_bytes(pid: int) -> int:
-    """Return the proportional set size of a process and all its children, in bytes."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-    own = next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    return own + sum(tree_memory_bytes(int(child)) for child in children)
 
 
 def main() -> None:

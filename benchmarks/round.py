@@ -14,48 +14,65 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.workload import BATCH, COHORT, LR, config, server
+from benchmarks.workload import config, server
+from fedray.config.run_config import RunConfig
 from fedray.experiment.placement import pool_for
 from fedray.experiment.run import Federation
-from fedray.federation.pool import LocalPool
 
 State = dict[str, torch.Tensor]
+
+
+class Contender(Protocol):
+    """A federation that makes rounds when it is asked."""
+
+    def round(self, number: int) -> int:
+        """Make a round; return the number of examples that its clients trained on."""
+
+    def model(self) -> nn.Module:
+        """Return the global model."""
+
+    def close(self) -> None:
+        """End its processes."""
 
 
 class PlainLoop:
     """FedAvg as one writes it by hand: deepcopy, DataLoader, optim.SGD, a weighted sum of state dicts."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, run: RunConfig) -> None:
         torch.set_num_threads(1)
-        federation = Federation.of(config(model))
+        federation = Federation.of(run)
         place, dataset = federation.place, federation.dataset
+        self.cohort, self.lr = run.clients.cohort, place.method.lr
+        self.batch = place.method.batch_size
         self.partition = place.population.partition
         self.x = dataset.normalise(dataset.train.x)
         self.y = torch.from_numpy(dataset.train.y)
-        self.model: nn.Module = copy.deepcopy(place.model.bind(place.model.init(0).flat))
+        self.global_model: nn.Module = copy.deepcopy(place.model.bind(place.model.init(0).flat))
 
     def clients(self, round: int) -> list[int]:
         """Draw a round's cohort."""
         rng = np.random.default_rng(round)
-        return sorted(rng.choice(self.partition.population, COHORT, replace=False).tolist())
+        return sorted(rng.choice(self.partition.population, self.cohort, replace=False).tolist())
 
     def train(self, state: State, clients: list[int]) -> tuple[State, int]:
         """Train clients from `state` one after the other; return the weighted sum and the weight."""
-        self.model.load_state_dict(state)
+        self.global_model.load_state_dict(state)
         total: State = {name: torch.zeros_like(value) for name, value in state.items()}
         count = 0
         for client in clients:
             rows = torch.from_numpy(np.asarray(self.partition.rows(client), dtype=np.int64))
-            local = copy.deepcopy(self.model)
-            optimiser = torch.optim.SGD(local.parameters(), lr=LR)
-            loader = DataLoader(TensorDataset(self.x[rows], self.y[rows]), batch_size=BATCH, shuffle=True)
+            local = copy.deepcopy(self.global_model)
+            optimiser = torch.optim.SGD(local.parameters(), lr=self.lr)
+            loader = DataLoader(
+                TensorDataset(self.x[rows], self.y[rows]), batch_size=self.batch, shuffle=True
+            )
             for x, y in loader:
                 optimiser.zero_grad()
                 torch.autograd.backward(nn.functional.cross_entropy(local(x), y))
@@ -65,14 +82,22 @@ class PlainLoop:
             count += len(rows)
         return total, count
 
-    def round(self, number: int) -> None:
-        """Make a round."""
-        total, count = self.train(self.model.state_dict(), self.clients(number))
-        self.model.load_state_dict({name: value / count for name, value in total.items()})
+    def round(self, number: int) -> int:
+        """Make a round; return the number of examples."""
+        total, count = self.train(self.global_model.state_dict(), self.clients(number))
+        self.global_model.load_state_dict({name: value / count for name, value in total.items()})
+        return count
+
+    def model(self) -> nn.Module:
+        """Return the global model."""
+        return self.global_model
+
+    def close(self) -> None:
+        """Do nothing: there is only this process."""
 
 
-def _serve(connection: Connection, model: str) -> None:
-    loop = PlainLoop(model)
+def _serve(connection: Connection, run: RunConfig) -> None:
+    loop = PlainLoop(run)
     connection.send("ready")
     while (task := connection.recv()) is not None:
         state, clients = task
@@ -82,24 +107,30 @@ def _serve(connection: Connection, model: str) -> None:
 class TwoProcesses:
     """The same loop, half of the cohort in each of two processes."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, run: RunConfig) -> None:
         context = multiprocessing.get_context("spawn")
-        self.loop = PlainLoop(model)
+        self.loop = PlainLoop(run)
         self.ends: list[Any] = []
         for _ in range(2):
             here, there = context.Pipe()
-            context.Process(target=_serve, args=(there, model), daemon=True).start()
+            context.Process(target=_serve, args=(there, run), daemon=True).start()
             self.ends.append(here)
         for end in self.ends:
             end.recv()
 
-    def round(self, number: int) -> None:
-        """Make a round."""
-        clients, state = self.loop.clients(number), self.loop.model.state_dict()
-        for end, half in zip(self.ends, (clients[: COHORT // 2], clients[COHORT // 2 :]), strict=True):
-            end.send((state, half))
+    def round(self, number: int) -> int:
+        """Make a round; return the number of examples."""
+        clients, state = self.loop.clients(number), self.model().state_dict()
+        half = len(clients) // 2
+        for end, part in zip(self.ends, (clients[:half], clients[half:]), strict=True):
+            end.send((state, part))
         (a, n), (b, m) = (end.recv() for end in self.ends)
-        self.loop.model.load_state_dict({name: (a[name] + b[name]) / (n + m) for name in a})
+        self.model().load_state_dict({name: (a[name] + b[name]) / (n + m) for name in a})
+        return int(n + m)
+
+    def model(self) -> nn.Module:
+        """Return the global model."""
+        return self.loop.global_model
 
     def close(self) -> None:
         """End the processes."""
@@ -107,23 +138,33 @@ class TwoProcesses:
             end.send(None)
 
 
-def contenders(model: str) -> tuple[dict[str, Callable[[int], Any]], Callable[[], None]]:
-    """Return name → a function that makes a round, and what ends them all."""
-    plain, two = PlainLoop(model), TwoProcesses(model)
-    local = server(config(model, actors=0), LocalPool)
-    ray = server(config(model, actors=2), pool_for(config(model, actors=2)))
-    rounds: dict[str, Callable[[int], Any]] = {
-        "plain loop, 1 process": plain.round,
-        "plain loop, 2 processes": two.round,
-        "fedray, in process": lambda _: local.step(),
-        "fedray, Ray, 2 actors": lambda _: ray.step(),
-    }
+class Fedray:
+    """fedray's own rounds, in this process or on Ray as `clients.actors` says."""
 
-    def close() -> None:
-        two.close()
-        ray.pool.close()
+    def __init__(self, run: RunConfig) -> None:
+        self.server = server(run, pool_for(run))
 
-    return rounds, close
+    def round(self, number: int) -> int:
+        """Make a round; return the number of examples."""
+        records = self.server.step().clients
+        return sum(record.num_examples for record in records if record.fate == "folded")
+
+    def model(self) -> nn.Module:
+        """Return the global model."""
+        return self.server.place.model.bind(self.server.model.flat)
+
+    def close(self) -> None:
+        """End the actors."""
+        self.server.pool.close()
+
+
+CONTENDERS: dict[str, Callable[[RunConfig], Contender]] = {
+    "plain loop, 1 process": PlainLoop,
+    "plain loop, 2 processes": TwoProcesses,
+    "fedray, in process": lambda run: Fedray(run.override({"clients.actors": 0})),
+    "fedray, Ray, 2 actors": lambda run: Fedray(run.override({"clients.actors": 2})),
+}
+"""Name → what makes its rounds, set up for a run."""
 
 
 def measure(model: str, rounds: int, warm_up_s: float) -> None:
@@ -131,21 +172,26 @@ def measure(model: str, rounds: int, warm_up_s: float) -> None:
 
     The warm-up is long: Ray keeps starting processes for some seconds after `init` returns.
     """
-    makers, close = contenders(model)
-    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    run = config(model)
+    contenders = {name: build(run) for name, build in CONTENDERS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     started, number, warm = time.perf_counter(), 0, False
     while len(seconds["plain loop, 1 process"]) < rounds:
         warm = number >= 2 and time.perf_counter() - started > warm_up_s
-        for name, make in makers.items():
+        for name, contender in contenders.items():
             start = time.perf_counter()
-            make(number)
+            contender.round(number)
             if warm:
                 seconds[name].append(time.perf_counter() - start)
         number += 1
-    close()
+    for contender in contenders.values():
+        contender.close()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     reference = medians["plain loop, 1 process"]
-    print(f"\n{model}: {COHORT} of 1,000 clients; interleaved, medians of {rounds} rounds")
+    print(
+        f"\n{model}: {run.clients.cohort} of {run.clients.population:,} clients; "
+        f"interleaved, medians of {rounds} rounds"
+    )
     print(f"{'':26}{'seconds':>9}{'min … max':>18}{'× plain loop':>14}")
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.3f} … {max(seconds[name]):.3f}"

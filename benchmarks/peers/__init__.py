@@ -1,0 +1,1 @@
+"""fedray beside other platforms: `python -m benchmarks.peers`."""
