@@ -10,6 +10,8 @@ nothing can train past the meter.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 from fedray.errors import MethodError
 from fedray.models.spec import ModelSpec
 from fedray.training.engine import Engine, Forward, Loss, Outcome, Step, Training, View, cut
+from fedray.training.resident import Share
 from fedray.types import ClientInfo, ClientUpdate, E, Mask, Params, Task, expect
 
 __all__ = ["Client", "ClientFunction", "Engine", "Loss", "Meter", "Outcome", "Step", "norm_statistics"]
@@ -60,20 +63,20 @@ class Client:
 
     Args:
         info: its id, number of examples and device profile.
-        x: (n, …) float32 or tokens (int64), its examples, normalised.
         y: (n,) int64.
         round: the round of the call; 0 in `setup`.
         memory: its memory between rounds; changes are kept if the call succeeds.
     """
 
     info: ClientInfo
-    x: Tensor
     y: Tensor
     round: int
     memory: dict[str, Any]
     _engine: Engine
     _training: Training
     _generator: Callable[..., np.random.Generator]
+    _examples: Callable[[], Tensor]
+    _share: Share | None = None
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
@@ -94,6 +97,11 @@ class Client:
         if name not in self.memory:
             return None
         return expect(self.memory[name], kind, f"the memory {name!r}")
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Its examples, normalised: (n, …) float32 or tokens (int64), on the CPU."""
+        return self._examples()
 
     @property
     def num_examples(self) -> int:
@@ -275,14 +283,20 @@ class Client:
 
         Several batches are gathered at once: for small ones that takes as long as one.
         """
-        together = max(1, GATHERED // max(1, self.x[0].numel() * self._training.batch_size))
+        together = max(1, GATHERED // (prod(self.model.input_shape) * self._training.batch_size))
         for start in range(0, len(batches), together):
             lengths = [batch.shape[0] for batch in batches[start : start + together]]
             some = torch.cat(batches[start : start + together])
-            # index_select gathers rows about twice as fast as indexing does
-            x = self.x.index_select(0, some).to(self._engine.device)
-            y = self.y.index_select(0, some).to(self._engine.device)
+            x, y = self._pick(some)
             yield from zip(torch.split(x, lengths), torch.split(y, lengths), strict=True)
+
+    def _pick(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some of its examples and labels in fresh memory on the engine's device."""
+        if self._share is not None:
+            return self._share.pick(rows)
+        # index_select gathers rows about twice as fast as indexing does
+        x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
+        return x.to(self._engine.device), y.to(self._engine.device)
 
     def _cut(self, rows: Tensor) -> list[Tensor]:
         """Cut rows into batches of the method's size; none is of one example if the model needs two."""

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from fedray.errors import ClientError
 from fedray.federation.client import Client
@@ -141,16 +142,23 @@ def _answer(parts: Sequence[Part]) -> None:
 def _train(group: Sequence[Part]) -> None:
     """Train requests of one mask together."""
     clients = [part.client for part in group if part.client is not None]
-    requests, offset = [], 0
-    for part, client in zip(group, clients, strict=True):
-        assert part.request is not None
-        batches = tuple(rows + offset for rows in part.request.batches)
-        requests.append(replace(part.request, batches=batches))
-        offset += client.num_examples
-    engine = clients[0]._engine
-    x = torch.cat([client.x for client in clients]).to(engine.device)
-    y = torch.cat([client.y for client in clients]).to(engine.device)
+    engine, (x, y, rows) = clients[0]._engine, _examples(clients)
+    requests = [
+        replace(part.request, batches=tuple(where.index_select(0, batch) for batch in part.request.batches))
+        for part, where in zip(group, rows, strict=True)
+        if part.request is not None
+    ]
     stack = Stack(engine.smaller(requests[0].mask))
     answers = stack.train(requests, x, y, clients[0]._training, engine.layout.size)
     for part, answer in zip(group, answers, strict=True):
         part.answer, part.client = answer, None
+
+
+def _examples(clients: Sequence[Client]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return examples and labels on the clients' device, and for each client where its own are."""
+    shares = [client._share for client in clients if client._share is not None]
+    if shares:
+        return shares[0].of.x, shares[0].of.y, [share.rows for share in shares]
+    device = clients[0]._engine.device
+    x, y = (torch.cat(parts).to(device) for parts in ([c.x for c in clients], [c.y for c in clients]))
+    return x, y, list(torch.split(torch.arange(len(y)), [client.num_examples for client in clients]))

@@ -28,6 +28,7 @@ from fedray.federation.rehearsal import Asked, MakeClient, together
 from fedray.federation.wire import Memory, Order, Upload, Wire, check_types, malformed, split_memory
 from fedray.models.spec import ModelSpec
 from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_torch
+from fedray.training.resident import Resident, Share
 from fedray.training.stacked import stackable
 from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task, within
 
@@ -226,18 +227,35 @@ class Worker:
     def client(
         self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory, make: MakeClient = Client
     ) -> Client:
-        """Return a client, made by `make`, with its examples loaded."""
-        examples = self.place.dataset.train
+        """Return a client, made by `make`, with the examples of some rows."""
+        resident = self._resident
         return make(
             info=info,
-            x=self.place.dataset.normalise(examples.x[rows]),
-            y=torch.from_numpy(examples.y[rows]),
+            y=torch.from_numpy(self.place.dataset.train.y[rows]),
             round=round,
             memory=memory,
             _engine=self.engine,
             _training=self.place.method,
             _generator=client_generator(self.place.seed, round, info.id),
+            _examples=self._normalised(rows),
+            _share=None if resident is None else Share(resident, torch.from_numpy(rows.astype(np.int64))),
         )
+
+    @cached_property
+    def _resident(self) -> Resident | None:
+        """The training examples on the worker's GPU, if it has one and they fit."""
+        return Resident.of(self.place.dataset, self.engine.device)
+
+    def _normalised(self, rows: np.ndarray) -> Callable[[], torch.Tensor]:
+        """Return what makes the examples of some rows; they are made at once by a user's own function.
+
+        Such a function may draw from the global generators, and does so before the client's code.
+        """
+        dataset = self.place.dataset
+        if dataset.prepare is None:
+            return lambda: dataset.normalise(dataset.train.x[rows])
+        x = dataset.normalise(dataset.train.x[rows])
+        return lambda: x
 
     def evaluate(self, task: Task, examples: Examples) -> list[Outcome]:
         """Classify examples with a model, shard by shard."""

@@ -118,6 +118,10 @@ class Engine:
         self._counted = [buffer.clone() for buffer in self._counters]
         self._sparse = any(getattr(module, "sparse", False) for module in self.module.modules())
         self._smaller: dict[bytes, Engine | None] = {}
+        self.remembers = self.device.type != "cpu"
+        self._last: tuple[Tensor, tuple[int, bytes], Tensor] | None = (
+            None  # given last, and its copy on a GPU
+        )
         self._masking: dict[bytes, Tensor | None] = {}  # of the mask used last
 
     def smaller(self, mask: Mask) -> "Engine":
@@ -143,11 +147,24 @@ class Engine:
         with torch.no_grad():
             for buffer, value in zip(self._counters, self._counted, strict=True):
                 buffer.copy_(value)
-            if self.part is None and not mask.is_full and self.flat.is_cpu:
+            if self.part is None and not mask.is_full and not self.remembers:
                 params.write_masked(mask, self.flat)
                 return
-            flat = params.flat if mask.is_full else params.masked(mask).flat
-            self.flat.copy_(flat if self.part is None else flat.index_select(0, self.part.index))
+            self.flat.copy_(self._given(params, mask))
+
+    def _given(self, params: Params, mask: Mask) -> Tensor:
+        """Return this engine's part of `params ⊙ mask`; the vector of a task is copied to a GPU once."""
+        version = params.flat._version
+        if self._last is not None:
+            flat, key, there = self._last
+            if flat is params.flat and key == (version, mask.digest):
+                return there
+        flat = params.flat if mask.is_full else params.masked(mask).flat
+        flat = flat if self.part is None else flat.index_select(0, self.part.index)
+        if self.remembers:
+            flat = flat.to(self.device)
+            self._last = params.flat, (version, mask.digest), flat
+        return flat
 
     def unload(self, layout: Layout) -> Params:
         """Return a copy of the working vector as weights of the whole model."""

@@ -1,11 +1,13 @@
 """A worker on a GPU trains what one on the CPU trains, to rounding; `pytest -m gpu` where there is one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedray.federation.method import Method
 from fedray.federation.wire import Order
-from fedray.federation.worker import Job, Worker
+from fedray.federation.worker import Chunk, Job, Worker
 from fedray.pruning.masks import top_k
 from fedray.pruning.scores import magnitude
 from fedray.types import Mask, Task
@@ -52,3 +54,24 @@ def test_a_gpu_scores_and_evaluates_as_the_cpu_does():
         outcomes.append(client.evaluate(params, mask))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
     assert outcomes[0].loss == pytest.approx(outcomes[1].loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", [small.MLP, small.CNN], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_clients_together_on_a_gpu_train_what_each_trains_on_the_cpu(architecture, density):
+    method = Method(batch_size=6, momentum=0.9)
+    place = small.workplace(method, architecture=architecture)
+    params, layout = place.model.init(0), place.model.layout
+    mask = top_k(magnitude(params), density, layout) if density < 1 else Mask.full(layout)
+    job = Job(1, method.client_update, (Task(params.masked(mask), mask),), keep_updates=True)
+    chunk = Chunk(0, 0, tuple(Order(k, 0, 0) for k in range(6)), {}, 1)
+    found = {}
+    for device, stack in (("cpu", 1), ("cuda", 1), ("cuda", 8)):
+        worker = Worker(replace(place, stack=stack), device)
+        found[device, stack] = worker.run(job, [chunk]).partials[0, 0].updates
+        assert worker._stack == stack
+        assert (worker._resident is not None) == (device == "cuda")
+    for updates in found.values():
+        for client, update in updates.items():
+            expected = found["cpu", 1][client].params.flat
+            torch.testing.assert_close(update.params.flat, expected, rtol=1e-3, atol=1e-5)
