@@ -5,6 +5,8 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from fedray.costs import devices
 from fedray.costs.differences import DeltaCodec
 from fedray.costs.flops import FlopModel
@@ -16,6 +18,7 @@ from fedray.federation.density import cannot_start
 from fedray.federation.method import Setting
 from fedray.federation.sampling import Fastest
 from fedray.models import MODELS, OURS, ModelSpec, broken, outline, refusal
+from fedray.training.precision import refusal as refusal_of_precision
 
 if TYPE_CHECKING:
     from fedray.config.run_config import ResourcesConfig, RunConfig
@@ -34,7 +37,7 @@ Problem = tuple[str, str]
 def problems(config: "RunConfig") -> list[Problem]:
     """Return every reason why a well-formed config cannot run."""
     found: list[Problem] = []
-    for check in (_clients, _devices, _data, _model, _norm, _method):
+    for check in (_clients, _devices, _data, _model, _norm, _method, _precision):
         found += check(config)
     return found
 
@@ -231,6 +234,19 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     problem = cannot_start(method, setting)
     if problem:
         yield "method", problem
+
+
+def _precision(config: "RunConfig") -> Iterator[Problem]:
+    """Ask this machine, where the server trains and clients do unless Ray places them elsewhere.
+
+    A worker asks its own, too.
+    """
+    groups = [config.clients.resources, *config.clients.resources.by_device.values()]
+    if all(group.gpu for group in groups):
+        return  # which GPU is known in the actors
+    reason = refusal_of_precision(config.train.precision, torch.device("cpu"))
+    if reason is not None:
+        yield "train.precision", reason
 
 
 def _outline(config: "RunConfig", spec: DatasetSpec) -> ModelSpec:

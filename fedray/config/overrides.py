@@ -23,7 +23,7 @@ from fedray.federation.method import Method
 SHARED = {"method": frozenset(field.name for field in fields(Method))}
 """Section → options that keep their values when another entry is chosen."""
 
-SECTIONS = frozenset({"data", "clients", "clients.resources", "tracking", *CHOICES})
+SECTIONS = frozenset({"data", "clients", "clients.resources", "train", "tracking", *CHOICES})
 """Mappings with known keys: an override by a whole mapping changes the keys in it and no others."""
 
 MOST_VALUES = 100_000

@@ -45,6 +45,7 @@ from fedray.federation.method import Method
 from fedray.federation.sampling import MOST_OVER_SELECTION, SAMPLERS, Fastest, Sampler
 from fedray.methods import METHODS
 from fedray.models import MODELS, InputShape, ModelSpec, Norm, build_model
+from fedray.training.precision import Precision
 from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 MOST_STACKED = 1024
@@ -219,6 +220,18 @@ class ClientsConfig(Section):
             self.__dict__["sampler"] = Choice("name", "fastest", fastest)
 
 
+class TrainConfig(Section):
+    """`train:` how clients compute.
+
+    Args:
+        precision: `bf16` computes products and convolutions of training in bfloat16, with float32 weights,
+            updates and evaluation, on processors and GPUs that have it. Changes results; simulated seconds
+            and bytes stay those of float32.
+    """
+
+    precision: Precision = "fp32"
+
+
 class TrackingConfig(Section):
     """`tracking:` the MLflow store of the metrics.
 
@@ -297,6 +310,7 @@ class RunConfig(Config):
         data: the examples, and how they are dealt to clients.
         clients: the population, the cohort of a round, and the actors that host them.
         method: the method and its options.
+        train: how clients compute.
         tracking: the MLflow store of the metrics.
     """
 
@@ -312,6 +326,7 @@ class RunConfig(Config):
     data: DataConfig = Field(default_factory=DataConfig)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
     method: Annotated[Choice[Method], METHOD] = Field(default_factory=METHOD.default)
+    train: TrainConfig = Field(default_factory=TrainConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     def __init__(self, /, **values: Any) -> None:  # else mypy refuses mappings for sections
@@ -400,7 +415,13 @@ class RunConfig(Config):
         return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-SINCE: Tree = {"norm": "average", "prune_first": True, "prune_last": False}
+SINCE: Tree = {
+    "norm": "average",
+    "prune_first": True,
+    "prune_last": False,
+    "train": {"precision": "fp32"},
+    "clients.stack": "auto",
+}
 """Keys that were added after the first results → the value that all runs had before.
 
 A digest leaves them out at that value, so that it stays what it was; and `method.min_layer` at its default.

@@ -13,12 +13,14 @@ def declared(config: "RunConfig") -> dict[str, str | float]:
     """Return the further settings that matter in comparisons; in `result.json`, and among the tags.
 
     `norm`, the policy for batch normalisation; `zero_policy`, what clients do with pruned weights;
-    `server_data`, the share of the training examples that the server trains on.
+    `server_data`, the share of the training examples that the server trains on; `precision`, that of
+    training.
     """
     method = config.method.options
     return {
         "norm": config.norm,
         "zero_policy": method.zero_policy,
+        "precision": config.train.precision,
         "server_data": config.data.server_fraction if method.uses_server_data else 0.0,
     }
 

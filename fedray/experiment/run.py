@@ -122,6 +122,7 @@ class Federation:
             seed=seed,
             codec=clients.uplink.options,
             stack=stack_of(config, model.layout.size),
+            precision=config.train.precision,
         )
         return cls(config, dataset, splits, place)
 

@@ -172,7 +172,9 @@ class Client:
         engine = self._engine.smaller(mask) if usual else self._engine
         engine.load(params, mask)
         after_step = on_step or engine.masking(mask)
-        simple = plain and training.optimizer == "sgd" and not training.momentum
+        simple = (
+            plain and training.optimizer == "sgd" and not training.momentum and engine.precision == "fp32"
+        )
         chain = engine.chain if simple and engine.chain and engine.chain.takes(training.batch_size) else None
         if chain is None:
             engine.module.train()

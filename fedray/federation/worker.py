@@ -5,6 +5,7 @@ The same code runs in process and inside an actor, so where it runs cannot chang
 Ray.
 """
 
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -19,7 +20,7 @@ from fedray.costs.devices import seconds
 from fedray.costs.differences import PLAIN, UplinkCodec
 from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
-from fedray.errors import ClientError, FedrayError
+from fedray.errors import ClientError, ConfigError, FedrayError
 from fedray.federation.aggregate import Bounds, Node, Partial, merge_within
 from fedray.federation.client import Client, ClientFunction, Engine, Outcome
 from fedray.federation.method import Method
@@ -28,6 +29,7 @@ from fedray.federation.rehearsal import Asked, MakeClient, together
 from fedray.federation.wire import Memory, Order, Upload, Wire, check_types, malformed, split_memory
 from fedray.models.spec import ModelSpec
 from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_torch
+from fedray.training.precision import Precision, refusal
 from fedray.training.resident import Resident, Share
 from fedray.training.stacked import stackable
 from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task, within
@@ -65,6 +67,7 @@ class Workplace:
     seed: int
     codec: UplinkCodec = PLAIN
     stack: int = 1
+    precision: Precision = "fp32"
 
     @cached_property
     def wire(self) -> Wire:
@@ -139,11 +142,18 @@ class Worker:
 
     def __init__(self, place: Workplace, device: str = "cpu") -> None:
         self.place = place
-        self.engine = Engine(place.model, place.flops, device)
+        self.engine = Engine(place.model, place.flops, device, precision=place.precision)
+        self._refusal = refusal(place.precision, self.engine.device)
         self._watch, self._seeds_all = Watch(), False
 
     def begin(self) -> None:
-        """Prepare for clients: from here on, only they may draw from the global generators."""
+        """Prepare for clients: from here on, only they may draw from the global generators.
+
+        Raises:
+            ConfigError: if this machine, which may be another one than the driver's, lacks the precision.
+        """
+        if self._refusal is not None:
+            raise ConfigError(f"train.precision: {self._refusal} ({socket.gethostname()})")
         self._watch.start()
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:

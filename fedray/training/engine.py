@@ -22,6 +22,7 @@ from fedray.models.norms import batch_norms
 from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import Shrunken, shrink
 from fedray.training.chain import Chain
+from fedray.training.precision import Precision, computing
 from fedray.types import Layout, Mask, Params
 
 SMALLER_ENGINES = 8
@@ -100,18 +101,25 @@ class Engine:
         flops: counts the FLOPs of a batch.
         device: where it computes; arguments and results are on the CPU.
         part: for a smaller engine, the positions of its entries in the whole model.
+        precision: of the passes of training; evaluation is always in float32.
     """
 
     def __init__(
-        self, model: ModelSpec, flops: FlopModel, device: str = "cpu", part: Shrunken | None = None
+        self,
+        model: ModelSpec,
+        flops: FlopModel,
+        device: str = "cpu",
+        part: Shrunken | None = None,
+        precision: Precision = "fp32",
     ) -> None:
-        self.model, self.flops, self.device = model, flops, torch.device(device)
+        self.model, self.flops, self.device, self.precision = model, flops, torch.device(device), precision
         self.layout: Layout = model.layout
         self.part = part
         self.flat = torch.zeros(model.layout.size, device=self.device)
         self.module: nn.Module = model.bind(self.flat)
         self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.chain = Chain.of(self.module, model.input_shape, self.device)
+        chained = Chain.of(self.module, model.input_shape, self.device)
+        self.chain = chained if precision == "fp32" else None
         self._tracked = [(n, norm) for n, norm in batch_norms(self.module) if n in model.norms.tracked]
         # counters outside the vector, e.g. of batches, must not pass from client to client
         self._counters = [b for n, b in self.module.named_buffers() if n not in model.layout.spans]
@@ -135,7 +143,9 @@ class Engine:
             self._smaller[mask.digest] = (
                 None
                 if part is None
-                else Engine(self.model.shrunken(part.layout), self.flops, str(self.device), part)
+                else Engine(
+                    self.model.shrunken(part.layout), self.flops, str(self.device), part, self.precision
+                )
             )
         return self._smaller[mask.digest] or self
 
@@ -216,17 +226,21 @@ class Engine:
         """
         weights = self.leaves if view is None else dict(view(self.leaves))
         features: list[Tensor] = []
-        with self._classifier_input(features) if loss is not None and self.model.has_head else nullcontext():
+        with (
+            self._classifier_input(features) if loss is not None and self.model.has_head else nullcontext(),
+            computing(self.precision, self.device),
+        ):
             if forward is not None:
                 logits = forward(self.module, weights, x)
             elif view is not None:
                 logits = torch.func.functional_call(self.module, weights, (x,))
             else:
                 logits = self.module(x)
+        logits = logits.float()
         if loss is None:
             value = cross_entropy(logits, y)
         else:  # without a classifier, or where logits are computed past it, there are no features
-            seen = features[-1] if features else logits
+            seen = features[-1].float() if features else logits
             value = loss(Step(x, y, logits, seen, self.leaves, index))
         grads = torch.autograd.grad(value, tuple(self.leaves.values()), materialize_grads=True)
         if self._sparse:

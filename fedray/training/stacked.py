@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from fedray.randomness import Watch, borrowed
 from fedray.training.engine import SGD, Adam, Engine, Optimizer, Training
+from fedray.training.precision import computing
 from fedray.types import Mask, Params
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,8 @@ class Stack:
         """
         leaves = {name: held[name].detach().requires_grad_() for name in self.engine.leaves}
         rest = {name: tensor for name, tensor in held.items() if name not in leaves}
-        logits = self._logits(leaves, rest, x)
+        with computing(self.engine.precision, self.engine.device):
+            logits = self._logits(leaves, rest, x).float()
         losses = cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
         grads = torch.autograd.grad(losses.sum(), tuple(leaves.values()), materialize_grads=True)
         optimizer.step(grads, rate)

@@ -28,7 +28,7 @@ BAD = r"""
 
 $ roundz=3
 roundz (x.yaml): unknown; did you mean 'rounds'? Keys here: checkpoint_every, clients, data, eval_every,
-imports, method, model, norm, prune_first, prune_last, rounds, seed, tracking
+imports, method, model, norm, prune_first, prune_last, rounds, seed, tracking, train
 
 $ zzz=3
 zzz (x.yaml): unknown. Keys here: checkpoint_every, …

@@ -60,10 +60,20 @@ def test_the_policy_names_the_result_but_the_usual_one_changes_no_name():
 
 def test_what_is_declared():
     config = tiny.config({"norm": "static", "model": "small_cnn", "data.server_fraction": 0.1})
-    assert declared(config) == {"norm": "static", "zero_policy": "enforce", "server_data": 0.0}
+    assert declared(config) == {
+        "norm": "static",
+        "zero_policy": "enforce",
+        "precision": "fp32",
+        "server_data": 0.0,
+    }
     frlp = {"name": "frlp", "zeros": "regrow"}
     config = tiny.config({"data.server_fraction": 0.1, "method": frlp, "rounds": 70})
-    assert declared(config) == {"norm": "average", "zero_policy": "regrow", "server_data": 0.1}
+    assert declared(config) == {
+        "norm": "average",
+        "zero_policy": "regrow",
+        "precision": "fp32",
+        "server_data": 0.1,
+    }
     tags = run_tags(method="frlp", dataset="digits", model="mlp", digest="0", **declared(config))
     assert (tags["norm"], tags["zero_policy"], tags["server_data"]) == ("average", "regrow", "0.1")
 

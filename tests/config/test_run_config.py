@@ -151,6 +151,7 @@ IN_THE_RESULT = {
     "clients.jitter": 0.1,
     "clients.resources.by_device": {"phone": {"cpu": 1}},
     "clients.chunk": 3,
+    "clients.stack": 3,
     "clients.deadline_s": 9,
     "clients.over_selection": 0.1,
     "clients.sampler.name": "oort",
@@ -176,8 +177,8 @@ def test_the_digest_names_what_determines_the_result():
 
 
 def test_every_key_is_in_the_digest_or_knowingly_not():
-    # norm: test_norm_field.py; what may be pruned: test_prunable.py
-    elsewhere = {"imports", "clients.resources.gpu", "norm", "prune_first", "prune_last"}
+    # norm: test_norm_field.py; what may be pruned: test_prunable.py; precision: test_precision.py
+    elsewhere = {"imports", "clients.resources.gpu", "norm", "prune_first", "prune_last", "train.precision"}
     tested = {*NOT_IN_THE_RESULT, *IN_THE_RESULT, *elsewhere}
 
     def keys(tree: dict[str, Any], above: str = "") -> set[str]:
@@ -197,6 +198,7 @@ def test_a_digest_does_not_depend_on_how_the_config_was_written():
     """And stays what it is: results are compared by it across versions."""
     written = RunConfig.from_tree({"method": {"lr": 0.05}, "seed": 0})
     assert written.digest == RunConfig().digest
+    assert written.digest == "49d7c4b9e8c1"  # as in version 0.2
     assert written == RunConfig()  # computing the digest changed nothing
 
 
