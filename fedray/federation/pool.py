@@ -71,11 +71,16 @@ def one_thread() -> Iterator[None]:
 
 
 class LocalPool:
-    """Everything in this process, one client after the other."""
+    """Everything in this process.
 
-    def __init__(self, place: Workplace) -> None:
+    Args:
+        place: the workplace.
+        device: where clients train, as torch names it.
+    """
+
+    def __init__(self, place: Workplace, device: str = "cpu") -> None:
         _keep_freed_memory()
-        self.worker = Worker(place)
+        self.worker = Worker(place, device)
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
         """Train and fold all chunks."""
