@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from fedray.data import DATASETS, Dataset, DatasetSpec, Examples
 from fedray.experiment.placement import pool_for
 from fedray.experiment.run import Federation
 from fedray.federation.pool import LocalPool
+from fedray.federation.server import Server
+from fedray.training.precision import Precision
 from fedray.types import Mask
 
 IMAGES = 50_000
@@ -112,15 +114,29 @@ class Contender:
 def contenders(model: str, device: str, actors: int, stack: int) -> Iterator[Contender]:
     """Yield the contenders of a model; that with actors only if there are some."""
     yield Contender("plain loop", CardLoop(config(model), device).round)
-    pool = partial(LocalPool, device=device)
-    for clients in (1, min(stack, config(model).clients.cohort)):
-        server = workload.server(config(model, **{"clients.stack": clients}), pool)
-        yield Contender(f"fedray, {clients} client(s) at once", partial(_step, server.step))
+    variants: list[tuple[int, Precision]] = [
+        (1, "fp32"),
+        (min(stack, config(model).clients.cohort), "fp32"),
+        (1, "bf16"),
+    ]
+    for clients, precision in variants[: None if device == "cuda" else 2]:
+        server = in_process(config(model, **{"clients.stack": clients}), device, precision)
+        yield Contender(f"fedray, {clients} at once, {precision}", partial(_step, server.step))
     if actors and device == "cuda":
         shared = {"clients.actors": actors, "clients.resources.gpu": 1 / actors, "clients.stack": 1}
         run = config(model, **shared)
         hosted = workload.server(run, pool_for(run))
         yield Contender(f"fedray, {actors} actors on the card", partial(_step, hosted.step))
+
+
+def in_process(run: RunConfig, device: str, precision: Precision) -> Server:
+    """Return a server that is set up, whose clients train in this process on a device."""
+    federation = Federation.of(run)
+    # not by the config, which asks the processor whether it has the precision
+    place = replace(federation.place, precision=precision)
+    server = Server(place, LocalPool(place, device), federation.schedule, federation.side)
+    server.setup()
+    return server
 
 
 def _step(step: Callable[[], object], number: int) -> None:

@@ -61,12 +61,6 @@ def _clients(config: "RunConfig") -> Iterator[Problem]:
             f"per_client would start {clients.population:,} processes of some 200 MB each (allowed: "
             f"{MOST_ACTORS_PER_CLIENT}); use auto, which hosts any number of clients in a few actors",
         )
-    if clients.actors == "per_client" and clients.stack not in ("auto", 1):
-        yield (
-            "clients.stack",
-            f"{clients.stack}, but with clients.actors=per_client each client trains alone in its actor; set "
-            "clients.stack=1, or another clients.actors",
-        )
     if isinstance(clients.actors, int) and clients.actors > MOST_ACTORS:
         yield "clients.actors", f"{clients.actors:,} processes of some 200 MB each; at most {MOST_ACTORS:,}"
     if clients.actors == 0 and clients.resources.gpu:
@@ -79,6 +73,25 @@ def _clients(config: "RunConfig") -> Iterator[Problem]:
             "clients.over_selection=0, or leave clients.sampler out",
         )
     yield from _resources(clients.resources, config)
+    yield from _stack(config)
+
+
+def _stack(config: "RunConfig") -> Iterator[Problem]:
+    clients, precision = config.clients, config.train.precision
+    if clients.stack in ("auto", 1):
+        return
+    if clients.actors == "per_client":
+        yield (
+            "clients.stack",
+            f"{clients.stack}, but with clients.actors=per_client each client trains alone in its actor; set "
+            "clients.stack=1, or another clients.actors",
+        )
+    if precision != "fp32":
+        yield (
+            "clients.stack",
+            f"{clients.stack}, but with train.precision={precision} clients train one after the other; set "
+            "clients.stack=1, or train.precision=fp32",
+        )
 
 
 def _resources(resources: "ResourcesConfig", config: "RunConfig") -> Iterator[Problem]:

@@ -122,7 +122,8 @@ def stack_of(config: RunConfig, weights: int) -> int:
         return clients.stack
     groups = [clients.resources, *clients.resources.by_device.values()]
     small = 16 * weights <= STACKED_WEIGHTS
-    if clients.actors == "per_client" or not small or not all(group.gpu for group in groups):
+    alone = clients.actors == "per_client" or config.train.precision != "fp32"
+    if alone or not small or not all(group.gpu for group in groups):
         return 1
     return min(STACKED_CLIENTS, STACKED_WEIGHTS // weights)
 

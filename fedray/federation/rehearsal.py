@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fedray.errors import ClientError
 from fedray.federation.client import Client
-from fedray.training.stacked import Answer, Request, Stack
+from fedray.training.dropout import generator_on
+from fedray.training.stacked import Answer, Request, Stack, stream_of
 from fedray.types import Mask, Params
 
 MakeClient = Callable[..., Client]
@@ -74,7 +75,8 @@ class StandIn(Client):
         rng = self.rng if seed is None else self._generator(seed)
         batches = tuple(chain.from_iterable(self._passes(rng, epochs, steps)))
         rates = tuple(rate(i) if callable(rate) else rate for i in range(len(batches)))
-        request, part = Request(params, mask, batches, rates), self._part
+        request = Request(params, mask, batches, rates, stream_of(self._engine))
+        part = self._part
         if part.answer is None:
             part.client, part.request = self, request
             raise Asked
@@ -88,6 +90,8 @@ class StandIn(Client):
         self._charge(request.examples, request.mask, 0.0, dense_gradient=False)
         self.meter.wall_s = answer.wall_s
         self.meter.loss, self.meter.last_loss = answer.loss, answer.last_loss
+        if answer.stream is not None:
+            generator_on(self._engine.device).set_state(answer.stream)
         return Params(answer.flat.clone(), self._engine.layout)
 
 

@@ -9,6 +9,7 @@ its weights differ by rounding.
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from fedray.randomness import Watch, borrowed
+from fedray.training.dropout import Streams, dropouts, generator_on
 from fedray.training.engine import SGD, Adam, Engine, Optimizer, Training
-from fedray.training.precision import computing
 from fedray.types import Mask, Params
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,14 @@ class Request:
         mask: which entries are trained and kept.
         batches: for each step, rows of the client's examples, (batch,) int64.
         rates: for each step, the learning rate.
+        stream: where the global generator of the device stands, if layers draw from it; else None.
     """
 
     params: Params
     mask: Mask
     batches: tuple[Tensor, ...]
     rates: tuple[float, ...]
+    stream: Tensor | None = None
 
     @property
     def examples(self) -> int:
@@ -58,6 +61,7 @@ class Request:
             and len(self.batches) == len(other.batches)
             and all(map(torch.equal, self.batches, other.batches))
             and self.mask.digest == other.mask.digest
+            and (self.stream is None or (other.stream is not None and torch.equal(self.stream, other.stream)))
             and (a is b or torch.equal(a.view(torch.int32), b.view(torch.int32)))
         )
 
@@ -71,12 +75,14 @@ class Answer:
         loss: mean loss of the examples that were seen; NaN without steps.
         last_loss: mean loss of the last batch.
         wall_s: the client's share of the measured seconds.
+        stream: where the generator stands after the training; None without one in the request.
     """
 
     flat: Tensor
     loss: float
     last_loss: float
     wall_s: float
+    stream: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class Stack:
         self.engine = engine
         names = engine.layout.names
         self._counters = [name for name, _ in engine.module.named_buffers() if name not in names]
+        self._dropouts = dropouts(engine.module)
 
     def train(
         self, requests: Sequence[Request], x: Tensor, y: Tensor, training: Training, size: int
@@ -132,15 +139,17 @@ class Stack:
         order = sorted(range(len(requests)), key=lambda k: -requests[k].examples)
         placed = [requests[k] for k in order]
         held = self._load(placed)
-        total, last = self._run(placed, held, x, y, training)
+        states = [request.stream for request in placed]
+        streams = Streams([state for state in states if state is not None], self.engine.device)
+        total, last = self._run(placed, held, x, y, training, streams)
         flat = self._unload(held, size)
         wall_s = (time.perf_counter() - started) / len(requests)
         losses = [
             loss / request.examples if request.batches else float("nan")
             for loss, request in zip(total.tolist(), placed, strict=True)
         ]
-        rows = zip(order, flat, losses, last.tolist(), strict=True)
-        answers = {k: Answer(weights, loss, end, wall_s) for k, weights, loss, end in rows}
+        rows = zip(order, flat, losses, last.tolist(), streams.states or states, strict=True)
+        answers = {k: Answer(weights, loss, end, wall_s, state) for k, weights, loss, end, state in rows}
         return [answers[k] for k in range(len(requests))]
 
     def _load(self, requests: Sequence[Request]) -> Stacked:
@@ -170,7 +179,13 @@ class Stack:
         return torch.zeros(len(flat), size).index_copy_(1, part.index, flat)
 
     def _run(
-        self, requests: Sequence[Request], held: Stacked, x: Tensor, y: Tensor, training: Training
+        self,
+        requests: Sequence[Request],
+        held: Stacked,
+        x: Tensor,
+        y: Tensor,
+        training: Training,
+        streams: Streams,
     ) -> tuple[Tensor, Tensor]:
         """Make all steps in place; return for each client the summed loss, and that of its last batch."""
         device = self.engine.device
@@ -185,13 +200,12 @@ class Stack:
             part = {name: tensor[rows] for name, tensor in held.items()}
             state = [[moment[rows] for moment in some] for some in moments]
             images = x.index_select(0, step.batches.flatten())
-            losses = self._step(
-                part,
-                images.view(*step.batches.shape, *x.shape[1:]),
-                y[step.batches],
-                self._optimizer(part, state, step.index, training),
-                step.rate,
-            )
+            optimizer = self._optimizer(part, state, step.index, training)
+            with streams.drawing(self._dropouts, step.clients) if self._dropouts else nullcontext():
+                losses, grads = self._gradients(
+                    part, images.view(*step.batches.shape, *x.shape[1:]), y[step.batches]
+                )
+            optimizer.step(grads, step.rate)
             for name, factor in factors.items():
                 part[name].mul_(factor)
             if isinstance(rows, Tensor):  # these were copies
@@ -204,24 +218,20 @@ class Stack:
             last[rows] = losses
         return total, last
 
-    def _step(self, held: Stacked, x: Tensor, y: Tensor, optimizer: SGD | Adam, rate: float) -> Tensor:
-        """Make one step of all clients in `held`, in place; return their mean losses (clients,).
+    def _gradients(self, held: Stacked, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the mean losses (clients,) of a batch of each client, and their gradients for each leaf.
 
         Args:
-            held: tensors of some clients.
+            held: tensors of some clients; statistics and counters change in place.
             x: (clients, batch, …), in fresh memory.
             y: (clients, batch).
-            optimizer: moves the tensors of `held`.
-            rate: learning rate.
         """
         leaves = {name: held[name].detach().requires_grad_() for name in self.engine.leaves}
         rest = {name: tensor for name, tensor in held.items() if name not in leaves}
-        with computing(self.engine.precision, self.engine.device):
-            logits = self._logits(leaves, rest, x).float()
+        logits = self._logits(leaves, rest, x)
         losses = cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
         grads = torch.autograd.grad(losses.sum(), tuple(leaves.values()), materialize_grads=True)
-        optimizer.step(grads, rate)
-        return losses.detach()
+        return losses.detach(), grads
 
     def _logits(self, leaves: Stacked, rest: Stacked, x: Tensor) -> Tensor:
         """Return logits (clients, batch, classes)."""
@@ -258,6 +268,11 @@ class Stack:
             for name, flags in held.items()
             if not bool(flags.all())
         }
+
+
+def stream_of(engine: Engine) -> Tensor | None:
+    """Return where the global generator stands from which an engine's layers draw; None if none draws."""
+    return generator_on(engine.device).get_state() if dropouts(engine.module) else None
 
 
 def _moments(training: Training) -> int:
@@ -298,7 +313,7 @@ def stackable(engine: Engine) -> bool:
     """Tell whether clients of a model can be trained together; if not, the log says why.
 
     A step of a few clients is made together and one by one, on random examples, and must be the same. Models
-    that draw random numbers, as dropout does, cannot be stacked: each client's come from its own stream.
+    that draw random numbers elsewhere than in torch's layers of dropout cannot be stacked.
     """
     try:
         with borrowed(0):
@@ -316,6 +331,8 @@ def stackable(engine: Engine) -> bool:
 
 def _difference(engine: Engine) -> str | None:
     """Return what a stack does otherwise than its clients alone; None if nothing."""
+    if engine.precision != "fp32":
+        return f"vmap does not compute in {engine.precision}"
     spec, rng = engine.model, torch.Generator().manual_seed(0)
     shape = (CLIENTS * BATCH, *spec.input_shape)
     tokens = spec.architecture.tokens
@@ -323,15 +340,23 @@ def _difference(engine: Engine) -> str | None:
     labels = torch.arange(len(given)) % spec.num_classes
     start, mask = spec.init(0), Mask.full(spec.layout)
     parts = torch.split(torch.arange(len(given)), BATCH)
-    watch, before = Watch(), torch.default_generator.get_state()
+    watch = Watch()
     watch.start()
-    alone = torch.stack([_alone(engine, start, given[rows], labels[rows]) for rows in parts])
-    requests = [Request(start, mask, (rows,), (RATE,)) for rows in parts]
-    x, y = given.to(engine.device), labels.to(engine.device)
-    together = torch.stack([a.flat for a in Stack(engine).train(requests, x, y, _Plain(), spec.layout.size)])
-    if watch.drawn() or not torch.equal(before, torch.default_generator.get_state()):
+    requests, alone, generator = [], [], generator_on(engine.device)
+    for seed, rows in enumerate(parts):
+        generator.manual_seed(seed)
+        requests.append(Request(start, mask, (rows,), (RATE,), stream_of(engine)))
+        alone.append(_alone(engine, start, given[rows], labels[rows]))
+    x, y, before = given.to(engine.device), labels.to(engine.device), generator.get_state()
+    answers = Stack(engine).train(requests, x, y, _Plain(), spec.layout.size)
+    if watch.drawn() or not torch.equal(before, generator.get_state()):
         return "it draws random numbers"
-    distance, moved = (together - alone).norm(), (alone - start.flat).norm()
+    return _apart(torch.stack(alone), torch.stack([answer.flat for answer in answers]), start.flat)
+
+
+def _apart(alone: Tensor, together: Tensor, start: Tensor) -> str | None:
+    """Return what differs between two ways to train; None if only the rounding does."""
+    distance, moved = (together - alone).norm(), (alone - start).norm()
     return None if bool(distance <= TOLERANCE * moved) else "its results would be others"
 
 

@@ -27,7 +27,7 @@ def test_a_trial_on_the_processor(capsys: pytest.CaptureFixture[str], threads: N
     )
     out = capsys.readouterr().out
     assert "plain loop" in out
-    assert "20 client(s) at once" in out
+    assert "20 at once, fp32" in out
 
 
 def test_the_roof_is_that_of_a_product_of_matrices():

@@ -221,6 +221,13 @@ def test_small_models_are_stacked_on_gpus(clients: dict[str, Any], weights: int,
     assert stack_of(config, weights) == expected
 
 
+def test_a_stack_is_not_trained_in_bf16() -> None:
+    gpu = {"clients.actors": 2, "clients.resources.gpu": 0.5}
+    assert stack_of(tiny.config(gpu | {"train.precision": "bf16"}), 1_000) == 1
+    with pytest.raises(ConfigError, match=r"clients\.stack.*4, but with train\.precision=bf16"):
+        tiny.config(gpu | {"train.precision": "bf16", "clients.stack": 4})
+
+
 def test_a_run_knows_its_stack() -> None:
     config = tiny.config({"clients.stack": 3})
     assert Federation.of(config).place.stack == 3

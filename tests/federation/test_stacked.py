@@ -64,12 +64,33 @@ def _random(layer: nn.Module) -> Architecture:
     return Architecture(build, lambda shape: None, "made up", "fc 8, fc classes")
 
 
+def _dropping(input_shape: InputShape, num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(input_shape[0], 4, 3, padding=1, bias=False),  # BatchNorm leaves a bias no gradient
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout2d(0.3),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(64, num_classes),
+    )
+
+
 class Gated(nn.Module):
     """Python's `if` on a value, which cannot be mapped."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Depend on the data."""
         return torch.relu(x) if bool(x.sum() > 0) else x
+
+
+class Functional(nn.Module):
+    """Drops values by a function, not by a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop half."""
+        return nn.functional.dropout(x, 0.5, self.training)
 
 
 class Noisy(nn.Module):
@@ -81,7 +102,15 @@ class Noisy(nn.Module):
 
 
 RESIDUAL = Architecture(_residual, lambda shape: None, "made up", "two residual blocks of 4")
-ARCHITECTURES = {"mlp": small.MLP, "cnn": small.CNN, "residual": RESIDUAL}
+DROPOUT = _random(nn.Dropout(0.5))
+CHANNELS = Architecture(_dropping, lambda shape: None, "made up", "two kinds of dropout")
+ARCHITECTURES = {
+    "mlp": small.MLP,
+    "cnn": small.CNN,
+    "residual": RESIDUAL,
+    "dropout": DROPOUT,
+    "channels": CHANNELS,
+}
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -330,6 +359,19 @@ def test_other_functions(function: ClientFunction, stacks: list[int], asked: lis
             assert memory["weights"].untyped_storage().nbytes() == 4 * place.model.layout.size
 
 
+@pytest.mark.parametrize("architecture", [DROPOUT, CHANNELS], ids=["dropout", "channels"])
+def test_dropout_draws_from_the_stream_of_each_client(architecture: Architecture, asked: list[int]):
+    place = place_of(Method(batch_size=6, local_epochs=2), architecture=architecture)
+    alone, together = answers(place, remembers), answers(replace(place, stack=8), remembers)
+    check(alone, together)
+    assert asked == [6]
+    for client, memory in alone.memories.items():  # among them a draw after the training
+        assert memory["draws"] == together.memories[client]["draws"]
+    other = answers(place, round=2)
+    (a,), (b,) = alone.partials.values(), other.partials.values()
+    assert not torch.allclose(a.updates[0].params.flat, b.updates[0].params.flat, atol=1e-3)
+
+
 def test_a_function_that_asks_for_something_else_in_its_second_run_trains_alone(asked: list[int]):
     place = place_of(Method(batch_size=6))
     found = answers(replace(place, stack=8), changes_its_mind)
@@ -387,8 +429,8 @@ def test_a_function_runs_twice_up_to_its_training_and_not_at_all_without_a_stack
 
 @pytest.mark.parametrize(
     ("layer", "reason"),
-    [(nn.Dropout(0.5), "random"), (Noisy(), "random"), (Gated(), "")],
-    ids=["dropout", "numpy", "branch"],
+    [(Functional(), "random"), (Noisy(), "random"), (Gated(), "")],
+    ids=["torch", "numpy", "branch"],
 )
 def test_a_model_that_cannot_be_stacked_trains_one_client_after_the_other(
     layer: nn.Module, reason: str, asked: list[int], caplog: pytest.LogCaptureFixture
@@ -408,9 +450,21 @@ def test_a_model_that_cannot_be_stacked_trains_one_client_after_the_other(
 def test_results_that_would_be_others_are_noticed(monkeypatch: pytest.MonkeyPatch):
     engine = Worker(place_of(Method())).engine
     assert stackable(engine)
-    step = stacked.Stack._step
-    monkeypatch.setattr(stacked.Stack, "_step", lambda *a: step(*a[:-1], 1.01 * a[-1]))  # type: ignore[call-arg]
+    gradients = stacked.Stack._gradients
+
+    def wrong(*given: Any) -> Any:
+        losses, grads = gradients(*given)
+        return losses, tuple(1.01 * grad for grad in grads)
+
+    monkeypatch.setattr(stacked.Stack, "_gradients", wrong)
     assert not stackable(engine)
+
+
+def test_vmap_does_not_compute_in_bf16(caplog: pytest.LogCaptureFixture):
+    place = replace(place_of(Method()), precision="bf16")
+    with caplog.at_level(logging.WARNING):
+        assert not stackable(Worker(place).engine)
+    assert "bf16" in caplog.text
 
 
 def test_a_trial_leaves_the_global_generators_as_they_were():
@@ -454,7 +508,7 @@ def finish(method: Method, pool: Any, **options: Any) -> str:
     return server.model.sha256
 
 
-@pytest.mark.parametrize("architecture", [small.MLP, small.CNN], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("architecture", [small.MLP, small.CNN, DROPOUT], ids=["mlp", "cnn", "dropout"])
 def test_any_number_of_workers_gives_the_same_bits(architecture: Architecture, asked: list[int]):
     sums = {
         finish(Moving(batch_size=4), pool, architecture=architecture)
