@@ -299,6 +299,8 @@ class RunConfig(Config):
         rounds: number of rounds.
         seed: seed of all random numbers of the run.
         eval_every: rounds between two evaluations on validation data.
+        eval_clients: clients, at most, on whose own examples the final model is evaluated; 0 leaves out
+            `clients/accuracy_*`.
         checkpoint_every: rounds between two checkpoints.
         model: name of the model.
         norm: treatment of batch normalisation: `average` averages it like weights, `local` keeps each
@@ -317,6 +319,7 @@ class RunConfig(Config):
     rounds: PositiveInt = 30
     seed: Seed = 0
     eval_every: PositiveInt = 1
+    eval_clients: NonNegativeInt = 200
     checkpoint_every: PositiveInt = 10
     model: Annotated[str, Named(MODELS)] = "mlp"
     norm: Norm = "average"
@@ -419,6 +422,7 @@ SINCE: Tree = {
     "norm": "average",
     "prune_first": True,
     "prune_last": False,
+    "eval_clients": 200,
     "train": {"precision": "fp32"},
     "clients.stack": "auto",
 }

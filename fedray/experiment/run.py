@@ -53,9 +53,6 @@ OnRound = Callable[[RoundReport], None]
 RUNS = Path("runs")
 """Default parent directory of runs."""
 
-ACCURACY_CLIENTS = 200
-"""At most this many clients, sampled by seed, evaluate the final model on their own examples."""
-
 
 @dataclass(frozen=True)
 class History:
@@ -149,7 +146,9 @@ class Federation:
         """Sample the clients that evaluate the final model on their own examples."""
         population = len(self.place.population)
         rng = generator(self.config.seed, "evaluate")
-        return sorted(rng.choice(population, min(population, ACCURACY_CLIENTS), replace=False).tolist())
+        return sorted(
+            rng.choice(population, min(population, self.config.eval_clients), replace=False).tolist()
+        )
 
 
 def run(
@@ -358,28 +357,14 @@ def _opened(pool: ClientPool) -> Iterator[ClientPool]:
 def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str, Any]:
     """Read the test set, once; evaluate the model on clients' own examples; write the result."""
     test = server.evaluate(federation.dataset.test)
-    clients = federation.sampled_clients()
-    partition = federation.place.population.partition
-    rows = [partition.rows(client) for client in clients]
-    accuracy = _own_accuracy(federation, server, clients, rows)
-    population = federation.place.population
-    files.write_client_accuracy(
-        {
-            "client": clients,
-            "device": [population[client].profile.name for client in clients],
-            "num_examples": [len(r) for r in rows],
-            "accuracy": accuracy,
-        }
-    )
+    of_clients = _of_clients(federation, server, files) if federation.config.eval_clients else {}
     files.write_model(server.model)
     last = files.rounds()[-1]
     result = {
         **last["metrics"],
         "test/accuracy": test.accuracy,
         "test/loss": test.loss,
-        "clients/accuracy_mean": float(np.mean(accuracy)),
-        "clients/accuracy_std": float(np.std(accuracy)),
-        "clients/accuracy_worst_decile": float(np.mean(np.sort(accuracy)[: -(-len(accuracy) // 10)])),
+        **of_clients,
         "rounds": last["round"],
         "weights_sha256": server.model.sha256,
         **declared(federation.config),
@@ -388,6 +373,26 @@ def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str
     }
     files.write_json("result.json", result)
     return result
+
+
+def _of_clients(federation: Federation, server: Server, files: RunFiles) -> dict[str, float]:
+    """Write the model's accuracy on the examples of each sampled client; return the final metrics of it."""
+    clients, population = federation.sampled_clients(), federation.place.population
+    rows = [population.partition.rows(client) for client in clients]
+    accuracy = _own_accuracy(federation, server, clients, rows)
+    files.write_client_accuracy(
+        {
+            "client": clients,
+            "device": [population[client].profile.name for client in clients],
+            "num_examples": [len(r) for r in rows],
+            "accuracy": accuracy,
+        }
+    )
+    return {
+        "clients/accuracy_mean": float(np.mean(accuracy)),
+        "clients/accuracy_std": float(np.std(accuracy)),
+        "clients/accuracy_worst_decile": float(np.mean(np.sort(accuracy)[: -(-len(accuracy) // 10)])),
+    }
 
 
 def _own_accuracy(

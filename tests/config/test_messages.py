@@ -27,8 +27,8 @@ BAD = r"""
 # keys that there are not
 
 $ roundz=3
-roundz (x.yaml): unknown; did you mean 'rounds'? Keys here: checkpoint_every, clients, data, eval_every,
-imports, method, model, norm, prune_first, prune_last, rounds, seed, tracking, train
+roundz (x.yaml): unknown; did you mean 'rounds'? Keys here: checkpoint_every, clients, data, eval_clients,
+eval_every, imports, method, model, norm, prune_first, prune_last, rounds, seed, tracking, train
 
 $ zzz=3
 zzz (x.yaml): unknown. Keys here: checkpoint_every, …

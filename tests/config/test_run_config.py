@@ -139,6 +139,7 @@ IN_THE_RESULT = {
     "rounds": 31,
     "seed": 1,
     "eval_every": 2,
+    "eval_clients": 0,
     "model": "cnn",
     "data.name": "fashion_mnist",
     "data.partition.kind": "quantity_skew",

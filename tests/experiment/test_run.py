@@ -15,12 +15,12 @@ import fedray
 from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset
 from fedray.errors import ClientError, ConfigError, DataError
-from fedray.experiment.run import ACCURACY_CLIENTS, Federation, History, resume, run
+from fedray.experiment.run import Federation, History, resume, run
 from fedray.federation.worker import Workplace
 from fedray.methods import METHODS
 from fedray.storage.directory import check_free, numbered
 from fedray.storage.run_files import RunFiles
-from fedray.types import METRICS, RoundReport
+from fedray.types import FINAL_METRICS, METRICS, RoundReport
 from tests.experiment import tiny
 
 STAGED = {"name": "staged", "density": 0.3, "stages": 2}
@@ -113,9 +113,19 @@ def test_the_final_model_was_tried_on_clients_own_examples(finished):
 def test_of_many_clients_the_final_model_is_tried_on_some():
     federation = Federation.of(tiny.config({"clients.population": 300}))
     drawn = federation.sampled_clients()
-    assert len(set(drawn)) == ACCURACY_CLIENTS < 300
+    assert len(set(drawn)) == 200
     assert drawn == sorted(drawn) == Federation.of(tiny.config({"clients.population": 300})).sampled_clients()
     assert drawn != Federation.of(tiny.config({"clients.population": 300}, seed=1)).sampled_clients()
+
+
+def test_the_number_of_these_clients_is_an_option(tmp_path):
+    some = run(tiny.config(eval_clients=2), out=tmp_path / "two")
+    assert len(pd.read_parquet(some.path / "client_accuracy.parquet")) == 2
+    none = run(tiny.config(eval_clients=0), out=tmp_path / "none")
+    assert not (none.path / "client_accuracy.parquet").exists()
+    assert set(some.result) - set(none.result) == set(FINAL_METRICS)
+    assert none.result["status"] == "finished"
+    assert none.weights_sha256 == some.weights_sha256
 
 
 def test_the_same_config_makes_the_same_run(finished, tmp_path):
