@@ -295,7 +295,7 @@ class Mask(_Flat):
     @cached_property
     def count(self) -> int:
         """Number of entries held, prunable or not."""
-        return int(self.flat.count_nonzero())
+        return int(np.count_nonzero(self.flat.numpy()))  # torch's takes five times as long
 
     @cached_property
     def is_full(self) -> bool:
@@ -306,7 +306,7 @@ class Mask(_Flat):
     def density(self) -> float:
         """Share of the *prunable* entries that are held, in [0, 1]; 1 where nothing is prunable."""
         prunable = self.layout.prunable_count
-        kept = int((self.flat & self.layout.prunable_flat).count_nonzero())
+        kept = int(np.count_nonzero((self.flat & self.layout.prunable_flat).numpy()))
         return kept / prunable if prunable else 1.0
 
     def __getstate__(self) -> dict[str, Any]:

@@ -151,9 +151,12 @@ class Partial:
             self.common, self.weight = mask.digest, self.weight + weight
             return
         self.weighted, held = self._within(), self._spread()
-        sent = params.flat if mask.is_full else params.masked(mask).flat
-        torch.from_numpy(self.weighted).add_(sent, alpha=weight)
-        _count_held(held, sent.numpy() if literal else mask.flat.numpy(), np.float32(weight))
+        if literal:
+            sent = params.flat if mask.is_full else params.masked(mask).flat
+            torch.from_numpy(self.weighted).add_(sent, alpha=weight)
+            _count_nonzero(held, sent.numpy(), np.float32(weight))
+        else:
+            _add_held(self.weighted, held, params.flat.numpy(), mask.flat.numpy(), np.float32(weight))
         self.common, self.weight, self.held = None, 0.0, held
 
     def _within(self) -> Vector:
@@ -224,14 +227,33 @@ class Partial:
         return self
 
 
-def _count_held(held: Vector, values: NDArray[Any], weight: np.float32) -> None:
-    """Add a weight to `held` in place wherever `values` is not zero, or True."""
+def _count_nonzero(held: Vector, values: Vector, weight: np.float32) -> None:
+    """Add a weight to `held` in place wherever a value is not zero."""
     flags, weights = np.empty(BLOCK, np.bool_), np.empty(BLOCK, np.float32)
     for start in range(0, len(held), BLOCK):  # a block stays in the cache for all its passes
         part = values[start : start + BLOCK]
         block, flag = held[start : start + BLOCK], flags[: len(part)]
         np.not_equal(part, 0, out=flag)
         np.add(block, np.multiply(flag, weight, out=weights[: len(part)]), out=block)
+
+
+def _add_held(
+    weighted: Vector, held: Vector, values: Vector, mask: NDArray[np.bool_], weight: np.float32
+) -> None:
+    """Add weight · value to `weighted`, and the weight to `held`, in place wherever a mask is True.
+
+    By an `and` of the bits, block by block, so that nothing of the model's size is written in between.
+    """
+    whole = weight.view(np.int32)
+    bits, counts = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
+    kept, sums = torch.from_numpy(bits.view(np.float32)), torch.from_numpy(weighted)
+    for start in range(0, len(held), BLOCK):
+        stop = min(start + BLOCK, len(held))
+        some, block = bits[: stop - start], held[start:stop]
+        np.negative(mask[start:stop].view(np.int8), out=some, dtype=np.int32)  # all bits set for True
+        np.add(block, np.bitwise_and(some, whole, out=counts[: stop - start]).view(np.float32), out=block)
+        np.bitwise_and(values[start:stop].view(np.int32), some, out=some)
+        sums[start:stop].add_(kept[: stop - start], alpha=float(weight))
 
 
 def _form(array: NDArray[Any]) -> str:
