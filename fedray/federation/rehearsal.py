@@ -21,7 +21,8 @@ from torch import Tensor
 from fedray.errors import ClientError
 from fedray.federation.client import Client
 from fedray.training.dropout import generator_on
-from fedray.training.stacked import Answer, Request, Stack, stream_of
+from fedray.training.plan import Answer, Request
+from fedray.training.stacked import Stack, stream_of
 from fedray.types import Mask, Params
 
 MakeClient = Callable[..., Client]
@@ -95,7 +96,9 @@ class StandIn(Client):
         return Params(answer.flat.clone(), self._engine.layout)
 
 
-def together(orders: Sequence[Given], train: Callable[[Given, MakeClient], T], most: int) -> Iterator[T]:
+def together(
+    orders: Sequence[Given], train: Callable[[Given, MakeClient], T], most: int, *, pads: bool
+) -> Iterator[T]:
     """Train clients, and yield their results in order.
 
     Args:
@@ -103,6 +106,7 @@ def together(orders: Sequence[Given], train: Callable[[Given, MakeClient], T], m
         train: runs the function of one client, with a client that it makes by the given function. Raises
             ClientError.
         most: clients that are trained together; 1 trains one after the other, without a rehearsal.
+        pads: whether batches of different sizes are filled up.
     """
     if most == 1:
         yield from (train(order, Client) for order in orders)
@@ -110,7 +114,7 @@ def together(orders: Sequence[Given], train: Callable[[Given, MakeClient], T], m
     for start in range(0, len(orders), most):
         window = orders[start : start + most]
         found = [_rehearsed(order, train) for order in window]
-        _answer([part for part in found if isinstance(part, Part) and part.request is not None])
+        _answer([part for part in found if isinstance(part, Part) and part.request is not None], pads=pads)
         for order, part in zip(window, found, strict=True):
             if not isinstance(part, Part):
                 yield part  # it never asked
@@ -132,7 +136,7 @@ def _rehearsed(order: Given, train: Callable[[Given, MakeClient], T]) -> T | Par
     return done if part.request is None else part  # it caught what was not meant for it
 
 
-def _answer(parts: Sequence[Part]) -> None:
+def _answer(parts: Sequence[Part], *, pads: bool) -> None:
     """Train what clients ask for; a client whose mask no other has gets no answer."""
     groups: dict[bytes, list[Part]] = {}
     for part in parts:
@@ -140,10 +144,10 @@ def _answer(parts: Sequence[Part]) -> None:
         groups.setdefault(part.request.mask.digest, []).append(part)
     for group in groups.values():
         if len(group) > 1:
-            _train(group)
+            _train(group, pads=pads)
 
 
-def _train(group: Sequence[Part]) -> None:
+def _train(group: Sequence[Part], *, pads: bool) -> None:
     """Train requests of one mask together."""
     clients = [part.client for part in group if part.client is not None]
     engine, (x, y, rows) = clients[0]._engine, _examples(clients)
@@ -152,7 +156,7 @@ def _train(group: Sequence[Part]) -> None:
         for part, where in zip(group, rows, strict=True)
         if part.request is not None
     ]
-    stack = Stack(engine.smaller(requests[0].mask))
+    stack = Stack(engine.smaller(requests[0].mask), pads=pads)
     answers = stack.train(requests, x, y, clients[0]._training, engine.layout.size)
     for part, answer in zip(group, answers, strict=True):
         part.answer, part.client = answer, None

@@ -29,9 +29,9 @@ from fedray.federation.rehearsal import Asked, MakeClient, together
 from fedray.federation.wire import Memory, Order, Upload, Wire, check_types, malformed, split_memory
 from fedray.models.spec import ModelSpec
 from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_torch
+from fedray.training.agreement import Way, way_of
 from fedray.training.precision import Precision, refusal
 from fedray.training.resident import Resident, Share
-from fedray.training.stacked import stackable
 from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task, within
 
 EVALUATION_SHARD = 500
@@ -171,12 +171,14 @@ class Worker:
         def train(order: Order, make: MakeClient) -> Trained:
             return self.train(job, order, chunk.memories.get(order.client, {}), make)
 
-        return together(chunk.orders, train, self._stack)
+        way = self._way
+        most = 1 if way == "alone" else self.place.stack
+        return together(chunk.orders, train, most, pads=way == "padded")
 
     @cached_property
-    def _stack(self) -> int:
-        """How many clients are trained together: what the workplace says, or 1 if the model cannot be."""
-        return self.place.stack if self.place.stack > 1 and stackable(self.engine) else 1
+    def _way(self) -> Way:
+        """How clients are trained together, if the workplace asks for it and the model allows it."""
+        return way_of(self.engine) if self.place.stack > 1 else "alone"
 
     def train(self, job: Job, order: Order, memory: Memory, make: MakeClient = Client) -> Trained:
         """Run one client's function, with global generators that are seeded for this client.

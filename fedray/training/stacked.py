@@ -6,107 +6,22 @@ and `torch.func.vmap` maps the model over them. A client sees the same batches i
 its weights differ by rounding.
 """
 
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
-from fedray.randomness import Watch, borrowed
 from fedray.training.dropout import Streams, dropouts, generator_on
-from fedray.training.engine import SGD, Adam, Engine, Optimizer, Training
-from fedray.types import Mask, Params
-
-logger = logging.getLogger(__name__)
+from fedray.training.engine import SGD, Adam, Engine, Training
+from fedray.training.plan import Answer, Request, plan
+from fedray.types import Mask
 
 Stacked = dict[str, Tensor]
 """Name of a parameter or buffer → its copies (clients, *shape)."""
-Rows = slice | Tensor
-"""Some clients of a stack: a range, or their positions (int64)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of plain SGD: where it starts, and the batch and the learning rate of each step.
-
-    Args:
-        params: where to start.
-        mask: which entries are trained and kept.
-        batches: for each step, rows of the client's examples, (batch,) int64.
-        rates: for each step, the learning rate.
-        stream: where the global generator of the device stands, if layers draw from it; else None.
-    """
-
-    params: Params
-    mask: Mask
-    batches: tuple[Tensor, ...]
-    rates: tuple[float, ...]
-    stream: Tensor | None = None
-
-    @property
-    def examples(self) -> int:
-        """Number of examples that it sees."""
-        return sum(len(rows) for rows in self.batches)
-
-    def same_as(self, other: "Request") -> bool:
-        """Tell whether two calls train the same weights on the same batches."""
-        a, b = self.params.flat, other.params.flat
-        return (
-            self.rates == other.rates
-            and len(self.batches) == len(other.batches)
-            and all(map(torch.equal, self.batches, other.batches))
-            and self.mask.digest == other.mask.digest
-            and (self.stream is None or (other.stream is not None and torch.equal(self.stream, other.stream)))
-            and (a is b or torch.equal(a.view(torch.int32), b.view(torch.int32)))
-        )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The result of a request.
-
-    Args:
-        flat: the trained weights (size,) on the CPU, a row of a matrix that all clients of the stack share.
-        loss: mean loss of the examples that were seen; NaN without steps.
-        last_loss: mean loss of the last batch.
-        wall_s: the client's share of the measured seconds.
-        stream: where the generator stands after the training; None without one in the request.
-    """
-
-    flat: Tensor
-    loss: float
-    last_loss: float
-    wall_s: float
-    stream: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The step of clients whose batches have one size.
-
-    Args:
-        index: number of the step.
-        rate: learning rate.
-        clients: positions in the stack.
-        batches: rows of examples (clients, batch).
-    """
-
-    index: int
-    rate: float
-    clients: tuple[int, ...]
-    batches: Tensor
-
-    @property
-    def rows(self) -> Rows:
-        """Its clients as a range if they are one, so that their tensors are views and not copies."""
-        first, last = self.clients[0], self.clients[-1]
-        adjacent = last - first + 1 == len(self.clients)
-        return slice(first, last + 1) if adjacent else torch.tensor(self.clients)
 
 
 class Stack:
@@ -114,10 +29,11 @@ class Stack:
 
     Args:
         engine: has the module, and the layout that is trained.
+        pads: whether batches of different sizes may be filled up, since the model treats each example alone.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, *, pads: bool) -> None:
+        self.engine, self._pads = engine, pads
         names = engine.layout.names
         self._counters = [name for name, _ in engine.module.named_buffers() if name not in names]
         self._dropouts = dropouts(engine.module)
@@ -195,7 +111,7 @@ class Stack:
         factors = self._factors(requests[0].mask)
         total = torch.zeros(len(requests), device=device)
         last = torch.full_like(total, float("nan"))
-        for step in _placed(list(_steps(requests)), device):
+        for step in plan(requests, device, pads=self._pads):
             rows = step.rows
             part = {name: tensor[rows] for name, tensor in held.items()}
             state = [[moment[rows] for moment in some] for some in moments]
@@ -203,7 +119,10 @@ class Stack:
             optimizer = self._optimizer(part, state, step.index, training)
             with streams.drawing(self._dropouts, step.clients) if self._dropouts else nullcontext():
                 losses, grads = self._gradients(
-                    part, images.view(*step.batches.shape, *x.shape[1:]), y[step.batches]
+                    part,
+                    images.view(*step.batches.shape, *x.shape[1:]),
+                    y[step.batches],
+                    step.weights if step.is_padded else None,
                 )
             optimizer.step(grads, step.rate)
             for name, factor in factors.items():
@@ -214,22 +133,26 @@ class Stack:
                 for some, changed in zip(moments, state, strict=True):
                     for moment, value in zip(some, changed, strict=True):
                         moment[rows] = value
-            total[rows] += losses * step.batches.shape[1]
+            total[rows] += losses * step.lengths
             last[rows] = losses
         return total, last
 
-    def _gradients(self, held: Stacked, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _gradients(
+        self, held: Stacked, x: Tensor, y: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the mean losses (clients,) of a batch of each client, and their gradients for each leaf.
 
         Args:
             held: tensors of some clients; statistics and counters change in place.
             x: (clients, batch, …), in fresh memory.
             y: (clients, batch).
+            weights: (clients, batch), of the examples in the mean; None weighs all alike.
         """
         leaves = {name: held[name].detach().requires_grad_() for name in self.engine.leaves}
         rest = {name: tensor for name, tensor in held.items() if name not in leaves}
         logits = self._logits(leaves, rest, x)
-        losses = cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+        each = cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+        losses = each.mean(1) if weights is None else (each * weights).sum(1)
         grads = torch.autograd.grad(losses.sum(), tuple(leaves.values()), materialize_grads=True)
         return losses.detach(), grads
 
@@ -278,106 +201,3 @@ def stream_of(engine: Engine) -> Tensor | None:
 def _moments(training: Training) -> int:
     """Return how many tensors an optimiser keeps for each weight."""
     return 2 if training.optimizer == "adam" else int(training.momentum > 0)
-
-
-def _steps(requests: Sequence[Request]) -> Iterator[_Step]:
-    """Yield the steps in order; clients whose batches and learning rates are equal step together."""
-    for index in range(max(len(request.batches) for request in requests)):
-        together: dict[tuple[int, float], list[int]] = {}
-        for k, request in enumerate(requests):
-            if index < len(request.batches):
-                together.setdefault((len(request.batches[index]), request.rates[index]), []).append(k)
-        for (_, rate), clients in together.items():
-            batches = torch.stack([requests[k].batches[index] for k in clients])
-            yield _Step(index, rate, tuple(clients), batches)
-
-
-def _placed(steps: Sequence[_Step], device: torch.device) -> Iterator[_Step]:
-    """Yield the steps with their rows on a device, to which all go in one copy."""
-    if not steps:
-        return
-    rows = torch.cat([step.batches.flatten() for step in steps]).to(device)
-    parts = torch.split(rows, [step.batches.numel() for step in steps])
-    for step, part in zip(steps, parts, strict=True):
-        yield _Step(step.index, step.rate, step.clients, part.view(step.batches.shape))
-
-
-# ── the trial ────────────────────────────────────────────────────────────────────────────────────────────
-
-CLIENTS, BATCH, RATE = 3, 4, 0.1
-TOLERANCE = 1e-3
-"""Of the distance between a stacked step and the client's own, relative to the step's length."""
-
-
-def stackable(engine: Engine) -> bool:
-    """Tell whether clients of a model can be trained together; if not, the log says why.
-
-    A step of a few clients is made together and one by one, on random examples, and must be the same. Models
-    that draw random numbers elsewhere than in torch's layers of dropout cannot be stacked.
-    """
-    try:
-        with borrowed(0):
-            reason = _difference(engine)
-    except Exception as error:  # of any kind: what `vmap` cannot map fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if reason is not None:
-        logger.warning(
-            "clients.stack: %s cannot be stacked (%s); its clients train one after the other",
-            engine.model.name,
-            reason,
-        )
-    return reason is None
-
-
-def _difference(engine: Engine) -> str | None:
-    """Return what a stack does otherwise than its clients alone; None if nothing."""
-    if engine.precision != "fp32":
-        return f"vmap does not compute in {engine.precision}"
-    spec, rng = engine.model, torch.Generator().manual_seed(0)
-    shape = (CLIENTS * BATCH, *spec.input_shape)
-    tokens = spec.architecture.tokens
-    given = torch.randint(tokens, shape, generator=rng) if tokens else torch.randn(shape, generator=rng)
-    labels = torch.arange(len(given)) % spec.num_classes
-    start, mask = spec.init(0), Mask.full(spec.layout)
-    parts = torch.split(torch.arange(len(given)), BATCH)
-    watch = Watch()
-    watch.start()
-    requests, alone, generator = [], [], generator_on(engine.device)
-    for seed, rows in enumerate(parts):
-        generator.manual_seed(seed)
-        requests.append(Request(start, mask, (rows,), (RATE,), stream_of(engine)))
-        alone.append(_alone(engine, start, given[rows], labels[rows]))
-    x, y, before = given.to(engine.device), labels.to(engine.device), generator.get_state()
-    answers = Stack(engine).train(requests, x, y, _Plain(), spec.layout.size)
-    if watch.drawn() or not torch.equal(before, generator.get_state()):
-        return "it draws random numbers"
-    return _apart(torch.stack(alone), torch.stack([answer.flat for answer in answers]), start.flat)
-
-
-def _apart(alone: Tensor, together: Tensor, start: Tensor) -> str | None:
-    """Return what differs between two ways to train; None if only the rounding does."""
-    distance, moved = (together - alone).norm(), (alone - start).norm()
-    return None if bool(distance <= TOLERANCE * moved) else "its results would be others"
-
-
-def _alone(engine: Engine, start: Params, x: Tensor, y: Tensor) -> Tensor:
-    """Return the weights (size,) after one step of a single client."""
-    engine.load(start, Mask.full(start.layout))
-    engine.module.train()
-    _, grads = engine.gradient(engine.batch(x), y.to(engine.device))
-    SGD(list(engine.leaves.values()), 0.0, 0.0).step(grads, RATE)
-    return engine.flat.to("cpu", copy=True)
-
-
-@dataclass(frozen=True)
-class _Plain:
-    """The options of the trial's step."""
-
-    local_epochs: int = 1
-    steps: int | None = None
-    lr: float = RATE
-    lr_decay: float = 1.0
-    batch_size: int = BATCH
-    optimizer: Optimizer = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0

@@ -69,7 +69,7 @@ def test_clients_together_on_a_gpu_train_what_each_trains_on_the_cpu(architectur
     for device, stack in (("cpu", 1), ("cuda", 1), ("cuda", 8)):
         worker = Worker(replace(place, stack=stack), device)
         found[device, stack] = worker.run(job, [chunk]).partials[0, 0].updates
-        assert worker._stack == stack
+        assert (worker._way == "alone") == (stack == 1)
         assert (worker._resident is not None) == (device == "cuda")
     for updates in found.values():
         for client, update in updates.items():

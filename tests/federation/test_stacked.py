@@ -29,8 +29,8 @@ from fedray.models import MODELS
 from fedray.models.spec import Architecture, InputShape
 from fedray.pruning import masks
 from fedray.pruning.channels import channel_mask
-from fedray.training import stacked
-from fedray.training.stacked import stackable
+from fedray.training import agreement, plan, stacked
+from fedray.training.agreement import way_of
 from fedray.types import ClientUpdate, Mask, Params, Task
 from tests import small
 from tests.federation.probes import Moving, score
@@ -166,8 +166,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     train = stacked.Stack.train
 
-    def counted(self: stacked.Stack, requests: Sequence[stacked.Request], *rest: Any) -> Any:
-        if not isinstance(rest[2], stacked._Plain):
+    def counted(self: stacked.Stack, requests: Sequence[plan.Request], *rest: Any) -> Any:
+        if not isinstance(rest[2], agreement._Plain):
             sizes.append(len(requests))
         return train(self, requests, *rest)
 
@@ -261,6 +261,33 @@ def test_any_sizes_of_clients_batches_and_stacks(sizes: list[int], batch: int, s
     method = Method(batch_size=batch, local_epochs=epochs, momentum=0.5)
     place = small.workplace(method, data=small.dataset(300), partition=small.dealt(*sizes))
     check(answers(place), answers(replace(place, stack=stack)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "calls"),
+    [
+        ("mlp", "padded", 7),
+        ("residual", "equal", 10),  # batches of 3, 1, 4 and 1 beside those of 6
+        ("channels", "equal", 10),
+        ("dropout", "equal", 10),
+    ],
+)
+def test_short_batches_are_filled_up_where_examples_do_not_meet(
+    name: str, way: str, calls: int, monkeypatch: pytest.MonkeyPatch
+):
+    place = replace(place_of(Method(batch_size=6), architecture=ARCHITECTURES[name]), stack=8)
+    worker = Worker(place)
+    assert worker._way == way
+    gradients, seen = stacked.Stack._gradients, []
+
+    def counted(*given: Any) -> Any:
+        seen.append(given[2].shape)
+        return gradients(*given)
+
+    monkeypatch.setattr(stacked.Stack, "_gradients", counted)
+    orders = tuple(Order(k, 0, 0) for k in range(len(SIZES)))
+    worker.run(Job(1, place.method.client_update, (task_of(place),)), [Chunk(0, 0, orders, {}, 1)])
+    assert len(seen) == calls
 
 
 # ── functions that do other things ───────────────────────────────────────────────────────────────────────
@@ -449,7 +476,7 @@ def test_a_model_that_cannot_be_stacked_trains_one_client_after_the_other(
 
 def test_results_that_would_be_others_are_noticed(monkeypatch: pytest.MonkeyPatch):
     engine = Worker(place_of(Method())).engine
-    assert stackable(engine)
+    assert way_of(engine) == "padded"
     gradients = stacked.Stack._gradients
 
     def wrong(*given: Any) -> Any:
@@ -457,13 +484,13 @@ def test_results_that_would_be_others_are_noticed(monkeypatch: pytest.MonkeyPatc
         return losses, tuple(1.01 * grad for grad in grads)
 
     monkeypatch.setattr(stacked.Stack, "_gradients", wrong)
-    assert not stackable(engine)
+    assert way_of(engine) == "alone"
 
 
 def test_vmap_does_not_compute_in_bf16(caplog: pytest.LogCaptureFixture):
     place = replace(place_of(Method()), precision="bf16")
     with caplog.at_level(logging.WARNING):
-        assert not stackable(Worker(place).engine)
+        assert way_of(Worker(place).engine) == "alone"
     assert "bf16" in caplog.text
 
 
@@ -473,7 +500,7 @@ def test_a_trial_leaves_the_global_generators_as_they_were():
     expected = float(torch.rand(())), float(np.random.random())
     torch.manual_seed(1)
     np.random.seed(1)
-    assert stackable(Worker(place_of(Method())).engine)
+    assert way_of(Worker(place_of(Method())).engine) == "padded"
     assert (float(torch.rand(())), float(np.random.random())) == expected
 
 
