@@ -130,6 +130,7 @@ class Engine:
         self._last: tuple[Tensor, tuple[int, bytes], Tensor] | None = (
             None  # given last, and its copy on a GPU
         )
+        self._own_masks: dict[bytes, Mask] = {}  # this engine's part of the mask used last
         self._masking: dict[bytes, Tensor | None] = {}  # of the mask used last
 
     def smaller(self, mask: Mask) -> "Engine":
@@ -157,24 +158,39 @@ class Engine:
         with torch.no_grad():
             for buffer, value in zip(self._counters, self._counted, strict=True):
                 buffer.copy_(value)
-            if self.part is None and not mask.is_full and not self.remembers:
-                params.write_masked(mask, self.flat)
-                return
-            self.flat.copy_(self._given(params, mask))
+            held = self._own_mask(mask)
+            if held.is_full or self.remembers:
+                self.flat.copy_(self._given(params, held, mask))
+            else:
+                self._own_params(params).write_masked(held, self.flat)
 
-    def _given(self, params: Params, mask: Mask) -> Tensor:
+    def _given(self, params: Params, held: Mask, mask: Mask) -> Tensor:
         """Return this engine's part of `params ⊙ mask`; the vector of a task is copied to a GPU once."""
         version = params.flat._version
         if self._last is not None:
             flat, key, there = self._last
             if flat is params.flat and key == (version, mask.digest):
                 return there
-        flat = params.flat if mask.is_full else params.masked(mask).flat
-        flat = flat if self.part is None else flat.index_select(0, self.part.index)
+        part = self._own_params(params)
+        given = part.flat if held.is_full else part.masked(held).flat
         if self.remembers:
-            flat = flat.to(self.device)
-            self._last = params.flat, (version, mask.digest), flat
-        return flat
+            given = given.to(self.device)
+            self._last = params.flat, (version, mask.digest), given
+        return given
+
+    def _own_params(self, params: Params) -> Params:
+        """Return the weights that this engine has."""
+        if self.part is None:
+            return params
+        return Params(params.flat.index_select(0, self.part.index), self.part.layout)
+
+    def _own_mask(self, mask: Mask) -> Mask:
+        """Return the entries of a mask that this engine has."""
+        if self.part is None:
+            return mask
+        if mask.digest not in self._own_masks:
+            self._own_masks = {mask.digest: Mask(mask.flat[self.part.index], self.part.layout)}
+        return self._own_masks[mask.digest]
 
     def unload(self, layout: Layout) -> Params:
         """Return a copy of the working vector as weights of the whole model."""
@@ -185,9 +201,8 @@ class Engine:
     def masking(self, mask: Mask) -> Callable[[Tensor], object] | None:
         """Return a function that zeroes the working vector outside the mask; None for a full mask."""
         if mask.digest not in self._masking:
-            held = mask.flat if self.part is None else mask.flat[self.part.index]
-            full = mask.is_full or bool(held.all())
-            self._masking = {mask.digest: None if full else held.to(self.device, torch.float32)}
+            held = self._own_mask(mask)
+            self._masking = {mask.digest: None if held.is_full else held.flat.to(self.device, torch.float32)}
         factor = self._masking[mask.digest]
         return None if factor is None else lambda flat: flat.mul_(factor)
 
