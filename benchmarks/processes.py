@@ -41,3 +41,25 @@ def _cpu_s(pid: int) -> float:
         return 0.0
     user, system = stat.rpartition(")")[2].split()[11:13]  # the name before may hold blanks
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_by_name(pid: int) -> dict[str, list[int]]:
+    """Return name → proportional set sizes in bytes, of a process and its descendants; the largest first."""
+    sizes: dict[str, list[int]] = {}
+    for each in tree(pid):
+        if size := _memory_bytes(each):
+            sizes.setdefault("driver" if each == pid else _name(each), []).append(size)
+    return dict(sorted(sizes.items(), key=lambda item: -sum(item[1])))
+
+
+def _name(pid: int) -> str:
+    """Return a short name: Ray's own for its workers, the file for a script or a program."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    except (FileNotFoundError, ProcessLookupError):
+        return "ended"
+    words = line.decode(errors="replace").split() or ["ended"]
+    if words[0].startswith("ray::"):
+        return words[0].removeprefix("ray::")
+    script = next((word for word in words[1:] if word.endswith(".py")), words[0])
+    return Path(script).name

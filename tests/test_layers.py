@@ -38,6 +38,7 @@ FLOORS = (
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 RAY = {
     "fedray.federation.pool",
+    "fedray.federation.actor",
     "fedray.experiment.cluster",
     "fedray.experiment.sweep",
     "fedray.experiment.tune",

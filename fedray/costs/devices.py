@@ -383,11 +383,17 @@ class Fleet:
             raise IndexError(f"client {client}: the fleet has clients 0 to {len(self) - 1}")
         device = self.profiles[int(self.index[client])]
         speed, down, up = self.jitter[client].tolist()
-        return replace(
-            device,
-            flops_per_s=device.flops_per_s * speed,
-            downlink_bytes_per_s=device.downlink_bytes_per_s * down,
-            uplink_bytes_per_s=device.uplink_bytes_per_s * up,
+        return DeviceProfile(  # `replace` takes five times as long
+            device.name,
+            device.flops_per_s * speed,
+            device.downlink_bytes_per_s * down,
+            device.uplink_bytes_per_s * up,
+            device.latency_s,
+            device.memory_bytes,
+            device.availability,
+            device.dropout,
+            device.exploits,
+            device.sources,
         )
 
     @cached_property

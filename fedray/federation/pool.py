@@ -5,45 +5,37 @@ Thousands of clients are rows of state, not processes. `RayPool` keeps a few `Cl
 created again and gets its chunks again; nothing that must survive lives in an actor.
 """
 
-import copyreg
-import ctypes
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from fedray.data.datasets import Examples
 from fedray.errors import FedrayError, RunError
+from fedray.federation.actor import ClientActor, PackedJob, Prepare, keep_freed_memory
 from fedray.federation.aggregate import share
 from fedray.federation.client import Outcome
-from fedray.federation.wire import Memory, Order
 from fedray.federation.worker import (
     EVALUATION_SHARD,
     Answer,
     Chunk,
     Job,
-    Trained,
     Worker,
     Workplace,
     fold_chunk,
     masks_of,
 )
-from fedray.types import Extra, Layout, Mask, Params, Task
+from fedray.types import Task
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
 logger = logging.getLogger(__name__)
-
-# A user's method is pickled by value, dataclass fields and all. Without this their `MISSING` comes back as
-# another object, and a field without a default seems to have one.
-copyreg.pickle(type(MISSING), lambda _: "MISSING")
 
 
 class ClientPool(Protocol):
@@ -79,7 +71,7 @@ class LocalPool:
     """
 
     def __init__(self, place: Workplace, device: str = "cpu") -> None:
-        _keep_freed_memory()
+        keep_freed_memory()
         self.worker = Worker(place, device)
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
@@ -134,81 +126,19 @@ class Group:
     options: ActorOptions = ActorOptions()
 
 
-PackedTask = tuple[np.ndarray, bytes, dict[str, Extra]]
+FAN_IN = 8
+"""Parts of a fold that one process merges. With more actors than this, actors merge for the driver."""
 
 
-@dataclass(frozen=True)
-class PackedJob:
-    """A job on its way through the object store: a flat numpy vector and one bit per weight for each task."""
+class Call(NamedTuple):
+    """An actor's method and its arguments.
 
-    job: Job
-    tasks: tuple[PackedTask, ...]
-
-    @classmethod
-    def pack(cls, job: Job) -> "PackedJob":
-        """Take the tensors out of a job."""
-        tasks = tuple((t.params.flat.numpy(), t.mask.packed, dict(t.extras)) for t in job.tasks)
-        return cls(replace(job, tasks=()), tasks)
-
-    def unpack(self, layout: Layout) -> Job:
-        """Rebuild the job in memory of this process.
-
-        Arrays from the store are shared, and must not be written.
-        """
-        tasks = []
-        for vector, packed, extras in self.tasks:
-            bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=layout.size)
-            mask = Mask(torch.from_numpy(bits.astype(np.bool_)), layout)
-            tasks.append(Task(Params(torch.from_numpy(np.array(vector)), layout), mask, extras))
-        return replace(self.job, tasks=tuple(tasks))
-
-
-Prepare = Callable[[], None]
-"""Called in an actor before anything reaches it. Pickles."""
-
-
-class ClientActor:
-    """A Ray actor that hosts virtual clients. It holds nothing that must survive it.
-
-    Args:
-        places: a reference to the workplace, in a list: Ray would read it before `prepare` is called.
-        device: where clients train, as torch names it.
-        prepare: called first, e.g. to import the modules of the workplace.
+    With `keeps`, the method returns two values, of which the second one stays in the object store.
     """
 
-    def __init__(self, places: "Sequence[ObjectRef]", device: str, prepare: Prepare | None = None) -> None:
-        import ray
-
-        if prepare is not None:
-            prepare()
-        _keep_freed_memory()
-        torch.set_num_threads(1)
-        self.worker = Worker(ray.get(places[0]), device)
-
-    def ready(self) -> int:
-        """Answer with the process id, once the actor is placed and set up."""
-        return os.getpid()
-
-    def run(self, packed: PackedJob, chunks: Sequence[Chunk]) -> Answer:
-        """Train and fold chunks."""
-        return self.worker.run(packed.unpack(self.worker.engine.layout), chunks)
-
-    def train(self, packed: PackedJob, orders: Sequence[tuple[Order, Memory]]) -> list[Trained]:
-        """Train clients without folding them, for `actors: per_client`."""
-        job = packed.unpack(self.worker.engine.layout)
-        self.worker.begin()
-        return [self.worker.train(job, order, memory) for order, memory in orders]
-
-    def evaluate(self, packed: PackedJob, examples: Examples, start: int, stop: int) -> list[Outcome]:
-        """Classify a range of examples."""
-        (task,) = packed.unpack(self.worker.engine.layout).tasks
-        return self.worker.evaluate(task, Examples(examples.x[start:stop], examples.y[start:stop]))
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
-
-Call = tuple[str, tuple[Any, ...]]
-"""An actor's method and its arguments."""
+    method: str
+    arguments: tuple[Any, ...]
+    keeps: bool = False
 
 
 class RayPool:
@@ -235,7 +165,7 @@ class RayPool:
     ) -> None:
         import ray
 
-        _keep_freed_memory()
+        keep_freed_memory()
         self.place, self.groups, self.per_client = place, tuple(groups), per_client
         self.prepare = prepare
         self.ready_timeout_s, self.max_deaths = ready_timeout_s, max_deaths
@@ -259,17 +189,47 @@ class RayPool:
             dealt = share([chunk.num_examples for chunk in own], len(workers))
             for worker, part in zip(workers, dealt, strict=True):
                 if part:
-                    calls[worker] = ("run", (job_ref, own[part.start : part.stop]))
+                    calls[worker] = Call("run", (job_ref, own[part.start : part.stop]))
+        parts = self._call_all(calls) if len(calls) <= FAN_IN else self._fold_in_actors(job_ref, calls)
         answer, masks = Answer(), masks_of(self.place.model, job.tasks)
-        for _, part_of in sorted(self._call_all(calls).items()):
+        for _, part_of in sorted(parts.items()):
             for partial in part_of.partials.values():
                 partial.arrived(self.place.model.layout, masks)
             answer.join(part_of)
         return answer
 
+    def _fold_in_actors(self, job_ref: "ObjectRef", calls: Mapping[int, Call]) -> dict[int, Answer]:
+        """Make the calls of a job, and let actors merge the partials of FAN_IN actors at a time.
+
+        Partials travel from actor to actor; the driver receives those of FAN_IN actors at most.
+        """
+        calls = {worker: Call("fold", call.arguments, keeps=True) for worker, call in calls.items()}
+        for _ in range(self.max_deaths + 1):
+            try:
+                trained = self._call_all(calls)
+                kept = {worker: partials for worker, (_, partials) in trained.items()}
+                while len(kept) > FAN_IN:
+                    workers = sorted(kept)
+                    teams = [workers[i : i + FAN_IN] for i in range(0, len(workers), FAN_IN)]
+                    merges = {
+                        team[0]: Call("merge", (job_ref, *(kept[w] for w in team)), keeps=True)
+                        for team in teams
+                    }
+                    kept = {worker: partials for worker, (_, partials) in self._call_all(merges).items()}
+                merged = dict(zip(kept, self._ray.get(list(kept.values())), strict=True))
+            except self._ray.exceptions.ObjectLostError as error:
+                logger.warning(
+                    "partial sums were lost with their node (%s): trained again", _first_line(error)
+                )
+                continue
+            for worker, (answer, _) in trained.items():
+                answer.partials = merged.get(worker, {})
+            return {worker: answer for worker, (answer, _) in trained.items()}
+        raise RunError(f"partial sums were lost {self.max_deaths + 1} times in one exchange")
+
     def _run_per_client(self, job: Job, job_ref: "ObjectRef", chunks: Sequence[Chunk]) -> Answer:
         orders = [(order, chunk.memories.get(order.client, {})) for chunk in chunks for order in chunk.orders]
-        calls: dict[int, Call] = {o.client: ("train", (job_ref, [(o, memory)])) for o, memory in orders}
+        calls = {o.client: Call("train", (job_ref, [(o, memory)])) for o, memory in orders}
         trained = self._call_all(calls)
         answer = Answer()
         for chunk in chunks:
@@ -282,8 +242,8 @@ class RayPool:
         job = Job(round=0, function=_no_training, tasks=(task,), training=False)
         job_ref, data_ref = self._ray.put(PackedJob.pack(job)), self._shipped(examples)
         shards = -(-len(examples) // EVALUATION_SHARD)
-        calls: dict[int, Call] = {
-            worker: (
+        calls = {
+            worker: Call(
                 "evaluate",
                 (job_ref, data_ref, part.start * EVALUATION_SHARD, part.stop * EVALUATION_SHARD),
             )
@@ -314,10 +274,12 @@ class RayPool:
         answers: dict[int, Any] = {}
         deaths = 0
         while pending:
-            (done,), _ = self._ray.wait(list(pending), num_returns=1)
-            worker = pending.pop(done)
+            (done, *_), _ = self._ray.wait([refs[0] for refs in pending], num_returns=1)
+            refs = next(refs for refs in pending if refs[0] == done)
+            worker = pending.pop(refs)
             try:
-                answers[worker] = self._ray.get(done)
+                value = self._ray.get(done)
+                answers[worker] = (value, refs[1]) if calls[worker].keeps else value
             except self._ray.exceptions.RayActorError as error:
                 deaths += 1
                 self.deaths += 1
@@ -330,14 +292,17 @@ class RayPool:
                 self._await_ready([self.actors[worker]])
                 pending[self._submit(worker, calls[worker])] = worker
             except self._ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, FedrayError):
+                if isinstance(error.cause, FedrayError | self._ray.exceptions.ObjectLostError):
                     raise error.cause from None
                 raise
         return answers
 
-    def _submit(self, worker: int, call: Call) -> "ObjectRef":
-        name, arguments = call
-        return getattr(self.actors[worker], name).remote(*arguments)
+    def _submit(self, worker: int, call: Call) -> "tuple[ObjectRef, ...]":
+        """Make a call; return references to the values that its method returns."""
+        method = getattr(self.actors[worker], call.method)
+        if call.keeps:
+            return tuple(method.options(num_returns=2).remote(*call.arguments))
+        return (method.remote(*call.arguments),)
 
     def _create(self, group: int) -> "ActorHandle":
         options = self.groups[group].options.to_ray()
@@ -364,17 +329,6 @@ class RayPool:
                 f"{', '.join(wanted)}; the cluster has {self._ray.cluster_resources()}, free are "
                 f"{self._ray.available_resources()}. Lower clients.actors or clients.resources"
             ) from error
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next client.
-
-    Otherwise it unmaps every vector, and the next client's pages fault again.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28), (M_MMAP_THRESHOLD, 2**25)):
-            mallopt(option, value)
 
 
 def _joined(outcomes: Sequence[Outcome]) -> Outcome:

@@ -23,6 +23,7 @@ from fedray.data.datasets import Dataset, Examples
 from fedray.errors import ClientError, ConfigError, FedrayError
 from fedray.federation.aggregate import Bounds, Node, Partial, merge_within
 from fedray.federation.client import Client, ClientFunction, Engine, Outcome
+from fedray.federation.columns import Records, orders_in, orders_of
 from fedray.federation.method import Method
 from fedray.federation.population import Population
 from fedray.federation.rehearsal import Asked, MakeClient, together
@@ -112,6 +113,15 @@ class Chunk:
     memories: Mapping[int, Memory]
     num_examples: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the orders as columns."""
+        orders = orders_in(self.orders)
+        return _chunk, (self.index, self.group, orders, self.memories, self.num_examples)
+
+
+def _chunk(index: int, group: int, orders: np.ndarray, *rest: Any) -> Chunk:
+    return Chunk(index, group, orders_of(orders), *rest)
+
 
 @dataclass
 class Answer:
@@ -126,6 +136,14 @@ class Answer:
         self.partials |= other.partials
         self.records += other.records
         self.memories |= other.memories
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the records as columns."""
+        return _answer, (self.partials, Records.of(self.records), self.memories)
+
+
+def _answer(partials: dict[Node, Partial], records: Records, memories: dict[int, Memory]) -> Answer:
+    return Answer(partials, records.rows(), memories)
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ class Worker:
         answer = Answer()
         for chunk in chunks:
             answer.join(fold_chunk(self.place, job, chunk.index, self._results(job, chunk)))
-        answer.partials = merge_within(answer.partials)
+            answer.partials = merge_within(answer.partials)  # at once: each holds a vector
         return answer
 
     def _results(self, job: Job, chunk: Chunk) -> Iterator[Trained]:

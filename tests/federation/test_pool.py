@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from fedray.errors import ClientError, RunError
+from fedray.federation.actor import PackedJob
 from fedray.federation.method import Method
-from fedray.federation.pool import ActorOptions, Group, LocalPool, PackedJob, RayPool
+from fedray.federation.pool import ActorOptions, Group, LocalPool, RayPool
 from fedray.federation.server import Schedule, Server
 from fedray.federation.worker import Job
 from fedray.methods import METHODS
@@ -79,6 +80,39 @@ slow = pytest.mark.slow  # a client actor takes seconds to start
 def test_any_number_of_actors_gives_the_bits_of_one_process(actors, expected):
     pool = on_ray(Group(actors, ActorOptions(cpu=0.5)))
     assert finish(small.server(Remembering(), clients=CLIENTS, schedule=SCHEDULE, pool=pool)) == expected
+
+
+def test_actors_that_merge_for_the_driver_give_the_same_bits(expected, monkeypatch):
+    """Three actors merge in teams of two, and the first partial sums are lost with their node."""
+    from ray.exceptions import ObjectLostError
+
+    real, methods = RayPool._call_all, list[str]()
+
+    def call_all(pool, calls):
+        method = next(iter(calls.values())).method
+        methods.extend([method] * (method != "evaluate"))
+        if methods == ["fold", "merge"]:
+            raise ObjectLostError("00" * 28, "", "")
+        return real(pool, calls)
+
+    monkeypatch.setattr("fedray.federation.pool.FAN_IN", 2)
+    monkeypatch.setattr(RayPool, "_call_all", call_all)
+    pool = on_ray(Group(3, ActorOptions(cpu=0.3)))
+    assert finish(small.server(Remembering(), clients=CLIENTS, schedule=SCHEDULE, pool=pool)) == expected
+    assert methods[:4] == ["fold", "merge"] * 2
+    assert methods.count("merge") == SCHEDULE.rounds + 1
+
+
+def test_partial_sums_that_are_always_lost_end_the_run(monkeypatch):
+    pool = RayPool.__new__(RayPool)
+    pool._ray, pool.max_deaths = pytest.importorskip("ray"), 2
+
+    def lost(calls):
+        raise pool._ray.exceptions.ObjectLostError("00" * 28, "", "")
+
+    monkeypatch.setattr(pool, "_call_all", lost)
+    with pytest.raises(RunError, match="partial sums were lost 3 times in one exchange"):
+        pool._fold_in_actors(None, {})
 
 
 def test_an_actor_for_each_client_gives_the_same_bits(ray_local):

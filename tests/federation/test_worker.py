@@ -13,7 +13,7 @@ import torch
 from fedray.costs.codec import Codec, ValueKind
 from fedray.data.datasets import Examples
 from fedray.errors import ClientError, MethodError
-from fedray.federation.aggregate import merge_all
+from fedray.federation.aggregate import merge_all, merge_within
 from fedray.federation.client import Client, ClientFunction
 from fedray.federation.method import Method
 from fedray.federation.wire import Memory, Order, reject_unknown
@@ -109,6 +109,20 @@ def fates(answer: Answer) -> dict[int, Fate]:
 
 
 # ── the record ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_worker_holds_a_vector_per_level_of_the_tree_and_not_per_chunk(monkeypatch):
+    held: list[int] = []
+
+    def merging(partials):
+        held.append(len(partials))
+        return merge_within(partials)
+
+    monkeypatch.setattr("fedray.federation.worker.merge_within", merging)
+    place = small.workplace(Method(), partition=small.dealt(*[4] * 32))
+    chunks = [Chunk(k, 0, (Order(k, 0, BYTES_DOWN),), {}, 4) for k in range(32)]
+    Worker(place).run(Job(1, echo, (task_of(place),)), chunks)
+    assert len(held) == 32 and max(held) <= 6
 
 
 def test_a_record_by_hand():
