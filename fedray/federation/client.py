@@ -178,7 +178,7 @@ class Client:
         chain = engine.chain if simple and engine.chain and engine.chain.takes(training.batch_size) else None
         if chain is None:
             engine.module.train()
-        optimizer = engine.optimizer(training, training.weight_decay)
+            optimizer = engine.optimizer(training, training.weight_decay)
         total, value, seen = torch.zeros((), device=engine.device), torch.tensor(float("nan")), 0
         rng = self.rng if seed is None else self._generator(seed)
         with torch.set_grad_enabled(chain is None):

@@ -181,7 +181,8 @@ class Wire:
         keeps |= {key: kept[key] for key in (RESIDUAL,) if key in kept}
         if training and isinstance(self.codec, DeltaCodec) and mask.count:
             return self._upload_difference(self.codec, task, update, keeps, extras)
-        vouched = replace(update, mask=norms.shared_mask(update.mask))
+        shared = norms.shared_mask(update.mask)
+        vouched = update if shared is update.mask else replace(update, mask=shared)
         codec = self.uplink
         if codec.lossless:
             return Upload(vouched, codec.size(mask, known=known.digest, extras=extras), keeps)

@@ -314,16 +314,11 @@ class Worker:
         else:
             check_types(update)
             received, bytes_up, kept = place.wire.upload(task, update, kept, training=job.training)
-        cost = Cost(
-            bytes_down=order.bytes_down,
-            bytes_up=bytes_up,
-            flops=client.meter.flops,
-            executed_flops=client.meter.executed_flops,
-        )
-        cost = replace(cost, seconds=seconds(cost, info.profile))
-        fate = self._fate(job, info, cost, None if problem else received)
-        if fate == "dropped":
-            cost = replace(cost, bytes_up=0)
+        cost = Cost(order.bytes_down, bytes_up, client.meter.flops, client.meter.executed_flops)
+        seconds_there = seconds(cost, info.profile)
+        fate = self._fate(job, info, seconds_there, None if problem else received)
+        arrived_bytes = 0 if fate == "dropped" else bytes_up
+        cost = Cost(cost.bytes_down, arrived_bytes, cost.flops, cost.executed_flops, seconds_there)
         density = update.mask.density if not problem else float("nan")
         record = ClientRecord(
             info.id, info.profile.name, info.num_examples, fate, cost, density, client.meter.loss
@@ -331,7 +326,7 @@ class Worker:
         counts = fate == "folded"
         return Trained(record, received, client.memory | kept) if counts else Trained(record, None, None)
 
-    def _fate(self, job: Job, info: ClientInfo, cost: Cost, update: ClientUpdate | None) -> Fate:
+    def _fate(self, job: Job, info: ClientInfo, seconds: float, update: ClientUpdate | None) -> Fate:
         """Decide whether an update counts: does it arrive, in time, well formed (else None) and finite?
 
         One so large that the mean over all clients could overflow is non-finite too.
@@ -341,7 +336,7 @@ class Worker:
             if stays < 1 and generator(self.place.seed, "fate", job.round, info.id).random() >= stays:
                 return "dropped"
             deadline = self.place.rules.deadline_s
-            if deadline is not None and cost.seconds > deadline:
+            if deadline is not None and seconds > deadline:
                 return "late"
         if update is None:
             return "malformed"
