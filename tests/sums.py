@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "clients": {"deadline_s": 0.3, "dropout": 0.2, "over_selection": 0.5, "devices": {"phone": 1.0}},
         "method": {"name": "staged", "density": 0.3},
     },
+    "stacked": {"clients": {"stack": 3}, "method": {"name": "random_mask", "density": 0.3, "momentum": 0.5}},
     "chunks": {"clients": {"chunk": 2}, "data": {"partition": {"kind": "iid"}}},
     "hetero": {
         "model": "fedlp_cnn_exits",
