@@ -31,9 +31,10 @@ if TYPE_CHECKING:
         WireError,
     )
     from fedray.experiment.final_model import load_model
+    from fedray.experiment.outcome import SweepResult
     from fedray.experiment.run import Federation, History, resume, run
     from fedray.experiment.space import Sweep
-    from fedray.experiment.sweep import SweepResult, load_sweep, resume_sweep, sweep
+    from fedray.experiment.sweep import load_sweep, resume_sweep, sweep
     from fedray.federation.aggregate import CohortUpdate
     from fedray.federation.client import Client, Step
     from fedray.federation.method import Method, ServerContext, Setting
@@ -151,7 +152,8 @@ _MODULES = {
     "fedray.experiment.final_model": "load_model",
     "fedray.experiment.run": "Federation History resume run",
     "fedray.experiment.space": "Sweep",
-    "fedray.experiment.sweep": "SweepResult load_sweep resume_sweep sweep",
+    "fedray.experiment.outcome": "SweepResult",
+    "fedray.experiment.sweep": "load_sweep resume_sweep sweep",
     "fedray.federation.aggregate": "CohortUpdate",
     "fedray.federation.client": "Client Step",
     "fedray.federation.method": "Method ServerContext Setting",

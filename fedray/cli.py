@@ -558,8 +558,10 @@ def _say_sweep(result: Any) -> None:
     out.print(f"Pictures and table: {_short(written.path)}")
     out.print(f"Runs: {_short(result.path)}/trials{_tracked(result.path, 'Compare them in MLflow')}")
     if result.best is not None:
-        best, value = result.best
-        out.print(f"Best {result.metric}: {value:.4g}, of {best.point.name}", highlight=False, soft_wrap=True)
+        best, seeds = result.best, len(result.best.trials)
+        spread = "" if seeds == 1 else f" ± {best.half:.2g} over {seeds} seeds"
+        text = f"Best {result.metric}: {best.mean:.4g}{spread}, of {best.trials[0].point.name}"
+        out.print(f"{text}: fedray run {_short(result.path)}/best.yaml", highlight=False, soft_wrap=True)
     for trial in result.failed:
         reason = _escape(trial.error or "interrupted")
         name = f"[bold red]{trial.point.name} {trial.status}:[/bold red]"

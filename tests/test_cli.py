@@ -166,8 +166,8 @@ def test_run_of_a_sweep_s_file_says_that_it_makes_the_base_only(fedray, in_tmp):
 
 def test_a_sweep_names_its_best_trial_and_ends_with_how_to_resume(fedray, in_tmp, monkeypatch):
     """Also where trials were cut short from outside, so that there is no error to tell."""
+    from fedray.experiment.outcome import SweepResult, Trial
     from fedray.experiment.space import Sweep
-    from fedray.experiment.sweep import SweepResult, Trial
 
     (in_tmp / "s.yaml").write_text(
         yaml_text.dump({"base": tiny.TREE, "space": {"method.lr": {"grid": [0.1, 1e-6, 0.2]}}}),
@@ -194,7 +194,7 @@ def test_a_sweep_names_its_best_trial_and_ends_with_how_to_resume(fedray, in_tmp
     done = made("val/accuracy", "max")
     assert done.status == 1
     accuracy = json.loads((places[0] / "result.json").read_text())["val/accuracy"]
-    assert f"Best val/accuracy: {accuracy:.4g}, of 00-lr=0.1\n" in done.out
+    assert f"Best val/accuracy: {accuracy:.4g}, of 00-lr=0.1: fedray run sweep/best.yaml\n" in done.out
     assert done.err.splitlines()[-2:] == [
         "02-lr=0.2 missing: interrupted",
         "`fedray resume sweep` resumes them from their checkpoints",

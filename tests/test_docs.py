@@ -33,6 +33,7 @@ KEY = re.compile(r"^(data|clients|method|tracking|tune)(\.\w+)+(?==|$)")
 RUN_FILES = {
     "config.yaml",
     "sweep.yaml",
+    "best.yaml",
     "rounds.jsonl",
     "stopped.json",
     "error.txt",

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from fedray.comparing import worth
 from fedray.config import plugins
 from fedray.config.messages import shortened
 from fedray.config.overrides import override_tree
@@ -28,6 +27,7 @@ from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.dealing import check_data
 from fedray.experiment.interrupt import Stop, signals
+from fedray.experiment.outcome import Status, SweepResult, Trial, write_best
 from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
 from fedray.experiment.run import RUNS, resume, run
 from fedray.experiment.space import OnPoint, Point, Sweep
@@ -38,54 +38,12 @@ from fedray.experiment.tune import end_if_asked, fit, import_tune, room
 from fedray.storage import sealed
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles
-from fedray.types import Direction, RoundReport
+from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0
 """Seconds that a retried trial waits for the process of its earlier try."""
-
-Status = Literal["finished", "stopped", "failed", "missing"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point and its outcome."""
-
-    point: Point
-    path: Path
-    status: Status
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """The result of a sweep: its directory, its trials, and the metric that compares them."""
-
-    path: Path
-    trials: tuple[Trial, ...]
-    metric: str
-    direction: Direction
-
-    @property
-    def best(self) -> tuple[Trial, float] | None:
-        """The finished trial whose final model is best by the sweep's metric, and the value of the metric.
-
-        None if no finished trial has the metric. NaN is the worst value.
-        """
-        found = []
-        for trial in self.trials:
-            result = RunFiles(trial.path).read_json("result.json") if trial.status == "finished" else None
-            value = (result or {}).get(self.metric)
-            if value is not None:
-                found.append((trial, float(value)))
-        return max(found, key=lambda pair: worth(pair[1], self.direction), default=None)
-
-    @property
-    def failed(self) -> tuple[Trial, ...]:
-        """Trials that failed."""
-        return tuple(trial for trial in self.trials if trial.status in ("failed", "missing"))
-
 
 OnTrialRound = Callable[[str, Mapping[str, Any]], None]
 """Called in the driver with a trial's name and the metrics of a round."""
@@ -171,7 +129,10 @@ def _run_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
     trials = [
         Trial(p, _trial_path(path, p), _status(_trial_path(path, p)), errors.get(p.name)) for p in plan.points
     ]
-    return SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
+    result = SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
+    if result.best is not None:
+        write_best(path, result.best)
+    return result
 
 
 def _run_tracked(

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from fedray.config import yaml_text
+from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
 from fedray.experiment.space import Sweep
 from fedray.experiment.sweep import resume_sweep, sweep
@@ -383,8 +384,9 @@ def test_a_resumed_sweep_compares_with_what_was_there_before(ray_local, in_tmp):
     planned = plan(in_tmp, space, tune, rounds=8)
     made = sweep(planned, out=in_tmp / "sweep")
     assert [trial.status for trial in made.trials][::2] == ["finished", "stopped"]
-    best, _ = made.best or (None, None)
-    assert best is made.trials[0]
+    assert made.best is not None
+    assert made.best.trials == (made.trials[0],)
+    assert RunConfig.load(made.path / "best.yaml") == made.trials[0].point.config
     shutil.rmtree(made.trials[2].path)
     again = resume_sweep(made.path)
     assert [trial.status for trial in again.trials] == [trial.status for trial in made.trials]

@@ -15,9 +15,10 @@ import pytest
 from fedray.config import yaml_text
 from fedray.errors import FedrayError
 from fedray.experiment import sweep as sweeps
+from fedray.experiment.outcome import SweepResult
 from fedray.experiment.run import run
 from fedray.experiment.space import Point, Sweep
-from fedray.experiment.sweep import SweepResult, resume_sweep, sweep
+from fedray.experiment.sweep import resume_sweep, sweep
 from fedray.experiment.tracked import Tracking
 from fedray.experiment.tracking import MLflowTracker, prepare_store
 from tests.experiment import tiny
