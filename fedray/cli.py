@@ -189,10 +189,15 @@ def report(
     written = write_report(directories, out_dir, target=target)
     for path in written.files:
         out.print(f"  {_short(path)}")
+    if any(_tracked(path, "") for path in directories):
+        out.print(f"Compare them in MLflow: fedray ui {' '.join(map(_short, directories))}", soft_wrap=True)
 
 
 @app.command()
 def ui(
+    directories: Annotated[
+        list[Path] | None, typer.Argument(help="Runs and sweeps to compare; their store is opened.")
+    ] = None,
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: the one that runs use.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
@@ -200,9 +205,13 @@ def ui(
     from fedray.config.run_config import TrackingConfig
     from fedray.experiment.tracking import ui_command
 
-    command = ui_command(uri or TrackingConfig().uri, port)
-    out.print(f"MLflow's UI: http://127.0.0.1:{port}/#/experiments/1/runs (Ctrl-C ends it)")
-    out.print("Other experiments: choose Model training on its start page. Tick runs, then Compare.")
+    address = f"http://127.0.0.1:{port}"
+    compared, own = _compared(directories or [], address)
+    command = ui_command(uri or own or TrackingConfig().uri, port)
+    page = f"{address}/#/experiments/1/runs"
+    out.print(f"MLflow's UI: {compared or page} (Ctrl-C ends it)", soft_wrap=True, highlight=False)
+    if compared is None:
+        out.print("Other experiments: choose Model training on its start page. Tick runs, then Compare.")
     process = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
@@ -212,6 +221,27 @@ def ui(
         process.wait()
         status = 0
     raise typer.Exit(status)
+
+
+def _compared(directories: list[Path], address: str) -> tuple[str | None, str | None]:
+    """Return where the UI opens on the comparison of runs, and their store; None for no directory.
+
+    Raises:
+        ConfigError: if MLflow tracks none of them, or more than one store does.
+    """
+    if not directories:
+        return None, None
+    from fedray.report.address import comparison_address
+    from fedray.report.reading import find_runs, store_of
+
+    stores = {store for path in find_runs(directories) if (store := store_of(path)) is not None}
+    given = ", ".join(map(_short, directories))
+    if len(stores) > 1:
+        raise ConfigError(f"{given}: their runs are in {len(stores)} stores, and a UI shows one; give fewer")
+    compared = comparison_address(address, directories)
+    if compared is None:
+        raise ConfigError(f"{given}: MLflow tracks none of these runs; `fedray sync` brings them to it")
+    return compared, stores.pop()
 
 
 @app.command()
@@ -574,16 +604,17 @@ def _say_sweep(result: Any) -> None:
 
 def _tracked(path: Path, what: str) -> str:
     """Return how to see a run or a sweep in MLflow; nothing if MLflow does not track it."""
-    from fedray.config.run_config import TrackingConfig
     from fedray.config.uri import without_password
+    from fedray.report.address import comparison_address
     from fedray.report.reading import store_of
 
     uri = store_of(path)
     if uri is None:
         return ""
-    if not uri.startswith("sqlite:"):
-        return f"   {what}: {_escape(without_password(uri))}"
-    return f"   {what}: fedray ui" + ("" if uri == TrackingConfig().uri else f" --uri {_escape(uri)}")
+    if uri.startswith("sqlite:"):
+        return f"   {what}: fedray ui {_short(path)}"
+    server = without_password(uri)
+    return f"   {what}: {_escape(comparison_address(server, [path]) or server)}"
 
 
 def _say_warnings(path: Path) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from typer.testing import CliRunner
@@ -639,7 +639,7 @@ def test_what_is_not_tracked_is_not_said_to_be_in_mlflow(fedray, in_tmp):
     assert last("tracking.uri=none", "--out", "a") == "Files: a   Pictures: fedray report a"
     assert last("tracking.uri=http://127.0.0.1:1", "--out", "b") == "Files: b   Pictures: fedray report b"
     line = last("tracking.uri=sqlite:///my.db", "--out", "c")
-    assert line == f"Files: c   Pictures: fedray report c   MLflow: fedray ui --uri sqlite:///{in_tmp}/my.db"
+    assert line == "Files: c   Pictures: fedray report c   MLflow: fedray ui c"
 
 
 def test_resume_takes_a_file_of_ones_own(fedray, in_tmp):
@@ -661,28 +661,67 @@ def test_report_draws_a_finished_run(fedray, in_tmp):
         assert f"pictures/{name}" in done.out
 
 
-def test_ui_starts_mlflow_and_ends_as_it_does(fedray, in_tmp, monkeypatch):
-    import sqlite3
-
-    started = []
+@pytest.fixture
+def started(monkeypatch) -> list[list[str]]:
+    """The commands of MLflow's UI, none of which is really started."""
+    commands: list[list[str]] = []
+    real = subprocess.Popen
 
     class Process:
-        def __init__(self, command: list[str]) -> None:
-            started.append(command)
-
         def wait(self) -> int:
             return 3
 
+    def popen(command: list[str], *arguments: Any, **options: Any) -> Any:
+        if "mlflow" not in command:
+            return real(command, *arguments, **options)
+        commands.append(command)
+        return Process()
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    return commands
+
+
+def test_ui_starts_mlflow_and_ends_as_it_does(fedray, in_tmp, started):
+    import sqlite3
+
     sqlite3.connect(in_tmp / "mlflow.db").close()
     (in_tmp / "mlflow.db").touch()
-    monkeypatch.setattr(subprocess, "Popen", Process)
-    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     done = fedray("ui", "--uri", "sqlite:///mlflow.db", "--port", "5009")
     assert done.status == 3
     assert "http://127.0.0.1:5009" in done.out
     (command,) = started
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--port") + 1] == "5009"
+
+
+def test_ui_opens_on_the_comparison_of_given_runs(fedray, in_tmp, started):
+    store = f"tracking.uri=sqlite:///{in_tmp}/my.db"
+    for name in ("a", "b"):
+        assert fedray("run", "x.yaml", "rounds=1", store, "--out", name).status == 0
+    known = [json.loads((in_tmp / name / "mlflow.json").read_text()) for name in ("a", "b")]
+    (first, second), (experiment,) = (k["run_id"] for k in known), {k["experiment_id"] for k in known}
+    shown = fedray("ui", "a", "b", "--port", "5009").out
+    listed = f"runs=%5B%22{first}%22%2C%22{second}%22%5D&experiments=%5B%22{experiment}%22%5D"
+    machine_learning = "workflowType=machine_learning"
+    page = "MLflow's UI: http://127.0.0.1:5009/#"
+    assert f"{page}/compare-runs?{listed}&{machine_learning} (Ctrl-C ends it)\n" in shown
+    assert (
+        f"{page}/experiments/{experiment}/runs/{first}?{machine_learning} "
+        in fedray("ui", "a", "--port", "5009").out
+    )
+    assert all(f"sqlite:///{in_tmp}/my.db" in command for command in started)
+    assert "Compare them in MLflow: fedray ui a b\n" in fedray("report", "a", "b").out
+
+
+def test_ui_refuses_runs_that_it_cannot_show_together(fedray, in_tmp, started):
+    for name, store in (("a", "none"), ("b", "sqlite:///b.db"), ("c", "sqlite:///c.db")):
+        assert fedray("run", "x.yaml", "rounds=1", f"tracking.uri={store}", "--out", name).status == 0
+    assert "a: MLflow tracks none of these runs; `fedray sync`" in fedray("ui", "a").err
+    assert "b, c: their runs are in 2 stores" in fedray("ui", "b", "c").err
+    assert "nowhere" in fedray("ui", "nowhere").err
+    assert not started
+    assert "MLflow" not in fedray("report", "a").out
 
 
 def test_help_is_quick():

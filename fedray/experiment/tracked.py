@@ -62,7 +62,8 @@ def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLfl
     if tracker.run_id:
         # the config's address, which is absolute and may hold a password that the config holds too
         uri = config.tracking.uri if tracking.store is None else tracking.store.uri
-        files.write_json("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
+        where = {"uri": uri, "experiment_id": store.experiment_id}
+        files.write_json("mlflow.json", {**where, "run_id": tracker.run_id})
         for line in files.rounds():
             tracker.log_round(as_report(line))
     return tracker
