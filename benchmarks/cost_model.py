@@ -7,7 +7,9 @@ fold     = weight_s·weights·(chunks of the busiest actor + merges one after th
 network  = bytes through the busiest link / bandwidth        (only between nodes)
 """
 
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -112,44 +114,40 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return max(0.0, float(rise)), max(0.0, float(start))
 
 
-def fit(runs: Sequence[Run], model_weights: int) -> Costs:
+def pass_s(weights: int, times: int = 5) -> float:
+    """Return the seconds for each weight of one pass of the fold: vectors of this many are added."""
+    a, b = np.ones(weights, dtype=np.float32), np.ones(weights, dtype=np.float32)
+    taken = []
+    for _ in range(times):
+        start = time.thread_time()
+        a = a + b
+        taken.append(time.thread_time() - start)
+    return statistics.median(taken) / weights
+
+
+def fit(runs: Sequence[Run], model_weights: int, weight_s: float) -> Costs:
     """Fit the costs of the model of this size.
 
     Args:
-        runs: in process with several cohorts and with several numbers of chunks; on Ray with several cohorts
-            and with several numbers of actors.
+        runs: in process with several cohorts; on Ray with several cohorts and with several numbers of actors.
         model_weights: weights of the model.
+        weight_s: as `pass_s` measures it.
     """
-    own = [run for run in runs if run.weights == model_weights and run.nodes == 1]
-
-    def line(keep: Callable[[Run], bool], x: Callable[[Run], float]) -> tuple[float, float]:
-        return slope([(x(run), run.driver_s) for run in own if keep(run)])
-
-    cohort, chunks, actors = _base(own)
-    by_client, _ = line(lambda r: r.actors == 0 and r.chunks == chunks, lambda r: r.cohort)
-    by_chunk, _ = line(lambda r: r.actors == 0 and r.cohort == cohort, lambda r: r.chunks)
-    client_s, rest = line(lambda r: r.actors == actors and r.chunks == chunks, lambda r: r.cohort)
-    actor_s, _ = line(
-        lambda r: r.actors > 0 and r.cohort == cohort and r.chunks == chunks, lambda r: r.actors
-    )
+    own = [run for run in runs if run.weights == model_weights and run.nodes == 1 and run.chunks <= 16]
+    local, on_ray = [run for run in own if not run.actors], [run for run in own if run.actors]
+    actors, cohort = _usual([run.actors for run in on_ray]), _usual([run.cohort for run in on_ray])
+    by_client, _ = slope([(run.cohort, run.driver_s) for run in local])
+    client_s, rest = slope([(run.cohort, run.driver_s) for run in on_ray if run.actors == actors])
+    actor_s, _ = slope([(run.actors, run.driver_s) for run in on_ray if run.cohort == cohort])
     return Costs(
         trained_s=max(0.0, by_client - client_s),
-        weight_s=by_chunk / 2 / model_weights,
+        weight_s=weight_s,
         round_s=max(0.0, rest - actors * actor_s),
         client_s=client_s,
         actor_s=actor_s,
     )
 
 
-def _base(runs: Sequence[Run]) -> tuple[int, int, int]:
-    """Return the cohort, chunks and actors that most runs on Ray have."""
-
-    def usual(values: Sequence[int]) -> int:
-        return max(sorted(set(values)), key=values.count)
-
-    on_ray = [run for run in runs if run.actors]
-    return (
-        usual([run.cohort for run in runs]),
-        usual([run.chunks for run in runs]),
-        usual([run.actors for run in on_ray]),
-    )
+def _usual(values: Sequence[int]) -> int:
+    """Return the value that comes most often."""
+    return max(sorted(set(values)), key=values.count)

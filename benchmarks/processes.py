@@ -61,5 +61,6 @@ def _name(pid: int) -> str:
     words = line.decode(errors="replace").split() or ["ended"]
     if words[0].startswith("ray::"):
         return words[0].removeprefix("ray::")
-    script = next((word for word in words[1:] if word.endswith(".py")), words[0])
+    is_python = Path(words[0]).name.startswith("python")
+    script = next((word for word in words[1:] if is_python and word.endswith(".py")), words[0])
     return Path(script).name

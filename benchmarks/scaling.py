@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost_model import Plan, Run, fit, predict
+from benchmarks.cost_model import Plan, Run, fit, pass_s, predict
 from benchmarks.processes import memory_by_name, tree_memory_bytes
 from benchmarks.workload import config, server
 from fedray.config.run_config import RunConfig
@@ -60,7 +60,7 @@ class Point:
 
 BASE = Point(registered=100_000)
 AXES: dict[str, list[Point]] = {
-    "registered": [replace(BASE, registered=10**power) for power in (3, 4, 5, 6, 7)],
+    "registered": [replace(BASE, registered=10**power) for power in (3, 4, 5, 6, 7, 8)],
     "cohort": [replace(BASE, cohort=cohort, chunk=-(-cohort // 16)) for cohort in (100, 400, 1_600)],
     "chunks": [replace(BASE, cohort=400, chunk=chunk) for chunk in (25, 4, 1)],
     "actors": [replace(BASE, cohort=400, chunk=25, actors=actors) for actors in (1, 2, 3)],
@@ -84,7 +84,7 @@ def _cluster(nodes: int) -> Any:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         for _ in range(nodes - 1):
             cluster.add_node(num_cpus=1)
-    ray.init(cluster.address, log_to_driver=False)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     return cluster
 
 
@@ -100,6 +100,9 @@ def _serve(connection: Connection, point: Point) -> None:
     connection.send(memory_by_name(os.getpid()))
     federation.pool.close()
     if cluster is not None:
+        import ray
+
+        ray.shutdown()
         cluster.shutdown()
 
 
@@ -164,7 +167,7 @@ def show_model(runs: Sequence[Run]) -> None:
     """Print the fitted costs, predictions beside what was measured, and predictions for larger rounds."""
     weights = next(run.weights for run in runs if run.nodes > 1)
     cores = len(os.sched_getaffinity(0))
-    costs = fit(runs, weights)
+    costs = fit(runs, weights, pass_s(RESNET18))
     print(f"\n{cores} cores; fitted, in microseconds of a core (per weight: picoseconds)")
     print(
         {
@@ -182,13 +185,15 @@ def show_model(runs: Sequence[Run]) -> None:
         )
     print("\n64 nodes of 16 actors, predicted seconds of a round (links of 10 Gbit/s; not measured)")
     print(f"{'weights':>12}{'cohort':>9}{'chunks':>8}{'tree':>6}", *(f"{n:>10}" for n in PARTS))
-    for size in (weights, 11_172_042):
+    for size in (weights, RESNET18):
         scaled = replace(costs, trained_s=costs.trained_s * size / weights)
         for cohort, chunks, tree in ((10_000, 16, True), (10_000, 1_250, False), (10_000, 1_250, True)):
             found = predict(scaled, Plan(cohort, chunks, 1024, 64, size, tree=tree))
             print(f"{size:12,}{cohort:9,}{chunks:8,}{tree!s:>6}", *(f"{found[n]:10.3f}" for n in PARTS))
 
 
+RESNET18 = 11_183_562
+"""Weights of a ResNet-18 of ten classes."""
 PARTS = ("driver", "training", "fold", "network", "round")
 
 
@@ -196,11 +201,12 @@ def picture(found: dict[str, Any], path: Path) -> None:
     """Draw seconds and memory of a round, relative to the first point of each axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     from fedray.report.canvas import GREY, PALETTE
 
     axes = [name for name in AXES if name in found and len(found[name]) > 1]
-    figure = Figure(figsize=(9, 4.4), dpi=100)
+    figure = Figure(figsize=(9, 4.4), dpi=80)
     FigureCanvasAgg(figure)
     for number, name in enumerate(axes):
         plot = figure.add_subplot(2, -(-len(axes) // 2), number + 1)
@@ -218,8 +224,9 @@ def picture(found: dict[str, Any], path: Path) -> None:
             )
         if name not in ("actors", "nodes", "model", "density"):
             plot.set_xscale("log")
-        if name == "model":
-            plot.set_xticks(x, [point.model for point in points])
+        labels = [str(getattr(point, LABEL.get(name, name))) for point in points]
+        plot.xaxis.set_minor_locator(NullLocator())
+        plot.set_xticks(x, [f"10^{len(label) - 1}" if len(label) > 5 else label for label in labels])
         plot.set_title(name, fontsize=9)
         plot.set_ylim(bottom=0)
         plot.tick_params(labelsize=7, colors=GREY)

@@ -383,7 +383,7 @@ class Fleet:
             raise IndexError(f"client {client}: the fleet has clients 0 to {len(self) - 1}")
         device = self.profiles[int(self.index[client])]
         speed, down, up = self.jitter[client].tolist()
-        return DeviceProfile(  # `replace` takes five times as long
+        return DeviceProfile(  # `replace` takes 2 µs more, for each client of a cohort
             device.name,
             device.flops_per_s * speed,
             device.downlink_bytes_per_s * down,

@@ -15,6 +15,7 @@ from fedray.config import plugins
 from fedray.config.run_config import ResourcesConfig, RunConfig
 from fedray.errors import ConfigError
 from fedray.experiment.cluster import cluster_cpus, cluster_nodes, start_ray
+from fedray.federation.aggregate import chunk_size
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
 from fedray.shares import floor_of
@@ -80,8 +81,22 @@ def placed(config: RunConfig, place: Workplace, meanwhile: Callable[[], object])
     if config.clients.actors == 0 or _is_short(config, place):
         return LocalPool
     start_ray(meanwhile)
-    check_room(groups_for(config, _cpus(config)), "the run")
+    groups = groups_for(config, _cpus(config))
+    check_room(groups, "the run")
+    _warn_of_idle(config, place, sum(group.actors for group in groups))
     return pool_for(config)
+
+
+def _warn_of_idle(config: RunConfig, place: Workplace, actors: int) -> None:
+    """Log a warning if the cohort has fewer chunks than there are actors; one actor trains a chunk."""
+    clients = config.clients
+    chunks = -(-clients.cohort // (clients.chunk or chunk_size(clients.cohort, place.stack)))
+    if clients.actors != "per_client" and chunks < min(actors, clients.cohort):
+        logger.warning(
+            "%d of %d client actors have nothing to do: the cohort of %d clients is cut into %d chunks. Set "
+            "clients.chunk=%d or less",
+            *(actors - chunks, actors, clients.cohort, chunks, clients.cohort // actors or 1),
+        )
 
 
 def _is_short(config: RunConfig, place: Workplace) -> bool:

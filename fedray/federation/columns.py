@@ -1,6 +1,6 @@
 """Orders and records as columns, while they travel between processes.
 
-Pickle asks Python about every dataclass, which takes 15 µs each; arrays take none of it.
+Pickle asks Python about every dataclass. With arrays the driver saves 2 µs for an order, 10 µs for a record.
 """
 
 from collections.abc import Sequence

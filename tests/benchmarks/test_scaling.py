@@ -70,8 +70,8 @@ def test_the_fit_finds_the_costs_that_made_the_runs():
     runs += [run(400, chunks, 0) for chunks in (16, 100, 400)] + [
         run(400, 16, actors) for actors in (1, 2, 3)
     ]
-    found = fit(runs, PLAN.weights)
-    for name in ("trained_s", "weight_s", "client_s", "actor_s", "round_s"):
+    found = fit(runs, PLAN.weights, COSTS.weight_s)
+    for name in ("trained_s", "client_s", "actor_s", "round_s"):
         assert getattr(found, name) == pytest.approx(getattr(COSTS, name), rel=0.02), name
 
 

@@ -181,6 +181,22 @@ def test_a_run_too_short_for_the_start_of_ray_trains_in_its_own_process(
     assert (pool is LocalPool) is not starts
 
 
+@pytest.mark.parametrize(("clients", "idle"), [({}, 24), ({"chunk": 25}, 0), ({"chunk": 50}, 20)])
+def test_actors_without_a_chunk_are_named(
+    clients: dict[str, int], idle: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {f"clients.{key}": value for key, value in clients.items()}
+    config = tiny.config(
+        {"clients.actors": 40, "clients.population": 1_000, "clients.cohort": 1_000, **asked}
+    )
+    monkeypatch.setattr(placement, "start_ray", lambda _: None)
+    monkeypatch.setattr(placement, "cluster_cpus", lambda **_: 64.0)
+    monkeypatch.setattr(placement, "cluster_nodes", lambda: [{"CPU": 64.0}])
+    placed(config, Federation.of(tiny.config({})).place, lambda: None)
+    assert bool(idle) is (f"{idle} of 40 client actors have nothing to do" in caplog.text)
+    assert bool(idle) is ("Set clients.chunk=25 or less" in caplog.text)
+
+
 def test_the_estimate_is_logged_and_grows_with_the_work(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny.config({"clients.actors": "auto", "clients.cohort": 3, "rounds": 3})
     place = Federation.of(config).place
