@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, replace
 from typing import TYPE_CHECKING
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -45,15 +46,15 @@ class PackedJob:
         return cls(replace(job, tasks=()), tasks)
 
     def unpack(self, layout: Layout) -> Job:
-        """Rebuild the job in memory of this process.
-
-        Arrays from the store are shared, and must not be written.
-        """
+        """Rebuild the job; its weights stay in the object store, where all actors read and none writes."""
         tasks = []
         for vector, packed, extras in self.tasks:
             bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=layout.size)
             mask = Mask(torch.from_numpy(bits.astype(np.bool_)), layout)
-            tasks.append(Task(Params(torch.from_numpy(np.array(vector)), layout), mask, extras))
+            with catch_warnings():  # torch says that the vector must not be written
+                simplefilter("ignore", UserWarning)
+                params = Params(torch.from_numpy(vector), layout)
+            tasks.append(Task(params, mask, extras))
         return replace(self.job, tasks=tuple(tasks))
 
 

@@ -219,6 +219,15 @@ def test_the_broadcast_is_unchanged_after_a_round(ray_local):
     pool.close()
 
 
+def test_an_actor_reads_the_weights_of_a_job_where_they_are():
+    layout = small.workplace(Method()).model.layout
+    task = Task(Params(torch.ones(layout.size), layout), Mask.full(layout))
+    packed = PackedJob.pack(Job(1, Method().client_update, (task,)))
+    packed.tasks[0][0].flags.writeable = False  # as arrays of the object store are; and no warning
+    (arrived,) = packed.unpack(layout).tasks
+    assert np.shares_memory(arrived.params.flat.numpy(), packed.tasks[0][0])
+
+
 @pytest.mark.parametrize("actors", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3])
 def test_evaluation_has_the_same_bits_on_any_number_of_actors(ray_local, actors):
     data = small.dataset(1_700)
