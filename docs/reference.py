@@ -61,6 +61,7 @@ points are drawn and checked before any process starts.
 SWEEP_FILES = {
     "sweep.yaml": "the base, the drawn points and `tune`, with a checksum",
     "best.yaml": "the config of the best point by the mean over its seeds, as `fedray run` takes it",
+    "best.json": "its trials and final metrics, means over its seeds",
     "trials/<point>/": "the directory of a run, for each point",
     "trials/<point>/stopped.json": "ASHA stopped the trial after this round",
     "trials/<point>/error.txt": "why the trial failed, with its traceback",

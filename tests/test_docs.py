@@ -34,6 +34,7 @@ RUN_FILES = {
     "config.yaml",
     "sweep.yaml",
     "best.yaml",
+    "best.json",
     "rounds.jsonl",
     "stopped.json",
     "error.txt",

@@ -1,21 +1,28 @@
 """The outcome of a sweep: its trials, and its best point, which `best.yaml` holds as a config."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
+from typing import Any, Literal, get_args
 
 from fedray.comparing import worth
 from fedray.config import yaml_text
 from fedray.durable import on_disk
 from fedray.durable import replace as replace_file
 from fedray.experiment.space import Point
+from fedray.experiment.tracking import RunStatus, Store, finish_parent
 from fedray.report.table import mean_and_interval
 from fedray.storage.run_files import RunFiles
-from fedray.types import Direction
+from fedray.types import Direction, RoundReport
 
-BEST = "best.yaml"
-"""File in the directory of a sweep: the config of its best point."""
+BEST, NUMBERS = "best.yaml", "best.json"
+"""Files in the directory of a sweep: the config of its best point, and its metrics."""
+
+STOPPED = "stopped.json"
+"""File in the directory of a trial that the scheduler stopped: after which round."""
 
 Status = Literal["finished", "stopped", "failed", "missing"]
 
@@ -28,6 +35,17 @@ class Trial:
     path: Path
     status: Status
     error: str | None = None
+
+
+def status_of(place: Path) -> Status:
+    """Tell from the directory of a trial how it ended."""
+    if not (place / "config.yaml").exists():
+        return "missing"
+    result = RunFiles(place).read_json("result.json")
+    if result:
+        status: Status = result["status"]
+        return status
+    return "stopped" if (place / STOPPED).exists() else "failed"
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,12 @@ class Best:
     trials: tuple[Trial, ...]
     mean: float
     half: float
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean over the trials of each number that all their results have."""
+        results = [RunFiles(trial.path).read_json("result.json") or {} for trial in self.trials]
+        numbers = [{k: v for k, v in one.items() if type(v) in (int, float)} for one in results]
+        return {name: fmean(one[name] for one in numbers) for name in set(numbers[0]).intersection(*numbers)}
 
 
 @dataclass(frozen=True)
@@ -82,9 +106,42 @@ class SweepResult:
         return tuple(trial for trial in self.trials if trial.status in ("failed", "missing"))
 
 
-def write_best(path: Path, best: Best) -> None:
-    """Write the config of the best point, as `fedray run` takes it."""
+def record_best(path: Path, best: Best, metric: str) -> dict[str, Any]:
+    """Write the best point to `best.yaml`, as `fedray run` takes it, and its numbers to `best.json`.
+
+    Returns:
+        The contents of `best.json`: trials, metric, mean, half (None for one trial), and all final metrics.
+    """
     first = best.trials[0]
     note = f"# fedray run {BEST}\n# The best point of this sweep: {first.point.name}\n"
     with on_disk(path / BEST):
         replace_file(path / BEST, f"{note}{yaml_text.dump(first.point.config.to_tree())}".encode())
+    numbers = {
+        "trials": [trial.point.name for trial in best.trials],
+        "metric": metric,
+        "mean": best.mean if isfinite(best.mean) else None,
+        "half": best.half if isfinite(best.half) else None,
+        "metrics": best.metrics(),
+    }
+    RunFiles(path).write_json(NUMBERS, numbers)
+    return numbers
+
+
+def finish_sweep(
+    store: Store, parent: str | None, status: RunStatus, path: Path, became: Counter[Status]
+) -> bool:
+    """End a sweep's run in MLflow, with the metrics of its best point; tell whether MLflow took all of it.
+
+    Args:
+        store: where it is tracked.
+        parent: its run; None if it is not tracked.
+        status: how it ended.
+        path: the sweep's directory.
+        became: how many trials have which outcome.
+    """
+    best = RunFiles(path).read_json(NUMBERS) or {}
+    tags = {f"trials_{word}": str(became[word]) for word in get_args(Status)}
+    tags |= {"best": ", ".join(best["trials"])} if best else {}
+    # trials that have ended, as the step: a later best point then stands after an earlier one
+    report = RoundReport(became["finished"] + became["stopped"], best.get("metrics", {}))
+    return finish_parent(store, parent, status, [path / "sweep.yaml", path / BEST], tags, report)

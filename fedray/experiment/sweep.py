@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from fedray.config import plugins
 from fedray.config.messages import shortened
@@ -27,7 +27,15 @@ from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.dealing import check_data
 from fedray.experiment.interrupt import Stop, signals
-from fedray.experiment.outcome import Status, SweepResult, Trial, write_best
+from fedray.experiment.outcome import (
+    STOPPED,
+    Status,
+    SweepResult,
+    Trial,
+    finish_sweep,
+    record_best,
+    status_of,
+)
 from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
 from fedray.experiment.run import RUNS, resume, run
 from fedray.experiment.space import OnPoint, Point, Sweep
@@ -120,19 +128,22 @@ def _written(plan: Sweep) -> Tree:
 
 def _run_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
     waiting = [
-        point for point in plan.points if _status(_trial_path(path, point)) not in ("finished", "stopped")
+        point for point in plan.points if status_of(_trial_path(path, point)) not in ("finished", "stopped")
     ]
     with signals() as stop:
         errors = (
             _run_tracked(plan, waiting, path, on_round, stop) if waiting or _lacks_outcome(plan, path) else {}
         )
+    return _result(plan, path, errors)
+
+
+def _result(plan: Sweep, path: Path, errors: Mapping[str, str]) -> SweepResult:
+    """Read the outcome of a sweep from its files."""
     trials = [
-        Trial(p, _trial_path(path, p), _status(_trial_path(path, p)), errors.get(p.name)) for p in plan.points
+        Trial(p, _trial_path(path, p), status_of(_trial_path(path, p)), errors.get(p.name))
+        for p in plan.points
     ]
-    result = SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
-    if result.best is not None:
-        write_best(path, result.best)
-    return result
+    return SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
 
 
 def _run_tracked(
@@ -355,22 +366,8 @@ def _configs(plan: Sweep) -> list[RunConfig]:
 # ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-STOPPED = "stopped.json"
-"""File in the directory of a trial that the scheduler stopped: after which round."""
-
-
 def _trial_path(path: Path, point: Point) -> Path:
     return path / "trials" / point.name
-
-
-def _status(place: Path) -> Status:
-    if not (place / "config.yaml").exists():
-        return "missing"
-    result = RunFiles(place).read_json("result.json")
-    if result:
-        status: Status = result["status"]
-        return status
-    return "stopped" if (place / STOPPED).exists() else "failed"
 
 
 def _rounds(place: Path) -> list[dict[str, Any]]:
@@ -398,12 +395,14 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
     """
     for point in plan.points:
         _record_outcome(point, _trial_path(path, point), tracking, early or "FAILED")
-    became = Counter(_status(_trial_path(path, point)) for point in plan.points)
+    became: Counter[Status] = Counter(status_of(_trial_path(path, point)) for point in plan.points)
     is_done = became["finished"] + became["stopped"] == len(plan.points)
     status: RunStatus = "FINISHED" if is_done else early or "FAILED"
-    tags = {f"trials_{word}": str(became[word]) for word in get_args(Status)}
+    best = _result(plan, path, {}).best
+    if best is not None:
+        record_best(path, best, plan.tune.metric)
     assert tracking.store is not None
-    if finish_parent(tracking.store, tracking.parent, status, [path / "sweep.yaml"], tags):
+    if finish_sweep(tracking.store, tracking.parent, status, path, became):
         RunFiles(path).write_json("mlflow.json", {"run_id": tracking.parent, "is_complete": True})
     if early is not None:
         how = "interrupted" if early == "KILLED" else "failed"
@@ -412,7 +411,7 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
 
 def _record_outcome(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> None:
     """Record the outcome of a trial that could not; `cut` is the outcome of an interrupted one."""
-    files, status = RunFiles(place), _status(place)
+    files, status = RunFiles(place), status_of(place)
     if status == "finished":
         mend(files, point.config, tracking)
         return

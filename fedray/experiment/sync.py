@@ -6,6 +6,7 @@ process was killed, or the run was deleted there. No point is logged twice, and 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from pathlib import Path
 from fedray.config.run_config import RunConfig
 from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
+from fedray.experiment.outcome import finish_sweep, status_of
 from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
 from fedray.experiment.tracking import (
     PARENT,
     RunStatus,
     Store,
-    finish_parent,
     parent_run,
     prepare_store,
 )
@@ -139,7 +140,9 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
         begun: list[RunStatus | None] = [trial.status for trial in done]
         missing: list[RunStatus | None] = [None] * (len(tree.get("points", ())) - len(done))
         status = sweep_status([*begun, *missing])
-        finish_parent(store, parent, status, [place / "sweep.yaml"])
+        became = Counter(status_of(files.path) for files in runs)
+        became["missing"] = len(missing)
+        finish_sweep(store, parent, status, place, became)
     return [Synced(place, parent, status, 0), *done]
 
 

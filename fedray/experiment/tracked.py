@@ -74,7 +74,9 @@ def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, st
     artifacts: Sequence[Path] = []
     model = None
     if status == "FINISHED":
-        tracker.log_round(final(files.read_json("result.json") or {}))
+        result = files.read_json("result.json") or {}
+        tracker.log_round(final(result))
+        tracker.tag({"weights_sha256": str(result.get("weights_sha256"))})
         skipped = {"checkpoints", "mlflow.json", LOCK}
         artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
         model = lambda: load_module(config, files)  # noqa: E731

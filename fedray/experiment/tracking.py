@@ -364,8 +364,9 @@ def finish_parent(
     status: RunStatus,
     artifacts: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
+    report: RoundReport | None = None,
 ) -> bool:
-    """End a run in MLflow, with artifacts and with tags of its outcome.
+    """End a run in MLflow, with artifacts, and with tags and metrics of its outcome.
 
     Returns:
         Whether MLflow took all of it.
@@ -374,6 +375,8 @@ def finish_parent(
         return False
     tracker = MLflowTracker(store, run_name="", params=None, tags={}, resume=run_id)
     tracker.tag(tags or {})
+    if report is not None:
+        tracker.log_round(report)
     tracker.finish(status, artifacts)
     return tracker.is_complete
 

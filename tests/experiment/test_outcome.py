@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedray.config.run_config import RunConfig
-from fedray.experiment.outcome import BEST, Status, SweepResult, Trial, write_best
+from fedray.experiment.outcome import BEST, Status, SweepResult, Trial, record_best
 from fedray.experiment.space import Point
 from fedray.types import Direction
 from tests.experiment import tiny
@@ -73,7 +73,30 @@ def test_without_a_finished_trial_there_is_no_best(tmp_path: Path):
 def test_the_best_point_is_written_as_a_config_that_run_takes(tmp_path: Path):
     best = result(tmp_path, trial(tmp_path, 0.5, lr=0.125, seed=3)).best
     assert best is not None
-    write_best(tmp_path, best)
+    numbers = record_best(tmp_path, best, METRIC)
+    assert numbers == json.loads((tmp_path / "best.json").read_text())
+    assert numbers == {
+        "trials": ["lr=0.125,seed=3"],
+        "metric": METRIC,
+        "mean": 0.5,
+        "half": None,
+        "metrics": {METRIC: 0.5},
+    }
     assert RunConfig.load(tmp_path / BEST) == best.trials[0].point.config
     assert RunConfig.load(tmp_path / BEST, ["rounds=7"]).rounds == 7
     assert (tmp_path / BEST).read_text().startswith("# fedray run best.yaml\n")
+
+
+def test_its_metrics_are_the_means_of_numbers_that_all_its_trials_have(tmp_path: Path):
+    some = [trial(tmp_path, v, lr=0.1, seed=s) for s, v in enumerate((0.25, 0.75))]
+    for index, one in enumerate(some):
+        known = json.loads((one.path / "result.json").read_text())
+        known |= (
+            {"total/bytes/up": 100 + index, "weights_sha256": "ab", "only": 1}
+            if index
+            else {"total/bytes/up": 100}
+        )
+        (one.path / "result.json").write_text(json.dumps(known))
+    best = result(tmp_path, *some).best
+    assert best is not None
+    assert best.metrics() == {METRIC: 0.5, "total/bytes/up": 100.5}

@@ -68,6 +68,13 @@ def test_two_trials_at_once_on_two_cores_finish_and_stand_in_mlflow(ray_local, i
     children = [run for run in runs if run is not parent]
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
     assert {child.info.status for child in [*children, parent]} == {"FINISHED"}
+    best = max(results(made.path).items(), key=lambda item: item[1]["val/accuracy"])
+    assert parent.data.tags["best"] == best[0]
+    assert parent.data.metrics["test/accuracy"] == best[1]["test/accuracy"]
+    assert parent.data.metrics["total/bytes/up"] == best[1]["total/bytes/up"]
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"sweep.yaml", "best.yaml"}
+    sums = {child.info.run_name: child.data.tags["weights_sha256"] for child in children}
+    assert sums == {name: result["weights_sha256"] for name, result in results(made.path).items()}
     staged = next(child for child in children if child.data.tags["method"] == "staged")
     assert staged.data.params["method.density"] == "0.3"
     assert staged.data.params["data.partition.alpha"] == "1.0"
