@@ -34,7 +34,11 @@ def entropy(step: Step) -> Tensor:
     return torch.nn.functional.cross_entropy(step.logits, step.y)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": entropy}, {"view": lambda weights: weights}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss": entropy}, {"view": lambda weights: weights}],
+    ids=["plain", "own loss", "view"],
+)
 def test_results_agree_with_those_of_float32_to_the_rounding_of_bfloat16(options: dict[str, object]):
     (exact, loss), (rounded, rounded_loss) = trained("fp32", **options), trained("bf16", **options)
     assert not torch.equal(exact, rounded)
