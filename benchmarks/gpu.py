@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from torch.nn.functional import cross_entropy
 from benchmarks import workload
 from benchmarks.round import PlainLoop, State
 from fedray.config.run_config import RunConfig
-from fedray.data import DATASETS, Dataset, DatasetSpec, Examples
 from fedray.experiment.placement import pool_for
 from fedray.experiment.run import Federation
 from fedray.federation.pool import LocalPool
@@ -44,31 +42,9 @@ NO_GPU = (
 )
 
 
-def _images(root: Path | None) -> Dataset:
-    rng, shape = np.random.default_rng(0), (3, 32, 32)
-
-    def draw(count: int) -> Examples:
-        x = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
-        return Examples(x, rng.integers(0, 10, count))
-
-    return Dataset("random_cifar10", draw(IMAGES), draw(100), 10, shape, (0.5,), (0.29,))
-
-
-DATASETS["random_cifar10"] = DatasetSpec(
-    load=_images,
-    check=lambda root: None,
-    input_shape=(3, 32, 32),
-    num_classes=10,
-    train_examples=IMAGES,
-    test_examples=100,
-    mean=(0.5,),
-    std=(0.29,),
-    source="drawn at random, for measurements",
-)
-
-
 def config(model: str, **changes: object) -> RunConfig:
     """Return the workload of a model, without actors."""
+    workload.offer("random_cifar10", IMAGES, (3, 32, 32))
     resnet = {"data.name": "random_cifar10", "clients.population": 100, "clients.cohort": 10}
     own: dict[str, object] = resnet | {"method.batch_size": 32} if model == "resnet18" else {}
     return workload.config(model, actors=0).override(own | changes)

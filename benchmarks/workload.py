@@ -38,16 +38,14 @@ def _random_images(name: str, count: int, shape: tuple[int, int, int], root: Pat
     return Dataset(name, draw(count), draw(100), 10, shape, (0.5,), (0.29,))
 
 
-for _name, _count, _shape in (
-    ("random_images", EXAMPLES, (1, 28, 28)),
-    ("random_colour_images", 3_200, (3, 32, 32)),
-):
-    DATASETS[_name] = DatasetSpec(
-        load=partial(_random_images, _name, _count, _shape),
+def offer(name: str, count: int, shape: tuple[int, int, int]) -> None:
+    """Add a data set of random images to the table, when a workload asks for it."""
+    DATASETS[name] = DatasetSpec(
+        load=partial(_random_images, name, count, shape),
         check=lambda root: None,
-        input_shape=_shape,
+        input_shape=shape,
         num_classes=10,
-        train_examples=_count,
+        train_examples=count,
         test_examples=100,
         mean=(0.5,),
         std=(0.29,),
@@ -58,6 +56,8 @@ for _name, _count, _shape in (
 
 def config(model: str, population: int = 1_000, actors: int = 2, **changes: object) -> RunConfig:
     """Return the workload for a model and a number of registered clients."""
+    offer("random_images", EXAMPLES, (1, 28, 28))
+    offer("random_colour_images", 3_200, (3, 32, 32))
     # with more clients than examples they share them: each draws its 60 when it is asked
     partition = (
         {"kind": "iid"} if population * PER_CLIENT <= EXAMPLES else {"kind": "bootstrap", "examples": 60}

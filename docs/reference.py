@@ -109,6 +109,7 @@ def _sections() -> Iterator[str]:
         yield _section(name, models[name].annotation, defaults[name])
     resources = models["clients"].annotation.model_fields["resources"].annotation  # type: ignore[union-attr]
     yield _section("clients.resources", resources, defaults["clients"]["resources"])
+    yield _section("train", models["train"].annotation, defaults["train"])
     yield _section("tracking", models["tracking"].annotation, defaults["tracking"])
 
 

@@ -40,7 +40,7 @@ def test_the_generated_files_are_current(name: str):
 
 def test_the_page_has_every_key_with_a_description():
     page = reference.config_page()
-    sections = {"data", "data.partition", "clients", "clients.resources", "method", "tracking"}
+    sections = {"data", "data.partition", "clients", "clients.resources", "method", "train", "tracking"}
     sections |= {key.rpartition(".")[0] for key in keys_of(RunConfig) if key.count(".") > 1}
     chosen = {f"{section}.{key}" for section, key in CHOICES.items()}
     for key in (*keys_of(RunConfig), *(f"tune.{key}" for key in TuneConfig.model_fields)):
