@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.workload import config, server
+from benchmarks.workload import config, offer_all, server
 from fedray.config.run_config import RunConfig
 from fedray.experiment.placement import pool_for
 from fedray.experiment.run import Federation
@@ -97,6 +97,7 @@ class PlainLoop:
 
 
 def _serve(connection: Connection, run: RunConfig) -> None:
+    offer_all()
     loop = PlainLoop(run)
     connection.send("ready")
     while (task := connection.recv()) is not None:

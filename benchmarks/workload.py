@@ -54,10 +54,15 @@ def offer(name: str, count: int, shape: tuple[int, int, int]) -> None:
     )
 
 
-def config(model: str, population: int = 1_000, actors: int = 2, **changes: object) -> RunConfig:
-    """Return the workload for a model and a number of registered clients."""
+def offer_all() -> None:
+    """Add the data sets of the workloads to the table of this process."""
     offer("random_images", EXAMPLES, (1, 28, 28))
     offer("random_colour_images", 3_200, (3, 32, 32))
+
+
+def config(model: str, population: int = 1_000, actors: int = 2, **changes: object) -> RunConfig:
+    """Return the workload for a model and a number of registered clients."""
+    offer_all()
     # with more clients than examples they share them: each draws its 60 when it is asked
     partition = (
         {"kind": "iid"} if population * PER_CLIENT <= EXAMPLES else {"kind": "bootstrap", "examples": 60}
