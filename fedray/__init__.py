@@ -30,11 +30,7 @@ if TYPE_CHECKING:
         RunError,
         WireError,
     )
-    from fedray.experiment.final_model import load_model
-    from fedray.experiment.outcome import SweepResult
     from fedray.experiment.run import Federation, History, resume, run
-    from fedray.experiment.space import Sweep
-    from fedray.experiment.sweep import load_sweep, resume_sweep, sweep
     from fedray.federation.aggregate import CohortUpdate
     from fedray.federation.client import Client, Step
     from fedray.federation.method import Method, ServerContext, Setting
@@ -44,6 +40,10 @@ if TYPE_CHECKING:
     from fedray.models import MODELS, Architecture, ModelSpec
     from fedray.report.reading import RunData, find_runs, load_run
     from fedray.report.table import write_report
+    from fedray.storage.final_model import load_model
+    from fedray.sweeps.outcome import SweepResult
+    from fedray.sweeps.space import Sweep
+    from fedray.sweeps.sweep import load_sweep, resume_sweep, sweep
     from fedray.types import (
         ClientRecord,
         ClientUpdate,
@@ -149,11 +149,11 @@ _MODULES = {
     "fedray.data": "DATASETS PARTITIONS Dataset DatasetSpec Examples Partition PartitionKind",
     "fedray.data.partition": "Dealt",
     "fedray.errors": "ClientError ConfigError DataError FedrayError MethodError RunError WireError",
-    "fedray.experiment.final_model": "load_model",
+    "fedray.storage.final_model": "load_model",
     "fedray.experiment.run": "Federation History resume run",
-    "fedray.experiment.space": "Sweep",
-    "fedray.experiment.outcome": "SweepResult",
-    "fedray.experiment.sweep": "load_sweep resume_sweep sweep",
+    "fedray.sweeps.space": "Sweep",
+    "fedray.sweeps.outcome": "SweepResult",
+    "fedray.sweeps.sweep": "load_sweep resume_sweep sweep",
     "fedray.federation.aggregate": "CohortUpdate",
     "fedray.federation.client": "Client Step",
     "fedray.federation.method": "Method ServerContext Setting",

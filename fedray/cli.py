@@ -95,8 +95,8 @@ def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: I
 @app.command()
 def sweep(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
     """Try all points of a file's `space:`, with Ray Tune."""
-    from fedray.experiment.space import Sweep
-    from fedray.experiment.sweep import sweep as make
+    from fedray.sweeps.space import Sweep
+    from fedray.sweeps.sweep import sweep as make
 
     with _Checking() as checking:
         changes = [*(overrides or []), *_imports_override(file, imports)]
@@ -140,7 +140,7 @@ def resume(
 
 
 def _resume_sweep(directory: Path, changes: list[str]) -> None:
-    from fedray.experiment.sweep import load_sweep, resume_sweep
+    from fedray.sweeps.sweep import load_sweep, resume_sweep
 
     if changes:
         raise ConfigError(
@@ -164,7 +164,7 @@ def sync(
 ) -> None:
     """Bring MLflow up to date with runs and sweeps, e.g. after it was out of reach."""
     _import(imports)
-    from fedray.experiment.sync import sync as bring
+    from fedray.sweeps.sync import sync as bring
 
     for directory in directories:
         for done in bring(directory, uri, experiment):
@@ -203,7 +203,7 @@ def ui(
 ) -> None:
     """Open MLflow's UI on this machine's loopback."""
     from fedray.config.run_config import TrackingConfig
-    from fedray.experiment.tracking import ui_command
+    from fedray.tracking.mlflow_run import ui_command
 
     address = f"http://127.0.0.1:{port}"
     compared, own = _compared(directories or [], address)

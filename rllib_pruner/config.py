@@ -28,7 +28,7 @@ from fedray.config.run_config import Config, Section, TrackingConfig
 from fedray.config.trees import Tree
 from fedray.config.tune_config import TuneConfig
 from fedray.errors import ConfigError
-from fedray.experiment.space import check_samples, expand, refuse_shared
+from fedray.sweeps.space import check_samples, expand, refuse_shared
 from fedray.types import PositiveInt, Seed
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.processes import PROCESSES, Process

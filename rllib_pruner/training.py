@@ -18,10 +18,10 @@ from fedray.comparing import as_gain, highest
 from fedray.durable import shown
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
-from fedray.experiment.provenance import git_revision
-from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.policies.trained import TrainedPolicy, quiet, save
 from fedray.storage.directory import Lock, check_free
+from fedray.tracking.mlflow_run import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.tracking.provenance import git_revision
 from fedray.types import RoundReport
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row

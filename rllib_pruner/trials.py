@@ -11,9 +11,9 @@ from fedray.durable import local_path, shown
 from fedray.errors import RunError
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.interrupt import Stop, signals
-from fedray.experiment.tracking import RunStatus, Store, finish_parent, parent_run, prepare_store
-from fedray.experiment.tune import end_if_asked, fit
 from fedray.storage.directory import Lock, check_free, take
+from fedray.sweeps.tune import end_if_asked, fit
+from fedray.tracking.mlflow_run import RunStatus, Store, finish_parent, parent_run, prepare_store
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
 from rllib_pruner.learning_curve import draw_curves

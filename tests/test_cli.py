@@ -108,7 +108,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("fedray.experiment.placement.start_ray", start_ray)
-    monkeypatch.setattr("fedray.experiment.sweep.start_ray", start_ray)
+    monkeypatch.setattr("fedray.sweeps.sweep.start_ray", start_ray)
 
 
 def listed(*arguments: str) -> str:
@@ -166,8 +166,8 @@ def test_run_of_a_sweep_s_file_says_that_it_makes_the_base_only(fedray, in_tmp):
 
 def test_a_sweep_names_its_best_trial_and_ends_with_how_to_resume(fedray, in_tmp, monkeypatch):
     """Also where trials were cut short from outside, so that there is no error to tell."""
-    from fedray.experiment.outcome import SweepResult, Trial
-    from fedray.experiment.space import Sweep
+    from fedray.sweeps.outcome import SweepResult, Trial
+    from fedray.sweeps.space import Sweep
 
     (in_tmp / "s.yaml").write_text(
         yaml_text.dump({"base": tiny.TREE, "space": {"method.lr": {"grid": [0.1, 1e-6, 0.2]}}}),
@@ -187,7 +187,7 @@ def test_a_sweep_names_its_best_trial_and_ends_with_how_to_resume(fedray, in_tmp
 
     def made(metric: str, direction: str) -> Done:
         result = SweepResult(in_tmp / "sweep", trials, metric, direction)  # type: ignore[arg-type]
-        monkeypatch.setattr("fedray.experiment.sweep.sweep", lambda plan, **options: result)
+        monkeypatch.setattr("fedray.sweeps.sweep.sweep", lambda plan, **options: result)
         shown: Done = fedray("sweep", "s.yaml")
         return shown
 

@@ -19,12 +19,12 @@ from fedray.config import plugins
 from fedray.config.run_config import RunConfig
 from fedray.costs.differences import CODECS
 from fedray.errors import ConfigError
-from fedray.experiment.final_model import load_model
 from fedray.experiment.run import Federation, History, run
-from fedray.experiment.space import Sweep
 from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
 from fedray.report.reading import load_run
+from fedray.storage.final_model import load_model
+from fedray.sweeps.space import Sweep
 from tests import small
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli → rllib_pruner → fedray → experiment → storage → report → config → methods → policies →
-federation → training → pruning · costs · models · data → the ground floor
+cli → rllib_pruner → fedray → sweeps → experiment → tracking → storage → report → config → methods →
+policies → federation → training → pruning · costs · models · data → the ground floor
 """
 
 import ast
@@ -30,7 +30,9 @@ FLOORS = (
     {"config"},
     {"report"},
     {"storage"},
+    {"tracking"},
     {"experiment"},
+    {"sweeps"},
     {"fedray"},
     {"rllib_pruner"},
     {"cli"},
@@ -40,10 +42,10 @@ RAY = {
     "fedray.federation.pool",
     "fedray.federation.actor",
     "fedray.experiment.cluster",
-    "fedray.experiment.sweep",
-    "fedray.experiment.tune",
-    "fedray.experiment.asha",
-    "fedray.experiment.space",  # the verbs of a sweep's space are Tune's own
+    "fedray.sweeps.sweep",
+    "fedray.sweeps.tune",
+    "fedray.sweeps.asha",
+    "fedray.sweeps.space",  # the verbs of a sweep's space are Tune's own
     "fedray.policies.trained",  # RLlib's module of a trained agent
 }
 HEAVY = {"torchvision", "sklearn", "matplotlib", "mlflow", "pyarrow", "ray", "pandas"}

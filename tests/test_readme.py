@@ -11,9 +11,9 @@ from fedray.cli import app
 from fedray.config.plugins import import_modules
 from fedray.config.run_config import RunConfig
 from fedray.costs.differences import CODECS
-from fedray.experiment.space import Sweep
 from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
+from fedray.sweeps.space import Sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("tune_configs/*.yaml"))]

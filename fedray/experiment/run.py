@@ -27,11 +27,7 @@ from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment.dealing import check_pairs, dealt, loaded
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.placement import placed, stack_of
-from fedray.experiment.provenance import declared
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
-from fedray.experiment.sync import mend
-from fedray.experiment.tracked import Tracking, close_tracker, open_tracker
-from fedray.experiment.tracking import MLflowTracker, RunStatus, import_mlflow
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
@@ -41,6 +37,10 @@ from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Stored
 from fedray.storage.directory import Lock, check_free, take_next
 from fedray.storage.run_files import RunFiles
+from fedray.tracking.catching_up import mend
+from fedray.tracking.mlflow_run import MLflowTracker, RunStatus, import_mlflow
+from fedray.tracking.provenance import declared
+from fedray.tracking.tracked import Tracking, close_tracker, open_tracker
 from fedray.types import RoundReport
 
 if TYPE_CHECKING:

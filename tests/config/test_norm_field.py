@@ -10,10 +10,10 @@ import pytest
 
 from fedray.config import yaml_text
 from fedray.errors import ConfigError
-from fedray.experiment.provenance import declared, run_tags
 from fedray.experiment.run import resume, run
 from fedray.federation.server import Server
 from fedray.models import MODELS
+from fedray.tracking.provenance import declared, run_tags
 from fedray.types import RoundReport
 from tests import small
 from tests.experiment import tiny
@@ -80,7 +80,7 @@ def test_what_is_declared():
 
 def test_what_is_declared_is_among_the_tags(tmp_path, monkeypatch):
     given: dict[str, object] = {}
-    monkeypatch.setattr("fedray.experiment.tracked.run_tags", lambda **tags: given.update(tags) or {})
+    monkeypatch.setattr("fedray.tracking.tracked.run_tags", lambda **tags: given.update(tags) or {})
     config = tiny.config({"norm": "group", "model": "small_cnn", "rounds": 1})
     run(config, out=tmp_path / "run")
     assert {"norm": "group", "zero_policy": "enforce", "server_data": 0.0}.items() <= given.items()

@@ -5,7 +5,7 @@ import torch
 
 from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
-from fedray.experiment.provenance import declared
+from fedray.tracking.provenance import declared
 
 BASE = {"clients": {"population": 10, "cohort": 2}, "tracking": {"uri": "none"}}
 BF16 = BASE | {"train": {"precision": "bf16"}}

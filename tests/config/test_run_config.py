@@ -13,11 +13,11 @@ from fedray.config.overrides import SECTIONS, base_of
 from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import Iid
-from fedray.experiment.space import Sweep
 from fedray.methods import METHODS
 from fedray.methods.fedavg import FedAvg
 from fedray.methods.frlp import FRLP
 from fedray.methods.snip import SNIP
+from fedray.sweeps.space import Sweep
 
 TUNE_CONFIGS = [
     path

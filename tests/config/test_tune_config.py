@@ -7,7 +7,7 @@ import pytest
 from fedray.comparing import worth
 from fedray.config.tune_config import COMPARABLE, TuneConfig, first_rung, tune_config
 from fedray.errors import ConfigError
-from fedray.experiment.space import Sweep
+from fedray.sweeps.space import Sweep
 from fedray.types import FINAL_METRICS, METRICS, direction_of
 
 NEITHER = {"clients/selected"}

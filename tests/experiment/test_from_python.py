@@ -15,10 +15,10 @@ from fedray.config.overrides import override_tree
 from fedray.config.run_config import ClientsConfig, DataConfig, RunConfig
 from fedray.data.partition import Dirichlet
 from fedray.errors import ConfigError
-from fedray.experiment.space import Sweep
-from fedray.experiment.sweep import sweep
 from fedray.methods.pqsu import PQSU
 from fedray.methods.snip import SNIP
+from fedray.sweeps.space import Sweep
+from fedray.sweeps.sweep import sweep
 
 # ── what is wrong is said, however the config is made
 # ──────────────────────────────────────────────────────────────────────────────────────────

@@ -20,11 +20,11 @@ from fedray.config import yaml_text
 from fedray.config.run_config import RunConfig
 from fedray.experiment.interrupt import signals
 from fedray.experiment.run import Federation
-from fedray.experiment.tracking import prepare_store
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.methods import METHODS
 from fedray.storage.run_files import RunFiles
+from fedray.tracking.mlflow_run import prepare_store
 from fedray.types import ClientUpdate, Params, RoundReport, Task
 from tests.experiment import tiny
 

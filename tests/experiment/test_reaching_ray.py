@@ -191,8 +191,8 @@ def test_a_resumed_run_keeps_what_it_has(unreachable: Path) -> None:
 
 def test_a_sweep_and_trainings_leave_nothing(unreachable: Path) -> None:
     from fedray.config import yaml_text
-    from fedray.experiment.space import Sweep
-    from fedray.experiment.sweep import sweep
+    from fedray.sweeps.space import Sweep
+    from fedray.sweeps.sweep import sweep
     from rllib_pruner.config import Plan
     from rllib_pruner.training import train
     from rllib_pruner.trials import train_all

@@ -14,11 +14,10 @@ import pytest
 import fedray
 from fedray.cli import app
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import tracking
-from fedray.experiment.sync import sync
-from fedray.experiment.tracking import prepare_store
 from fedray.storage import sealed
 from fedray.storage.directory import Lock
+from fedray.sweeps.sync import sync
+from fedray.tracking.mlflow_run import prepare_store
 from fedray.types import RoundReport
 from tests.experiment import tiny
 
@@ -98,7 +97,7 @@ def busy_from(round: int, uri: str, connection: sqlite3.Connection) -> Callable[
 @pytest.fixture
 def lost(uri: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run whose store was busy from round 2 on, as in the issue."""
-    monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
+    monkeypatch.setattr(mlflow_run, "ANSWER_S", 0.5)
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
         fedray.run(config(uri), out="r", on_round=busy_from(2, uri, other))
     run = the_run(uri)
@@ -127,7 +126,7 @@ def test_resume_of_the_finished_run_brings_it_up_too_and_then_only_reads(
 ) -> None:
     fedray.resume("r")
     complete(uri, lost)
-    monkeypatch.setattr("fedray.experiment.sync.sync_run", lambda *_: pytest.fail("it was complete"))
+    monkeypatch.setattr("fedray.sweeps.sync.sync_run", lambda *_: pytest.fail("it was complete"))
     fedray.resume("r")
 
 
@@ -135,7 +134,7 @@ def test_a_run_resumed_in_the_middle_has_the_rounds_that_were_lost(
     uri: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
-        patch.setattr(tracking, "ANSWER_S", 0.5)
+        patch.setattr(mlflow_run, "ANSWER_S", 0.5)
         busy = busy_from(1, uri, other)
 
         def on_round(report: RoundReport) -> None:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from fedray.config.tune_config import VERBS, TuneConfig, tune_config
 from fedray.errors import ConfigError
-from fedray.experiment.space import Sweep, expand
 from fedray.methods.snip import SNIP
 from fedray.methods.staged import Staged
+from fedray.sweeps.space import Sweep, expand
 
 
 @pytest.fixture

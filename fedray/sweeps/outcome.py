@@ -12,10 +12,10 @@ from fedray.comparing import worth
 from fedray.config import yaml_text
 from fedray.durable import on_disk
 from fedray.durable import replace as replace_file
-from fedray.experiment.space import Point
-from fedray.experiment.tracking import RunStatus, Store, finish_parent
 from fedray.report.table import mean_and_interval
 from fedray.storage.run_files import RunFiles
+from fedray.sweeps.space import Point
+from fedray.tracking.mlflow_run import RunStatus, Store, finish_parent
 from fedray.types import Direction, RoundReport
 
 BEST, NUMBERS = "best.yaml", "best.json"

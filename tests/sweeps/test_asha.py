@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedray.experiment.asha import Named, Rungs
+from fedray.sweeps.asha import Named, Rungs
 
 METRIC = "val/loss"
 

@@ -10,11 +10,11 @@ from typing import Any
 from fedray.config.run_config import RunConfig
 from fedray.durable import shown
 from fedray.errors import RunError
-from fedray.experiment.final_model import load_module
-from fedray.experiment.provenance import declared, run_tags
-from fedray.experiment.tracking import MLflowTracker, RunStatus, Store, prepare_store
 from fedray.storage.directory import LOCK
+from fedray.storage.final_model import load_module
 from fedray.storage.run_files import RunFiles
+from fedray.tracking.mlflow_run import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.tracking.provenance import declared, run_tags
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)

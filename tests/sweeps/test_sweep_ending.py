@@ -14,13 +14,13 @@ import pytest
 
 from fedray.config import yaml_text
 from fedray.errors import FedrayError
-from fedray.experiment import sweep as sweeps
-from fedray.experiment.outcome import SweepResult
 from fedray.experiment.run import run
-from fedray.experiment.space import Point, Sweep
-from fedray.experiment.sweep import resume_sweep, sweep
-from fedray.experiment.tracked import Tracking
-from fedray.experiment.tracking import MLflowTracker, prepare_store
+from fedray.sweeps import sweep as sweeps
+from fedray.sweeps.outcome import SweepResult
+from fedray.sweeps.space import Point, Sweep
+from fedray.sweeps.sweep import resume_sweep, sweep
+from fedray.tracking.mlflow_run import MLflowTracker, prepare_store
+from fedray.tracking.tracked import Tracking
 from tests.experiment import tiny
 
 Fit = Callable[[Sequence[Point], Path, Tracking], dict[str, str]]

@@ -18,10 +18,10 @@ import pytest
 from fedray.config import yaml_text
 from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
-from fedray.experiment.space import Sweep
-from fedray.experiment.sweep import resume_sweep, sweep
-from fedray.experiment.tracking import prepare_store
 from fedray.storage.run_files import RunFiles
+from fedray.sweeps.space import Sweep
+from fedray.sweeps.sweep import resume_sweep, sweep
+from fedray.tracking.mlflow_run import prepare_store
 
 BASE: dict[str, Any] = {
     "rounds": 4,
@@ -327,8 +327,8 @@ SCRIPT = '''
 from dataclasses import dataclass, replace
 from torch import nn
 from fedray.costs.devices import DEVICES, HARDWARE, LINKS
-from fedray.experiment.space import Sweep
-from fedray.experiment.sweep import sweep
+from fedray.sweeps.space import Sweep
+from fedray.sweeps.sweep import sweep
 from fedray.federation.method import Method
 from fedray.federation.sampling import SAMPLERS, Sampler
 from fedray.methods import METHODS

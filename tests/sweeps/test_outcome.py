@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fedray.config.run_config import RunConfig
-from fedray.experiment.outcome import BEST, Status, SweepResult, Trial, record_best
-from fedray.experiment.space import Point
+from fedray.sweeps.outcome import BEST, Status, SweepResult, Trial, record_best
+from fedray.sweeps.space import Point
 from fedray.types import Direction
 from tests.experiment import tiny
 

@@ -22,9 +22,9 @@ from torch import nn
 
 from fedray.config.uri import check_uri
 from fedray.errors import ConfigError
-from fedray.experiment import tracking
-from fedray.experiment.provenance import run_tags
-from fedray.experiment.tracking import (
+from fedray.models import build_model
+from fedray.tracking import mlflow_run
+from fedray.tracking.mlflow_run import (
     MLflowTracker,
     Store,
     finish_parent,
@@ -32,7 +32,7 @@ from fedray.experiment.tracking import (
     prepare_store,
     ui_command,
 )
-from fedray.models import build_model
+from fedray.tracking.provenance import run_tags
 from fedray.types import RoundReport
 
 CONFIG = {"rounds": 3, "method": {"name": "frlp", "density": 0.1, "prune_rounds": (20, 40)}, "seed": None}
@@ -235,12 +235,12 @@ def test_no_param_and_no_tag_is_too_long_or_too_many(store: Store, client: Any) 
 def test_every_key_becomes_a_name_of_its_own(keys: list[str]) -> None:
     from mlflow.utils.validation import _validate_param
 
-    names = [tracking._name(key) for key in keys]
+    names = [mlflow_run._name(key) for key in keys]
     for name in names:
         _validate_param(name, "1")
     assert len(set(names)) == len(keys)
-    assert tracking._name("method.density") == "method.density"
-    assert tracking._name("val/accuracy") == "val/accuracy"
+    assert mlflow_run._name("method.density") == "method.density"
+    assert mlflow_run._name("val/accuracy") == "val/accuracy"
 
 
 def test_trials_are_found_by_their_sweep(store: Store, client: Any, tmp_path: Path) -> None:
@@ -367,13 +367,13 @@ def test_what_a_resumed_run_lacks_is_added_wherever_it_is(store: Store, client: 
 
 TRIAL = """
 import sys
-from fedray.experiment import tracking
+from fedray.tracking import mlflow_run
 from fedray.types import RoundReport
 
 assert "mlflow" not in sys.modules
-store = tracking.prepare_store(sys.argv[1], "race")
+store = mlflow_run.prepare_store(sys.argv[1], "race")
 assert store.problem is None, store.problem
-tracker = tracking.MLflowTracker(store, run_name=sys.argv[2], params={}, tags={})
+tracker = mlflow_run.MLflowTracker(store, run_name=sys.argv[2], params={}, tags={})
 for round in range(30):
     tracker.log_round(RoundReport(round, {f"m/{i}": float(round) for i in range(20)}))
 tracker.finish("FINISHED")
@@ -388,7 +388,7 @@ def test_two_processes_make_one_store_and_log_into_it_at_once(tmp_path: Path) ->
     assert [trial.wait(120) for trial in trials] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     store = prepare_store(uri, "race")
-    client = tracking._client(store.uri)
+    client = mlflow_run._client(store.uri)
     runs = client.search_runs([store.experiment_id])
     assert {(run.info.run_name, run.info.status) for run in runs} == {("a", "FINISHED"), ("b", "FINISHED")}
     for run in runs:
@@ -463,7 +463,7 @@ def test_a_server_that_is_not_there_is_given_up_fast(caplog: pytest.LogCaptureFi
     tracker.finish("FINISHED")
     assert time.monotonic() - started < 3
     assert store.problem is not None and tracker.warnings == [store.problem]
-    assert [record.name for record in caplog.records] == [tracking.__name__]
+    assert [record.name for record in caplog.records] == [mlflow_run.__name__]
 
 
 def test_a_server_that_goes_away_ends_the_tracking_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -489,7 +489,7 @@ def test_a_server_that_only_fails_never_makes_the_run_wait(monkeypatch: pytest.M
     with Server(("127.0.0.1", 0), Handler) as server:
         tracker = tracker_of(prepare_store(server.uri, "x"))
         server.failing = True
-        monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
+        monkeypatch.setattr(mlflow_run, "ANSWER_S", 0.5)
         started = time.monotonic()
         tracker.log_round(report(1))
         tracker.log_round(report(2))
@@ -504,7 +504,7 @@ def test_a_locked_database_never_makes_the_run_wait(
     store: Store, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = tracker_of(store)
-    monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
+    monkeypatch.setattr(mlflow_run, "ANSWER_S", 0.5)
     with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"))) as other:
         other.execute("BEGIN EXCLUSIVE")
         started = time.monotonic()

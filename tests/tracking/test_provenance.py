@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedray.experiment import provenance
-from fedray.experiment.provenance import git_revision, run_tags
+from fedray.tracking import provenance
+from fedray.tracking.provenance import git_revision, run_tags
 
 
 def test_tags_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

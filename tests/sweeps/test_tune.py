@@ -8,8 +8,8 @@ import pytest
 from fedray.config.plugins import import_modules, imported_modules
 from fedray.errors import ConfigError, RunError
 from fedray.experiment.interrupt import signals
-from fedray.experiment.tune import TRACEBACK, attempt, end_if_asked, fit, room
 from fedray.federation.pool import ActorOptions
+from fedray.sweeps.tune import TRACEBACK, attempt, end_if_asked, fit, room
 
 BROKEN = """
 import json

@@ -27,7 +27,12 @@ from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.dealing import check_data
 from fedray.experiment.interrupt import Stop, signals
-from fedray.experiment.outcome import (
+from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
+from fedray.experiment.run import RUNS, resume, run
+from fedray.storage import sealed
+from fedray.storage.directory import Lock, check_free, take, take_next
+from fedray.storage.run_files import RunFiles
+from fedray.sweeps.outcome import (
     STOPPED,
     Status,
     SweepResult,
@@ -36,16 +41,11 @@ from fedray.experiment.outcome import (
     record_best,
     status_of,
 )
-from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
-from fedray.experiment.run import RUNS, resume, run
-from fedray.experiment.space import OnPoint, Point, Sweep
-from fedray.experiment.sync import mend
-from fedray.experiment.tracked import Tracking
-from fedray.experiment.tracking import RunStatus, finish_parent, import_mlflow, parent_run, prepare_store
-from fedray.experiment.tune import end_if_asked, fit, import_tune, room
-from fedray.storage import sealed
-from fedray.storage.directory import Lock, check_free, take, take_next
-from fedray.storage.run_files import RunFiles
+from fedray.sweeps.space import OnPoint, Point, Sweep
+from fedray.sweeps.tune import end_if_asked, fit, import_tune, room
+from fedray.tracking.catching_up import mend
+from fedray.tracking.mlflow_run import RunStatus, finish_parent, import_mlflow, parent_run, prepare_store
+from fedray.tracking.tracked import Tracking
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
@@ -337,7 +337,7 @@ def _scheduler(plan: Sweep, path: Path) -> Any:
 
     Without that note, a stopped trial looks like an interrupted one: Tune catches signals.
     """
-    from fedray.experiment.asha import Rungs
+    from fedray.sweeps.asha import Rungs
 
     lasts = {point.name: point.config.rounds for point in plan.points}
 

@@ -1,0 +1,1 @@
+"""Sweeps: points, trials, schedulers, and the best point."""

@@ -1,0 +1,69 @@
+"""Bring MLflow up to the files of runs and sweeps: what `fedray sync` does."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedray.errors import ConfigError, RunError
+from fedray.storage import sealed
+from fedray.storage.directory import Lock
+from fedray.storage.run_files import RunFiles
+from fedray.sweeps.outcome import finish_sweep, status_of
+from fedray.tracking.catching_up import Synced, config_of, store_for, sync_run
+from fedray.tracking.mlflow_run import RunStatus, parent_run
+from fedray.tracking.tracked import Tracking
+
+
+def sync(path: str | Path, uri: str | None = None, experiment: str | None = None) -> list[Synced]:
+    """Bring MLflow up to the files of a run, or of a sweep and its trials.
+
+    Args:
+        path: the directory.
+        uri: the store; None: the one of the run's config.
+        experiment: name of MLflow's experiment; None: the one of the config.
+
+    Raises:
+        ConfigError: if `path` is neither, or there is no store.
+        RunError: if the run is still running, or the store did not take everything.
+    """
+    place = Path(path).expanduser().resolve()
+    if (place / "sweep.yaml").is_file():
+        return _sync_sweep(place, uri, experiment)
+    files = RunFiles.open(place)
+    config = config_of(files)
+    return [sync_run(files, config, Tracking(store=store_for(config, uri, experiment)))]
+
+
+def sweep_status(statuses: Sequence[RunStatus | None]) -> RunStatus:
+    """Return the outcome of a sweep from those of its trials; None is a trial that never began."""
+    if "FAILED" in statuses or None in statuses:
+        return "FAILED"
+    return "FINISHED"
+
+
+def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Synced]:
+    tree = sealed.load(place / "sweep.yaml")
+    runs = [RunFiles(path.parent) for path in sorted(place.glob("trials/*/config.yaml"))]
+    if not runs:
+        raise ConfigError(f"{place}: no trial of this sweep has begun: there is nothing to bring to MLflow")
+    configs = [config_of(files) for files in runs]
+    store = store_for(configs[0], uri, experiment)
+    with Lock(place, "sweep"):
+        own = RunFiles(place)
+        known = own.read_json("mlflow.json") or {}
+        name = str(tree.get("name", place.name))
+        parent = parent_run(store, place.name, {"sweep": name}, tree, resume=known.get("run_id"))
+        if parent is None:
+            raise RunError(f"{place}: {store.problem or 'MLflow did not take it'}")
+        own.write_json("mlflow.json", {"run_id": parent})
+        done = [
+            sync_run(files, config, Tracking(store=store, parent=parent, name=files.path.name))
+            for files, config in zip(runs, configs, strict=True)
+        ]
+        begun: list[RunStatus | None] = [trial.status for trial in done]
+        missing: list[RunStatus | None] = [None] * (len(tree.get("points", ())) - len(done))
+        status = sweep_status([*begun, *missing])
+        became = Counter(status_of(files.path) for files in runs)
+        became["missing"] = len(missing)
+        finish_sweep(store, parent, status, place, became)
+    return [Synced(place, parent, status, 0), *done]

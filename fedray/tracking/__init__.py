@@ -1,0 +1,1 @@
+"""Runs as MLflow and other trackers see them."""

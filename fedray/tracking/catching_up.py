@@ -1,0 +1,100 @@
+"""Bring MLflow up to a run's files: what it lacks is sent, no point twice.
+
+A run's own files are always complete. MLflow may not be: it was busy, out of reach or switched off, the
+process was killed, or the run was deleted there. Of the files only `mlflow.json` changes.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedray.config.run_config import RunConfig
+from fedray.config.uri import absolute_uri
+from fedray.errors import ConfigError, RunError
+from fedray.storage.directory import Lock
+from fedray.storage.run_files import RunFiles
+from fedray.tracking.mlflow_run import PARENT, RunStatus, Store, prepare_store
+from fedray.tracking.tracked import Tracking, close_tracker, open_tracker
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 300.0
+"""Timeout in seconds for the store: long, since the user asked for the transfer."""
+
+
+@dataclass(frozen=True)
+class Synced:
+    """The transfer of one directory.
+
+    Args:
+        path: of the run or the sweep.
+        run_id: its id in MLflow.
+        status: in MLflow, now.
+        points: metric values that MLflow lacked.
+    """
+
+    path: Path
+    run_id: str
+    status: RunStatus
+    points: int
+
+
+def sync_run(
+    files: RunFiles, config: RunConfig, tracking: Tracking, status: RunStatus | None = None
+) -> Synced:
+    """Bring MLflow up to a run's files; `status` is how it ended, None: as the files say.
+
+    Raises:
+        RunError: as `sync`.
+    """
+    with Lock(files.path):
+        tracker = open_tracker(config, files, replace(tracking, answer_s=PATIENCE_S))
+        if tracking.parent is not None:
+            tracker.tag({PARENT: tracking.parent})
+        status = status or ended_as(files)
+        close_tracker(tracker, config, files, status)
+    if tracker.run_id is None or not tracker.is_complete:
+        raise RunError(f"{files.path}: {'; '.join(tracker.warnings) or 'MLflow did not take it'}")
+    return Synced(files.path, tracker.run_id, status, tracker.points)
+
+
+def mend(files: RunFiles, config: RunConfig, tracking: Tracking) -> None:
+    """Bring MLflow up to a finished run's files, if it lacks any; a failure is a warning."""
+    known = files.read_json("mlflow.json") or {}
+    if config.tracking.uri == "none" or known.get("is_complete"):
+        return
+    try:
+        store = tracking.store or store_for(config, None, None)
+        sync_run(files, config, replace(tracking, store=store))
+    except RunError as error:
+        logger.warning("%s", error)
+
+
+def ended_as(files: RunFiles) -> RunStatus:
+    """Tell from a run's files how it ended; one without a result is KILLED."""
+    result = files.read_json("result.json")
+    if result is not None:
+        return "FINISHED" if result.get("status") == "finished" else "KILLED"
+    warnings = files.path / "warnings.txt"
+    lines = warnings.read_text(encoding="utf-8").splitlines() if warnings.is_file() else []
+    return "FAILED" if any(line.startswith("failed: ") for line in lines) else "KILLED"
+
+
+def config_of(files: RunFiles) -> RunConfig:
+    return RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
+
+
+def store_for(config: RunConfig, uri: str | None, experiment: str | None) -> Store:
+    """Return the store to write to.
+
+    Raises:
+        ConfigError: if nothing is tracked.
+        RunError: if it is out of reach.
+    """
+    where = config.tracking.uri if uri is None else absolute_uri(uri)
+    if where == "none":
+        raise ConfigError("tracking.uri is none: name the store, e.g. --uri sqlite:///runs/mlflow.db")
+    store = prepare_store(where, experiment or config.tracking.experiment)
+    if store.problem is not None:
+        raise RunError(store.problem)
+    return store
