@@ -17,6 +17,7 @@ from fedray.errors import ConfigError, RunError
 from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from fedray.sweeps.sync import sync
+from fedray.tracking import mlflow_run
 from fedray.tracking.mlflow_run import prepare_store
 from fedray.types import RoundReport
 from tests.experiment import tiny
