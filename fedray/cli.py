@@ -203,7 +203,7 @@ def ui(
 ) -> None:
     """Open MLflow's UI on this machine's loopback."""
     from fedray.config.run_config import TrackingConfig
-    from fedray.tracking.mlflow_run import ui_command
+    from fedray.tracking.ui import ui_command
 
     address = f"http://127.0.0.1:{port}"
     compared, own = _compared(directories or [], address)

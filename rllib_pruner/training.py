@@ -20,8 +20,9 @@ from fedray.experiment.cluster import start_ray
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.policies.trained import TrainedPolicy, quiet, save
 from fedray.storage.directory import Lock, check_free
-from fedray.tracking.mlflow_run import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import git_revision
+from fedray.tracking.store import Store, prepare_store
 from fedray.types import RoundReport
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row

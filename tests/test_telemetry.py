@@ -34,7 +34,7 @@ def test_what_the_user_has_set_stays() -> None:
 
 
 TRACKED = """
-from fedray.tracking.mlflow_run import prepare_store
+from fedray.tracking.store import prepare_store
 assert prepare_store("sqlite:///{}/mlflow.db", "x").problem is None
 from mlflow.telemetry import get_telemetry_client
 print(get_telemetry_client())

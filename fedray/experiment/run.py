@@ -38,8 +38,9 @@ from fedray.storage.checkpoint import Stored
 from fedray.storage.directory import Lock, check_free, take_next
 from fedray.storage.run_files import RunFiles
 from fedray.tracking.catching_up import mend
-from fedray.tracking.mlflow_run import MLflowTracker, RunStatus, import_mlflow
+from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared
+from fedray.tracking.store import import_mlflow
 from fedray.tracking.tracked import Tracking, close_tracker, open_tracker
 from fedray.types import RoundReport
 

@@ -15,7 +15,8 @@ from fedray.durable import replace as replace_file
 from fedray.report.table import mean_and_interval
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.space import Point
-from fedray.tracking.mlflow_run import RunStatus, Store, finish_parent
+from fedray.tracking.mlflow_run import RunStatus, finish_parent
+from fedray.tracking.store import Store
 from fedray.types import Direction, RoundReport
 
 BEST, NUMBERS = "best.yaml", "best.json"

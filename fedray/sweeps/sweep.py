@@ -44,7 +44,8 @@ from fedray.sweeps.outcome import (
 from fedray.sweeps.space import OnPoint, Point, Sweep
 from fedray.sweeps.tune import end_if_asked, fit, import_tune, room
 from fedray.tracking.catching_up import mend
-from fedray.tracking.mlflow_run import RunStatus, finish_parent, import_mlflow, parent_run, prepare_store
+from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
+from fedray.tracking.store import import_mlflow, prepare_store
 from fedray.tracking.tracked import Tracking
 from fedray.types import RoundReport
 

@@ -13,7 +13,8 @@ from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
-from fedray.tracking.mlflow_run import PARENT, RunStatus, Store, prepare_store
+from fedray.tracking.mlflow_run import PARENT, RunStatus
+from fedray.tracking.store import Store, prepare_store
 from fedray.tracking.tracked import Tracking, close_tracker, open_tracker
 
 logger = logging.getLogger(__name__)

@@ -1,51 +1,46 @@
 """A run as MLflow sees it: one parent for a sweep, one child for each trial, one batch of metrics a round.
 
-`prepare_store` is called once, in the driver; the `Store` that it returns goes to the trials, and each of
-them opens an `MLflowTracker`. A run's own files are written elsewhere and are always complete: tracking never
-stops a run. A separate thread makes all calls to MLflow, so that a server which fails or does not
-answer costs a few seconds at the start and at the end, and nothing in between.
+Each trial opens an `MLflowTracker` on the driver's `Store`. A run's own files are written elsewhere and are
+always complete: tracking never stops a run. A separate thread makes all calls to MLflow, so that a server
+which fails or does not answer costs a few seconds at the start and at the end, and nothing in between.
 
-Nothing here touches MLflow's global state (tracking URI, active run): client and run id are explicit.
+Nothing here touches MLflow's global state (active run): client and run id are explicit.
 """
 
 import hashlib
 import logging
 import math
-import os
 import posixpath
 import re
-import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
-from queue import SimpleQueue
 from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
-from uuid import uuid4
 
 from torch import nn
 
 from fedray.config.trees import flat_text
-from fedray.config.uri import SQLITE, check_uri, database_of, sqlite_uri, without_password
-from fedray.errors import ConfigError
+from fedray.tracking import store as stores
+from fedray.tracking.lane import Lane
+from fedray.tracking.store import (
+    Store,
+    client_of,
+    import_mlflow,
+    import_quietly,
+    named,
+    one_line,
+    opening_s,
+    reach,
+)
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
 
-ANSWER_S = 10.0
-"""Timeout in seconds for connecting at the start and for flushing at the end."""
-OPEN_S = 60.0
-"""Timeout in seconds for creating or opening an SQLite file; it takes about a second on an idle machine."""
-PROBE_S = 3.0
-"""Timeout in seconds for a server's first answer."""
 SHIPPED_BYTES_PER_S = 1e6
 """Artifacts lengthen the wait at the end by their size over this rate."""
 
@@ -55,58 +50,6 @@ PARENT = "mlflow.parentRunId"
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 _NAME_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH = 250, 6000, 5000, 100  # MLflow's limits
-_THREAD = "fedray-mlflow"
-
-
-@dataclass(frozen=True)
-class Store:
-    """Where runs are tracked. Pickles, so that the driver can hand it to trials.
-
-    Args:
-        uri: as MLflow takes it, with an absolute path; `none` tracks nothing.
-        experiment_id: None where nothing is tracked.
-        problem: why nothing is tracked although it was asked for.
-    """
-
-    uri: str
-    experiment_id: str | None = None
-    problem: str | None = None
-
-
-def prepare_store(uri: str, experiment: str) -> Store:
-    """Make the store ready: its folder, database and experiment. Once, in the driver, before any trial.
-
-    Calling it again changes nothing. Artifacts of an SQLite store are kept beside the database, in
-    `mlartifacts`; those of a server go where the server wants them.
-
-    Args:
-        uri: as in `check_uri`; a relative path counts from the working directory.
-        experiment: name of the experiment that holds the runs.
-
-    Returns:
-        The store; if it could not be prepared, a store that tracks nothing and names its `problem`.
-
-    Raises:
-        ConfigError: as `check_uri`.
-    """
-    if check_uri(uri) == "none":
-        return Store(uri)
-    artifacts = None
-    if uri.startswith(SQLITE):
-        database = database_of(uri).expanduser().resolve()
-        uri, artifacts = sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
-    import_mlflow(uri)
-    lane, limit_s = _Lane(), _opening_s(uri)
-    try:
-        experiment_id = lane.submit(lambda: _open_experiment(uri, experiment, artifacts)).result(limit_s)
-    except Exception as error:
-        reason = f"did not answer within {limit_s:.0f} s" if isinstance(error, TimeoutError) else str(error)
-        problem = f"MLflow {_named(uri, reason)}; runs are kept in their own files only"
-        logger.warning(problem)
-        return Store(uri, problem=problem)
-    finally:
-        lane.close()
-    return Store(uri, experiment_id)
 
 
 class MLflowTracker:
@@ -149,14 +92,14 @@ class MLflowTracker:
         self.warnings: list[str] = [] if store.problem is None else [store.problem]
         self._uri, self._is_on = store.uri, store.experiment_id is not None
         self._steps: dict[str, set[int]] = {}
-        self._lane = _Lane() if self._is_on else None
+        self._lane = Lane() if self._is_on else None
         if not self._is_on:
             return
         import_mlflow(self._uri)
         if parent_run_id is not None:
             tags = {**tags, PARENT: parent_run_id}
         opened = self._submit(lambda: self._open(store.experiment_id, run_name, params, tags, resume))
-        self._await(opened, answer_s or _opening_s(self._uri))
+        self._await(opened, answer_s or opening_s(self._uri))
 
     def log_round(self, report: RoundReport) -> None:
         """Hand over the finite metrics of a round as one batch, with the round as step. Does not wait."""
@@ -205,7 +148,7 @@ class MLflowTracker:
         with TemporaryDirectory() as folder:
             saved = Path(folder, "model")
             if model is not None:
-                _import_quietly("mlflow.pyfunc", "mlflow.pytorch")
+                import_quietly("mlflow.pyfunc", "mlflow.pytorch")
                 self._await(self._submit(partial(self._save_model, model(), saved)), self._answer_s)
             shipped_bytes = 0
             for file, to in _files([*artifacts, saved]):
@@ -224,11 +167,11 @@ class MLflowTracker:
 
     @property
     def _answer_s(self) -> float:
-        return ANSWER_S if self._wait_s is None else self._wait_s
+        return stores.ANSWER_S if self._wait_s is None else self._wait_s
 
     @property
     def _client(self) -> Any:
-        return _client(self._uri)
+        return client_of(self._uri)
 
     # ── calls of the thread ──────────────────────────────────────────────────────────────────────────────
 
@@ -306,7 +249,7 @@ class MLflowTracker:
         try:
             mlflow.pytorch.save_model(module, folder, **pickled)
         except Exception as error:
-            self._warn(f"MLflow gets no model, for it cannot be saved: {_line(str(error))}")
+            self._warn(f"MLflow gets no model, for it cannot be saved: {one_line(str(error))}")
             rmtree(folder, ignore_errors=True)
 
     def _ship(self, file: Path, to: str | None) -> None:
@@ -320,7 +263,7 @@ class MLflowTracker:
         def guarded() -> None:
             if self._is_on:
                 try:
-                    _reach(self._uri)
+                    reach(self._uri)
                     call()
                 except Exception as error:
                     self._give_up(str(error))
@@ -335,7 +278,7 @@ class MLflowTracker:
     def _give_up(self, reason: str) -> None:
         if self._is_on:
             self._is_on = False
-            self._warn(f"MLflow {_named(self._uri, reason)}; tracking is off for the rest of this run")
+            self._warn(f"MLflow {named(self._uri, reason)}; tracking is off for the rest of this run")
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -381,178 +324,6 @@ def finish_parent(
     return tracker.is_complete
 
 
-def ui_command(uri: str, port: int) -> list[str]:
-    """Return the command that shows a store in the browser, at http://127.0.0.1:<port>.
-
-    Args:
-        uri: an SQLite store; a server has its own UI.
-        port: in [1, 65535].
-
-    Raises:
-        ConfigError: if the store is a server, `none` or does not exist yet.
-    """
-    if not check_uri(uri).startswith(SQLITE):
-        hint = "nothing is tracked" if uri == "none" else "that server shows its runs itself, at its address"
-        raise ConfigError(f"tracking.uri: {without_password(uri)!r}: {hint}; the UI needs an SQLite store")
-    database = database_of(uri).expanduser().resolve()
-    if not database.is_file():
-        raise ConfigError(f"tracking.uri: {uri!r}: there is no {database}; run something first")
-    # otherwise it starts eight worker processes for jobs that we never submit, about 1 GB in all
-    command = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", sys.executable, "-m", "mlflow", "server"]
-    command += ["--backend-store-uri", sqlite_uri(database)]
-    command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-
-
-# ── what all this stands on ──────────────────────────────────────────────────────────────────────────────
-
-
-class _Lane:
-    """One thread that makes calls in order. A caller that waits for one may stop waiting.
-
-    An executor of the standard library would do, but would also keep the interpreter from ending as long
-    as a server does not answer.
-    """
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
-        threading.Thread(target=self._work, name=_THREAD, daemon=True).start()
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        future = Future[Any]()
-        self._calls.put((call, future))
-        return future
-
-    def close(self) -> None:
-        """Let the thread end after the calls that it has."""
-        self._calls.put(None)
-
-    def _work(self) -> None:
-        while (item := self._calls.get()) is not None:
-            call, future = item
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
-
-
-def import_mlflow(uri: str) -> None:
-    """Import MLflow, which takes seconds, unless `uri` is none; keep it quiet in our threads."""
-    if uri == "none":
-        return
-    _import_quietly("mlflow.store.tracking.sqlalchemy_store" if uri.startswith(SQLITE) else "mlflow")
-    for name in ("mlflow.store.db.utils", "mlflow.pytorch", "urllib3.connectionpool"):
-        logging.getLogger(name).addFilter(_is_not_ours)
-
-
-def _import_quietly(*modules: str) -> None:
-    """Import modules of MLflow 3.17 without its import warnings. Call from the main thread only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
-        warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
-        for module in modules:
-            import_module(module)
-
-
-def _is_not_ours(record: logging.LogRecord) -> bool:
-    """Drop MLflow's log records in our threads: we report a failure once."""
-    return record.threadName != _THREAD
-
-
-def _opening_s(uri: str) -> float:
-    return OPEN_S if uri.startswith(SQLITE) else ANSWER_S
-
-
-def _client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def _reach(uri: str) -> None:
-    """Check that the store answers; MLflow itself would retry a dead server for four minutes.
-
-    Raises:
-        ConnectionError: if it is not.
-    """
-    if uri.startswith(SQLITE):
-        if not database_of(uri).is_file():
-            # or a trial on another machine would quietly create another database there
-            raise ConnectionError("is not on this machine; trials on several machines need a server")
-        return
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    probe = {"max_retries": 0, "raise_on_status": False, "timeout": PROBE_S}
-    status = http_request(get_default_host_creds(uri), "/health", "GET", **probe).status_code
-    if status >= 500:
-        raise ConnectionError(f"answers with status {status}")
-
-
-def _open_experiment(uri: str, name: str, artifacts: str | None) -> str:
-    """Return the id of the experiment; create it if it is missing."""
-    if artifacts is not None:
-        _create_database(database_of(uri), artifacts)
-    _reach(uri)
-    client = _client(uri)
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
-        except Exception:
-            # another process may have created it in between
-            if (found := client.get_experiment_by_name(name)) is None:
-                raise
-    if found.lifecycle_stage != "active":
-        raise ConnectionError(f"has deleted the experiment {name!r}; restore it, or set tracking.experiment")
-    return str(found.experiment_id)
-
-
-def _create_database(path: Path, artifacts: str) -> None:
-    """Make an empty MLflow database, unless there is one.
-
-    It is made under another name and then linked into place, whole: two processes in MLflow's migration of
-    the same fresh file leave it broken for good.
-    """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{uuid4().hex}.{path.name}")
-    try:
-        with _no_syncs(fresh):
-            SqlAlchemyStore(sqlite_uri(fresh), artifacts).engine.dispose()
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        try:
-            os.link(fresh, path)
-        except FileExistsError:
-            pass  # another process was faster; its database is as good
-        except OSError:
-            fresh.replace(path)  # a file system without hard links
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-@contextmanager
-def _no_syncs(path: Path) -> Iterator[None]:
-    """Let SQLite write a new database without waiting for the disk after each of some hundred statements."""
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    def connected(connection: Any, record: object) -> None:
-        if any(file == str(path) for _, _, file in connection.execute("PRAGMA database_list")):
-            connection.execute("PRAGMA synchronous=OFF")
-            connection.execute("PRAGMA journal_mode=MEMORY")
-
-    event.listen(Engine, "connect", connected)
-    try:
-        yield
-    finally:
-        event.remove(Engine, "connect", connected)
-
-
 def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
     """Yield each file with the folder where it goes among the artifacts, None for the top."""
     for path in paths:
@@ -572,14 +343,3 @@ def _name(key: str) -> str:
         return key
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return f"{re.sub(r'^[.]+|/', '_', clean)[: _NAME_LENGTH - 9]}-{digest}"
-
-
-def _named(uri: str, reason: str) -> str:
-    """Name a store and its problem, in one line and without the password that a URI may hold."""
-    return f"({without_password(uri)}) {_line(without_password(uri, reason))}"
-
-
-def _line(text: str) -> str:
-    """Return a text of any length as one line of at most 300 characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else line[:299] + "…"

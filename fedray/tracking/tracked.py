@@ -13,8 +13,9 @@ from fedray.errors import RunError
 from fedray.storage.directory import LOCK
 from fedray.storage.final_model import load_module
 from fedray.storage.run_files import RunFiles
-from fedray.tracking.mlflow_run import MLflowTracker, RunStatus, Store, prepare_store
+from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared, run_tags
+from fedray.tracking.store import Store, prepare_store
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)

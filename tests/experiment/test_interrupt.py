@@ -24,7 +24,7 @@ from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.methods import METHODS
 from fedray.storage.run_files import RunFiles
-from fedray.tracking.mlflow_run import prepare_store
+from fedray.tracking.store import prepare_store
 from fedray.types import ClientUpdate, Params, RoundReport, Task
 from tests.experiment import tiny
 

@@ -21,7 +21,7 @@ from fedray.errors import ConfigError
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.space import Sweep
 from fedray.sweeps.sweep import resume_sweep, sweep
-from fedray.tracking.mlflow_run import prepare_store
+from fedray.tracking.store import prepare_store
 
 BASE: dict[str, Any] = {
     "rounds": 4,

@@ -19,7 +19,8 @@ from fedray.sweeps import sweep as sweeps
 from fedray.sweeps.outcome import SweepResult
 from fedray.sweeps.space import Point, Sweep
 from fedray.sweeps.sweep import resume_sweep, sweep
-from fedray.tracking.mlflow_run import MLflowTracker, prepare_store
+from fedray.tracking.mlflow_run import MLflowTracker
+from fedray.tracking.store import prepare_store
 from fedray.tracking.tracked import Tracking
 from tests.experiment import tiny
 

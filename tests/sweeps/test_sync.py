@@ -17,8 +17,8 @@ from fedray.errors import ConfigError, RunError
 from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from fedray.sweeps.sync import sync
-from fedray.tracking import mlflow_run
-from fedray.tracking.mlflow_run import prepare_store
+from fedray.tracking import store as stores
+from fedray.tracking.store import prepare_store
 from fedray.types import RoundReport
 from tests.experiment import tiny
 
@@ -98,7 +98,7 @@ def busy_from(round: int, uri: str, connection: sqlite3.Connection) -> Callable[
 @pytest.fixture
 def lost(uri: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run whose store was busy from round 2 on, as in the issue."""
-    monkeypatch.setattr(mlflow_run, "ANSWER_S", 0.5)
+    monkeypatch.setattr(stores, "ANSWER_S", 0.5)
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
         fedray.run(config(uri), out="r", on_round=busy_from(2, uri, other))
     run = the_run(uri)
@@ -135,7 +135,7 @@ def test_a_run_resumed_in_the_middle_has_the_rounds_that_were_lost(
     uri: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
-        patch.setattr(mlflow_run, "ANSWER_S", 0.5)
+        patch.setattr(stores, "ANSWER_S", 0.5)
         busy = busy_from(1, uri, other)
 
         def on_round(report: RoundReport) -> None:

@@ -24,15 +24,11 @@ from fedray.config.uri import check_uri
 from fedray.errors import ConfigError
 from fedray.models import build_model
 from fedray.tracking import mlflow_run
-from fedray.tracking.mlflow_run import (
-    MLflowTracker,
-    Store,
-    finish_parent,
-    parent_run,
-    prepare_store,
-    ui_command,
-)
+from fedray.tracking import store as stores
+from fedray.tracking.mlflow_run import MLflowTracker, finish_parent, parent_run
 from fedray.tracking.provenance import run_tags
+from fedray.tracking.store import Store, prepare_store
+from fedray.tracking.ui import ui_command
 from fedray.types import RoundReport
 
 CONFIG = {"rounds": 3, "method": {"name": "frlp", "density": 0.1, "prune_rounds": (20, 40)}, "seed": None}
@@ -367,13 +363,14 @@ def test_what_a_resumed_run_lacks_is_added_wherever_it_is(store: Store, client: 
 
 TRIAL = """
 import sys
-from fedray.tracking import mlflow_run
+from fedray.tracking.mlflow_run import MLflowTracker
+from fedray.tracking.store import prepare_store
 from fedray.types import RoundReport
 
 assert "mlflow" not in sys.modules
-store = mlflow_run.prepare_store(sys.argv[1], "race")
+store = prepare_store(sys.argv[1], "race")
 assert store.problem is None, store.problem
-tracker = mlflow_run.MLflowTracker(store, run_name=sys.argv[2], params={}, tags={})
+tracker = MLflowTracker(store, run_name=sys.argv[2], params={}, tags={})
 for round in range(30):
     tracker.log_round(RoundReport(round, {f"m/{i}": float(round) for i in range(20)}))
 tracker.finish("FINISHED")
@@ -388,7 +385,7 @@ def test_two_processes_make_one_store_and_log_into_it_at_once(tmp_path: Path) ->
     assert [trial.wait(120) for trial in trials] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     store = prepare_store(uri, "race")
-    client = mlflow_run._client(store.uri)
+    client = stores.client_of(store.uri)
     runs = client.search_runs([store.experiment_id])
     assert {(run.info.run_name, run.info.status) for run in runs} == {("a", "FINISHED"), ("b", "FINISHED")}
     for run in runs:
@@ -463,7 +460,7 @@ def test_a_server_that_is_not_there_is_given_up_fast(caplog: pytest.LogCaptureFi
     tracker.finish("FINISHED")
     assert time.monotonic() - started < 3
     assert store.problem is not None and tracker.warnings == [store.problem]
-    assert [record.name for record in caplog.records] == [mlflow_run.__name__]
+    assert [record.name for record in caplog.records] == [stores.__name__]
 
 
 def test_a_server_that_goes_away_ends_the_tracking_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -489,7 +486,7 @@ def test_a_server_that_only_fails_never_makes_the_run_wait(monkeypatch: pytest.M
     with Server(("127.0.0.1", 0), Handler) as server:
         tracker = tracker_of(prepare_store(server.uri, "x"))
         server.failing = True
-        monkeypatch.setattr(mlflow_run, "ANSWER_S", 0.5)
+        monkeypatch.setattr(stores, "ANSWER_S", 0.5)
         started = time.monotonic()
         tracker.log_round(report(1))
         tracker.log_round(report(2))
@@ -504,7 +501,7 @@ def test_a_locked_database_never_makes_the_run_wait(
     store: Store, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = tracker_of(store)
-    monkeypatch.setattr(mlflow_run, "ANSWER_S", 0.5)
+    monkeypatch.setattr(stores, "ANSWER_S", 0.5)
     with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"))) as other:
         other.execute("BEGIN EXCLUSIVE")
         started = time.monotonic()
