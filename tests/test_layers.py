@@ -237,7 +237,7 @@ def test_a_forbidden_import_is_seen(fault: str, module: str, source: str):
         ("fedray.data.datasets", "from fedray.data.files import cache\nfrom .files import download"),
         ("fedray.models.vgg", "def f():\n    return lambda: __import__\nimport torch, numpy.typing"),
         ("fedray.report.figures", "from matplotlib.figure import Figure"),
-        ("fedray.cli", "from fedray import __version__\nfrom fedray.experiment.run import run"),
+        ("fedray.cli.running", "from fedray import __version__\nfrom fedray.experiment.run import run"),
         (
             "rllib_pruner.train",
             "import ray\nfrom fedray import RunConfig\nfrom rllib_pruner.rate_search.env import Env",

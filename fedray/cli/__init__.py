@@ -1,0 +1,31 @@
+"""The command line: `fedray run | sweep | report | resume | sync | ui | agent | methods | …`.
+
+Exit status: 0 done, 1 failed while running, 2 refused before anything started, 130 interrupted, 143 and 129
+ended by SIGTERM and SIGHUP.
+
+A file holds a group of commands. A command imports what it needs when it runs: `fedray --help` does not wait
+for torch.
+"""
+
+from fedray.cli import running, reports, tables, agents  # isort: skip  # `--help` lists them in this order
+from fedray.cli.agents import AGENT_COMMANDS
+from fedray.cli.console import err, out
+from fedray.cli.entry import app, collect_rarely, main
+from fedray.cli.progress import LINES
+from fedray.cli.tables import LISTING, listing
+
+__all__ = [
+    "AGENT_COMMANDS",
+    "LINES",
+    "LISTING",
+    "agents",
+    "app",
+    "collect_rarely",
+    "err",
+    "listing",
+    "main",
+    "out",
+    "reports",
+    "running",
+    "tables",
+]

@@ -1,0 +1,6 @@
+"""`python -m fedray.cli`."""
+
+from fedray.cli import main
+
+if __name__ == "__main__":
+    main()

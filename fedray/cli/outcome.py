@@ -1,0 +1,72 @@
+"""The last lines of a run or a sweep: a table, the files, how to see and to resume it."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fedray.cli.console import err, escape, out, short
+
+
+def say_run(path: Path) -> None:
+    from fedray.report.reading import load_run
+    from fedray.report.series import label_runs
+    from fedray.report.table import comparison, render_table
+
+    loaded = load_run(path)
+    out.print(render_table(comparison(label_runs([loaded])), out.width))
+    _say_warnings(path)
+    out.print(f"Files: {short(path)}   Pictures: fedray report {short(path)}{tracked(path, 'MLflow')}")
+
+
+def say_sweep(result: Any) -> None:
+    from fedray.report.reading import find_runs, load_run
+    from fedray.report.series import label_runs
+    from fedray.report.table import comparison, render_table, write_report
+
+    started = time.perf_counter()
+    runs = label_runs([load_run(path) for path in find_runs([result.path])])
+    out.print(render_table(comparison(runs), out.width))
+    written = write_report([result.path])
+    logging.getLogger(__name__).info("report written in %.1f s", time.perf_counter() - started)
+    for trial in result.trials:
+        _say_warnings(trial.path)
+    out.print(f"Pictures and table: {short(written.path)}")
+    out.print(f"Runs: {short(result.path)}/trials{tracked(result.path, 'Compare them in MLflow')}")
+    if result.best is not None:
+        best, seeds = result.best, len(result.best.trials)
+        spread = "" if seeds == 1 else f" ± {best.half:.2g} over {seeds} seeds"
+        text = f"Best {result.metric}: {best.mean:.4g}{spread}, of {best.trials[0].point.name}"
+        out.print(f"{text}: fedray run {short(result.path)}/best.yaml", highlight=False, soft_wrap=True)
+    for trial in result.failed:
+        reason = escape(trial.error or "interrupted")
+        name = f"[bold red]{trial.point.name} {trial.status}:[/bold red]"
+        err.print(f"{name} {reason}", highlight=False, soft_wrap=True)
+    if result.failed:
+        path = short(result.path)
+        err.print(f"`fedray resume {path}` resumes them from their checkpoints", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _say_warnings(path: Path) -> None:
+    warnings = path / "warnings.txt"
+    if warnings.is_file():
+        for line in warnings.read_text(encoding="utf-8").splitlines()[:10]:
+            err.print(f"[yellow]{path.name}:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def tracked(path: Path, what: str) -> str:
+    """Return how to see a run or a sweep in MLflow; nothing if MLflow does not track it."""
+    from fedray.config.uri import without_password
+    from fedray.report.address import comparison_address
+    from fedray.report.reading import store_of
+
+    uri = store_of(path)
+    if uri is None:
+        return ""
+    if uri.startswith("sqlite:"):
+        return f"   {what}: fedray ui {short(path)}"
+    server = without_password(uri)
+    return f"   {what}: {escape(comparison_address(server, [path]) or server)}"

@@ -1,0 +1,86 @@
+"""`fedray report | ui`: figures and tables, and MLflow's pages."""
+
+import signal
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedray.cli.console import out, short
+from fedray.cli.entry import app
+from fedray.cli.outcome import tracked
+from fedray.errors import ConfigError
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for figures and tables.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Also report when each run reached this validation accuracy.")
+    ] = None,
+) -> None:
+    """Draw figures and tables from the files of runs."""
+    from fedray.report.reading import find_runs, load_run
+    from fedray.report.series import label_runs
+    from fedray.report.table import comparison, render_table, write_report
+
+    runs = label_runs([load_run(path) for path in find_runs(directories)])
+    out.print(render_table(comparison(runs, target=target), out.width))
+    written = write_report(directories, out_dir, target=target)
+    for path in written.files:
+        out.print(f"  {short(path)}")
+    if any(tracked(path, "") for path in directories):
+        out.print(f"Compare them in MLflow: fedray ui {' '.join(map(short, directories))}", soft_wrap=True)
+
+
+@app.command()
+def ui(
+    directories: Annotated[
+        list[Path] | None, typer.Argument(help="Runs and sweeps to compare; their store is opened.")
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow store; default: the one that runs use.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow's UI on this machine's loopback."""
+    from fedray.config.run_config import TrackingConfig
+    from fedray.tracking.ui import ui_command
+
+    address = f"http://127.0.0.1:{port}"
+    compared, own = _compared(directories or [], address)
+    command = ui_command(uri or own or TrackingConfig().uri, port)
+    page = f"{address}/#/experiments/1/runs"
+    out.print(f"MLflow's UI: {compared or page} (Ctrl-C ends it)", soft_wrap=True, highlight=False)
+    if compared is None:
+        out.print("Other experiments: choose Model training on its start page. Tick runs, then Compare.")
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        status = 0
+    raise typer.Exit(status)
+
+
+def _compared(directories: list[Path], address: str) -> tuple[str | None, str | None]:
+    """Return where the UI opens on the comparison of runs, and their store; None for no directory.
+
+    Raises:
+        ConfigError: if MLflow tracks none of them, or more than one store does.
+    """
+    if not directories:
+        return None, None
+    from fedray.report.address import comparison_address
+    from fedray.report.reading import find_runs, store_of
+
+    stores = {store for path in find_runs(directories) if (store := store_of(path)) is not None}
+    given = ", ".join(map(short, directories))
+    if len(stores) > 1:
+        raise ConfigError(f"{given}: their runs are in {len(stores)} stores, and a UI shows one; give fewer")
+    compared = comparison_address(address, directories)
+    if compared is None:
+        raise ConfigError(f"{given}: MLflow tracks none of these runs; `fedray sync` brings them to it")
+    return compared, stores.pop()

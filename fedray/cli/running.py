@@ -1,0 +1,114 @@
+"""`fedray run | sweep | resume | sync`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedray.cli.console import err, out, short
+from fedray.cli.entry import File, Import, Out, Overrides, app, import_all, imports_override
+from fedray.cli.outcome import say_run, say_sweep
+from fedray.cli.progress import Checking, RunProgress, SweepProgress
+from fedray.errors import ConfigError
+
+
+@app.command()
+def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
+    """Make one run: of a config, or of the `base:` of a sweep."""
+    from fedray.config.run_config import RunConfig
+    from fedray.experiment.run import run as make
+
+    config = RunConfig.load(file, [*(overrides or []), *imports_override(file, imports)])
+    if _has_space(file):
+        name = short(file)
+        text = f"{name} is a sweep: this runs its base only; `fedray sweep {name}` tries its points"
+        err.print(text, highlight=False, soft_wrap=True)
+    with RunProgress(config.rounds) as progress:
+        history = make(config, out=out_dir, on_round=progress.show)
+    say_run(history.path)
+
+
+@app.command()
+def sweep(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
+    """Try all points of a file's `space:`, with Ray Tune."""
+    from fedray.sweeps.space import Sweep
+    from fedray.sweeps.sweep import sweep as make
+
+    with Checking() as checking:
+        changes = [*(overrides or []), *imports_override(file, imports)]
+        plan = Sweep.load(file, changes, on_point=checking.show)
+    out.print(f"{len(plan.points)} trials of up to {plan.rounds} rounds; starting Ray …")
+    rounds = {point.name: point.config.rounds for point in plan.points}
+    with SweepProgress(rounds) as progress:
+        result = make(plan, out=out_dir, on_round=progress.show)
+    say_sweep(result)
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run or a sweep.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="rounds=200, or keys that change no result."),
+    ] = None,
+    imports: Import = None,
+) -> None:
+    """Resume an interrupted run or sweep, or give a run more rounds."""
+    import_all(imports)
+    from fedray.durable import local_path
+    from fedray.experiment.resuming import resumed_config
+    from fedray.experiment.run import finished_result
+    from fedray.experiment.run import resume as go_on
+    from fedray.storage.run_files import RunFiles
+
+    directory, changes = local_path(directory), overrides or []
+    if (directory / "sweep.yaml").is_file():
+        _resume_sweep(directory, changes)
+        return
+    files = RunFiles.open(directory)
+    _, config = resumed_config(files, changes)
+    if finished_result(files, config) is not None:
+        more = f"fedray resume {short(directory)} rounds=N"
+        out.print(f"{short(directory)} is finished: nothing was run. More rounds: {more}", soft_wrap=True)
+    with RunProgress(config.rounds) as progress:
+        history = go_on(directory, changes, on_round=progress.show)
+    say_run(history.path)
+
+
+def _resume_sweep(directory: Path, changes: list[str]) -> None:
+    from fedray.sweeps.sweep import load_sweep, resume_sweep
+
+    if changes:
+        raise ConfigError(
+            f"{directory} is a sweep, whose points do not change: got {' '.join(changes)}; resume one of its "
+            "runs, in trials/, or start another sweep"
+        )
+    with Checking() as checking:
+        plan = load_sweep(directory, on_point=checking.show)
+    rounds = {point.name: point.config.rounds for point in plan.points}
+    with SweepProgress(rounds) as progress:
+        result = resume_sweep(directory, plan, on_round=progress.show)
+    say_sweep(result)
+
+
+@app.command()
+def sync(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow store; default: that of the run's config.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow's experiment; default: as above.")] = None,
+    imports: Import = None,
+) -> None:
+    """Bring MLflow up to date with runs and sweeps, e.g. after it was out of reach."""
+    import_all(imports)
+    from fedray.sweeps.sync import sync as bring
+
+    for directory in directories:
+        for done in bring(directory, uri, experiment):
+            out.print(f"{short(done.path)}: {done.status}, {done.points} points added", soft_wrap=True)
+
+
+def _has_space(file: Path) -> bool:
+    """Tell whether a file describes several points."""
+    from fedray.config import yaml_text
+
+    return bool(yaml_text.load(file).get("space"))
