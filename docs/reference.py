@@ -17,6 +17,7 @@ from fedray.cli import listing
 from fedray.config.choice import described
 from fedray.config.docstrings import summary
 from fedray.config.run_config import RunConfig
+from fedray.config.schedulers import SCHEDULERS
 from fedray.config.schema import file_schema
 from fedray.config.tables import OPTIONS
 from fedray.config.trees import CHOICES, Tree
@@ -30,6 +31,8 @@ from fedray.storage import run_files
 from rllib_pruner.config import TrainConfig
 
 FOLDER = Path(__file__).parent
+TUNE_CHOICES = ("scheduler",)
+"""Keys of `tune` that choose an entry of a table."""
 LARGE = 2**53
 """The page leaves out larger bounds: they are limits of the machine's numbers."""
 
@@ -63,7 +66,8 @@ SWEEP_FILES = {
     "best.yaml": "the config of the best point by the mean over its seeds, as `fedray run` takes it",
     "best.json": "its trials and final metrics, means over its seeds",
     "trials/<point>/": "the directory of a run, for each point",
-    "trials/<point>/stopped.json": "ASHA stopped the trial after this round",
+    "judged.jsonl": "the reports that the scheduler judged, in their order; `resume` judges them again",
+    "trials/<point>/stopped.json": "the scheduler stopped the trial after this round",
     "trials/<point>/error.txt": "why the trial failed, with its traceback",
     "report/": "figures (PNG), `table.md` and `table.csv`; `fedray report` writes them anew",
 }
@@ -80,7 +84,8 @@ def config_page() -> str:
         _devices(),
         SPACE,
         _table(("verb", "draws"), ((f"`{verb}`", text) for verb, text in VERBS.items())),
-        _section("tune", TuneConfig, TuneConfig().to_tree()),
+        _section("tune", TuneConfig, _tune_defaults()),
+        _choice("tune.scheduler", "name", SCHEDULERS),
         _files(),
     ]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -142,10 +147,20 @@ def _is_section(part: Tree) -> bool:
 def _choices() -> Iterator[str]:
     for section, table in OPTIONS.items():
         if section != "method":
-            rows = [row for name, kind in table.items() for row in _entry(section, name, kind)]
-            heads = ("name, options", "type", "default", "what it does")
-            text = f"`{section}.{CHOICES[section]}` chooses one of these; the other keys are its options."
-            yield f"\n## `{section}`\n\n{text}\n\n{_table(heads, rows)}"
+            yield _choice(section, CHOICES[section], table)
+
+
+def _choice(section: str, key: str, table: Mapping[str, type]) -> str:
+    rows = [row for name, kind in table.items() for row in _entry(section, name, kind)]
+    heads = ("name, options", "type", "default", "what it does")
+    text = f"`{section}.{key}` chooses one of these; the other keys are its options."
+    return f"\n## `{section}`\n\n{text}\n\n{_table(heads, rows)}"
+
+
+def _tune_defaults() -> Tree:
+    """Return the defaults of `tune`; a choice by its name alone."""
+    tree = TuneConfig().to_tree()
+    return {key: value["name"] if key in TUNE_CHOICES else value for key, value in tree.items()}
 
 
 def _entry(section: str, name: str, kind: type) -> Iterator[Sequence[str]]:

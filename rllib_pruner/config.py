@@ -28,7 +28,7 @@ from fedray.config.run_config import Config, Section, TrackingConfig
 from fedray.config.trees import Tree
 from fedray.config.tune_config import TuneConfig
 from fedray.errors import ConfigError
-from fedray.sweeps.space import check_samples, expand, refuse_shared
+from fedray.sweeps.space import check_samples, expand, opened, refuse_shared
 from fedray.types import PositiveInt, Seed
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.processes import PROCESSES, Process
@@ -140,7 +140,8 @@ class Plan:
         for key, value in changes.items():
             section, _, rest = key.partition(".")
             if section in ("space", "tune") and rest:
-                whole[section] = {**whole[section], rest: value}
+                change = {rest: value} if section == "space" else opened(whole[section], {rest: value})
+                whole[section] = {**whole[section], **change}
             else:
                 whole["space"] = {k: v for k, v in whole["space"].items() if k != key}
                 whole["base"] = override_tree(whole["base"], {key: value})

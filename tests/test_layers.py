@@ -44,7 +44,8 @@ RAY = {
     "fedray.experiment.cluster",
     "fedray.sweeps.sweep",
     "fedray.sweeps.tune",
-    "fedray.sweeps.asha",
+    "fedray.sweeps.hyperband",
+    "fedray.sweeps.schedulers",
     "fedray.sweeps.space",  # the verbs of a sweep's space are Tune's own
     "fedray.policies.trained",  # RLlib's module of a trained agent
 }

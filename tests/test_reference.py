@@ -95,7 +95,9 @@ def test_every_method_with_all_its_options_fits_the_schema(name: str):
         {"base": {}, "rounds": 3},
         {"space": {"seed": {"gird": [1]}}},
         {"space": {"seed": [1, 2]}},
-        {"tune": {"scheduler": "hyperband"}},
+        {"tune": {"scheduler": "hyperbond"}},
+        {"tune": {"scheduler": {"name": "median", "reduction": 3}}},
+        {"tune": {"scheduler": {"name": "asha", "reduction": 1}}},
     ],
 )
 def test_the_schema_finds_mistakes(tree: dict[str, Any]):

@@ -70,6 +70,7 @@ class Chooser(Generic[T]):
         table: name → dataclass.
         first: the name where none is given.
         keys_elsewhere: returns the dotted keys of the rest of the config, for the nearest match.
+        shorthand: whether a text in place of the mapping is the name.
     """
 
     section: str
@@ -77,6 +78,7 @@ class Chooser(Generic[T]):
     table: Mapping[str, type[Any]]
     first: str
     keys_elsewhere: Callable[[], Iterable[str]] = tuple
+    shorthand: bool = False
 
     def default(self) -> Choice[T]:
         """Return the first entry with its defaults."""
@@ -90,10 +92,13 @@ class Chooser(Generic[T]):
         """
         if isinstance(value, Choice):
             return value
+        if self.shorthand and isinstance(value, str):
+            value = {self.key: value}
         if not isinstance(value, Mapping):
             hint = f"; to choose one, write {self.section}.{self.key}={value}"
             hint = hint if isinstance(value, str) else ""
-            raise ValueError(f"must be a mapping of keys to values{hint}")
+            kind = f"one of {', '.join(self.table)}, or a mapping" if self.shorthand else "a mapping"
+            raise ValueError(f"must be {kind} of keys to values{hint}")
         given = dict(value)
         name = given.pop(self.key, self.first)
         if not isinstance(name, str) or name not in self.table:
@@ -148,7 +153,8 @@ class Chooser(Generic[T]):
             if name == self.first:
                 cases.append({"if": {"not": {"required": [self.key]}}, "then": entry["then"]})
         names = {"enum": list(self.table), "default": self.first}
-        return {"type": "object", "properties": {self.key: names}, "required": [], "allOf": cases}
+        section = {"type": "object", "properties": {self.key: names}, "required": [], "allOf": cases}
+        return {"anyOf": [{"enum": list(self.table)}, section]} if self.shorthand else section
 
     def _entry(self, kind: type[Any], ours: Mapping[str, Any]) -> Tree:
         properties = described(ours.get("properties", {}), kind)

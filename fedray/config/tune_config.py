@@ -4,13 +4,16 @@ Nothing here loads Ray: every check comes before a process starts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import lcm
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from fedray.config.choice import Choice
 from fedray.config.messages import Where, explain, line
 from fedray.config.run_config import RunConfig, Section
+from fedray.config.schedulers import FLAT, SCHEDULER, Fifo, Scheduler, having
 from fedray.config.trees import Tree
 from fedray.errors import ConfigError, nearest, unknown
 from fedray.federation.accounts import TOTALS
@@ -45,18 +48,18 @@ class TuneConfig(Section):
             report it.
         mode: whether more of the metric (`max`) or less (`min`) is better; null: the metric's own direction.
             A method's own metric needs it.
-        scheduler: `fifo` runs all trials to the end; `asha` stops the worse ones early.
+        scheduler: which trials run on: a name, or a mapping with `name` and options.
         concurrent: trials at once; null: one per CPU of the cluster.
         num_samples: draws of the random verbs for each point of the grids.
         max_failures: restarts of a failed trial from its checkpoint, at most.
-        grace_rounds: rounds before ASHA may stop a trial; null: a quarter of the run, at an evaluated round.
-        reduction: ASHA keeps one of this many trials at each rung.
+        grace_rounds: the option of `asha` and `median`, in short.
+        reduction: the option of `asha` and `hyperband`, in short.
         seed: seed of the random verbs.
     """
 
     metric: str = "val/accuracy"
     mode: Direction | None = None
-    scheduler: Literal["fifo", "asha"] = "fifo"
+    scheduler: Annotated[Choice[Scheduler], SCHEDULER] = Field(default_factory=SCHEDULER.default)
     concurrent: PositiveInt | None = None
     num_samples: PositiveInt = 1
     max_failures: NonNegativeInt = 1
@@ -70,9 +73,16 @@ class TuneConfig(Section):
         return self.mode or direction_of(self.metric) or "max"
 
     @property
+    def rules(self) -> Scheduler:
+        """The scheduler's options, those given in short among them."""
+        options = self.scheduler.options
+        own = [key for key in FLAT if key in self.model_fields_set and hasattr(options, key)]
+        return replace(options, **{key: getattr(self, key) for key in own})
+
+    @property
     def compares(self) -> bool:
-        """Whether the metric has to be known: it was given, or ASHA stops trials by it."""
-        return self.scheduler == "asha" or "metric" in self.model_fields_set
+        """Whether the metric has to be known: it was given, or a scheduler compares trials by it."""
+        return not isinstance(self.rules, Fifo) or "metric" in self.model_fields_set
 
 
 def tune_config(options: Tree, where: Where) -> TuneConfig:
@@ -110,9 +120,20 @@ def _problems(config: TuneConfig) -> Iterator[tuple[str, str]]:
             f"got {config.mode!r}, but {better} of {config.metric} is better; leave tune.mode out, and each "
             "metric has its own direction",
         )
-    for key in ("grace_rounds", "reduction"):
-        if key in config.model_fields_set and "scheduler" not in config.model_fields_set:
-            yield f"tune.{key}", "only ASHA has rungs; set tune.scheduler=asha, or leave it out"
+    for key in FLAT:
+        if key in config.model_fields_set:
+            yield from _short_problems(config, key)
+
+
+def _short_problems(config: TuneConfig, key: str) -> Iterator[tuple[str, str]]:
+    """Yield the problem of an option that stands in `tune` itself."""
+    chosen, owners = config.scheduler.name, " and ".join(having(key))
+    if key in config.scheduler.given:
+        yield f"tune.{key}", f"given twice: leave it out here, or in tune.scheduler ({chosen})"
+    elif "scheduler" not in config.model_fields_set:
+        yield f"tune.{key}", f"only {owners} have it; set tune.scheduler={having(key)[0]}, or leave it out"
+    elif chosen not in ("fifo", *having(key)):  # a file's fifo may be given in place of its asha
+        yield f"tune.{key}", f"{chosen} has no such option; {owners} have it; leave it out"
 
 
 def comparison_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> list[tuple[str, str]]:
@@ -120,7 +141,7 @@ def comparison_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> list[
     found: list[tuple[str, str]] = []
     if tune.compares:
         found += dict.fromkeys(problem for config in configs for problem in _metric_problems(tune, config))
-    if tune.scheduler == "asha" and tune.grace_rounds is not None:
+    if tune.compares and getattr(tune.rules, "grace_rounds", None) is not None:
         found += _grace_problems(tune, configs)
     return found
 
@@ -147,30 +168,34 @@ def _metric_problems(tune: TuneConfig, config: RunConfig) -> Iterator[tuple[str,
 
 
 def _grace_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
-    grace, longest = tune.grace_rounds, max(config.rounds for config in configs)
-    assert grace is not None
+    grace, longest = getattr(tune.rules, "grace_rounds", 0), max(config.rounds for config in configs)
+    key, name = (
+        f"tune.{'scheduler.' * ('grace_rounds' in tune.scheduler.given)}grace_rounds",
+        tune.scheduler.name,
+    )
     if grace > longest:
         yield (
-            "tune.grace_rounds",
-            f"{grace} is more than the {longest} rounds of the longest trial, so that ASHA would stop none; "
-            "lower it, or set tune.scheduler=fifo",
+            key,
+            f"{grace} is more than the {longest} rounds of the longest trial, so that {name} would stop "
+            "none; lower it, or set tune.scheduler=fifo",
         )
         return
     every = _evaluated_every(tune, configs)
     if grace % every and grace != longest:
         around = [n for n in (grace // every * every, -(-grace // every) * every) if 0 < n <= longest]
         yield (
-            "tune.grace_rounds",
+            key,
             f"got {grace}, but {tune.metric} is only known every {every} rounds (eval_every); "
             f"{' or '.join(map(str, around or [longest]))} would do",
         )
 
 
 def first_rung(tune: TuneConfig, configs: Sequence[RunConfig]) -> int:
-    """Return the round at which ASHA first compares: an evaluated one of every trial."""
+    """Return the round at which the scheduler first compares: an evaluated one of every trial."""
     longest = max(config.rounds for config in configs)
-    if tune.grace_rounds is not None:
-        return min(longest, tune.grace_rounds)
+    grace: int | None = getattr(tune.rules, "grace_rounds", None)
+    if grace is not None:
+        return min(longest, grace)
     every = _evaluated_every(tune, configs)
     return min(longest, -(-max(1, longest // 4) // every) * every)
 

@@ -86,7 +86,8 @@ class Sweep:
             section, _, rest = key.partition(".")
             if section in ("space", "tune"):
                 part = space if section == "space" else options
-                part |= {rest: value} if rest else _part(changes, section, where)
+                change = {rest: value} if rest else _part(changes, section, where)
+                part |= change if section == "space" else opened(part, change)
             else:
                 _fix(space, key)
                 base = override_tree(base, {key: value})
@@ -234,6 +235,27 @@ def _part(tree: Mapping[str, Any], section: str, where: Where) -> Tree:
     if part is not None and not isinstance(part, Mapping):
         raise ConfigError(line(section, f"got {shortened(part)}; must be a mapping of keys to values", where))
     return {str(key): value for key, value in (part or {}).items()}
+
+
+def opened(options: Tree, changes: Tree) -> Tree:
+    """Return changes of `tune` without dotted keys: `scheduler.reduction` is a key of `scheduler`.
+
+    Args:
+        options: the section so far; a section of it that is a text is a choice by name.
+        changes: key, perhaps with a dot, → value.
+    """
+    result: Tree = {}
+    for key, value in changes.items():
+        section, dot, inner = key.partition(".")
+        if not dot:
+            result[key] = value
+            continue
+        before = result.get(section, options.get(section))
+        before = {"name": before} if isinstance(before, str) else before
+        kept = dict(before) if isinstance(before, Mapping) else {}
+        kept = {} if inner == "name" and kept.get("name") != value else kept
+        result[section] = {**kept, inner: value}
+    return result
 
 
 def _fix(space: Tree, key: str) -> None:

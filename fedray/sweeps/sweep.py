@@ -32,8 +32,8 @@ from fedray.experiment.run import RUNS, resume, run
 from fedray.storage import sealed
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles
+from fedray.sweeps.judging import judge_of, last_judged, rounds_of
 from fedray.sweeps.outcome import (
-    STOPPED,
     Status,
     SweepResult,
     Trial,
@@ -42,7 +42,7 @@ from fedray.sweeps.outcome import (
     status_of,
 )
 from fedray.sweeps.space import OnPoint, Point, Sweep
-from fedray.sweeps.tune import end_if_asked, fit, import_tune, room
+from fedray.sweeps.tune import ASKS, end_if_asked, fit, import_tune, room
 from fedray.tracking.catching_up import mend
 from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
 from fedray.tracking.store import import_mlflow, prepare_store
@@ -128,12 +128,17 @@ def _written(plan: Sweep) -> Tree:
 
 
 def _run_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
-    waiting = [
-        point for point in plan.points if status_of(_trial_path(path, point)) not in ("finished", "stopped")
-    ]
     with signals() as stop:
+        judge = judge_of(plan, path, stop)
+        waiting = [
+            point
+            for point in plan.points
+            if status_of(_trial_path(path, point)) not in ("finished", "stopped")
+        ]
         errors = (
-            _run_tracked(plan, waiting, path, on_round, stop) if waiting or _lacks_outcome(plan, path) else {}
+            _run_tracked(plan, waiting, path, on_round, stop, judge)
+            if waiting or _lacks_outcome(plan, path)
+            else {}
         )
     return _result(plan, path, errors)
 
@@ -148,7 +153,12 @@ def _result(plan: Sweep, path: Path, errors: Mapping[str, str]) -> SweepResult:
 
 
 def _run_tracked(
-    plan: Sweep, waiting: Sequence[Point], path: Path, on_round: OnTrialRound | None, stop: Stop
+    plan: Sweep,
+    waiting: Sequence[Point],
+    path: Path,
+    on_round: OnTrialRound | None,
+    stop: Stop,
+    judge: Any,
 ) -> dict[str, str]:
     """Run the remaining points and record the sweep's outcome in MLflow; return errors by name."""
     if waiting:
@@ -166,7 +176,7 @@ def _run_tracked(
     try:
         stop.check()
         if waiting:
-            errors = _fit(plan, waiting, path, tracking, on_round, stop)
+            errors = _fit(plan, waiting, path, tracking, on_round, stop, judge)
         early = None
     finally:
         _record_outcomes(plan, path, tracking, "KILLED" if stop.signal is not None else early)
@@ -181,6 +191,7 @@ def _fit(
     tracking: Tracking,
     on_round: OnTrialRound | None,
     stop: Stop,
+    judge: Any,
 ) -> dict[str, str]:
     """Run the points as Tune trials; return the errors by name."""
     cpus, concurrent = _shares(plan, len(points))
@@ -192,7 +203,8 @@ def _fit(
         cpus=cpus,
         tracking=tracking,
         metric=plan.tune.metric,
-        needed_by=first_rung(plan.tune, _configs(plan)) if plan.tune.scheduler == "asha" else None,
+        scheduler=plan.tune.scheduler.name,
+        needed_by=first_rung(plan.tune, _configs(plan)) if judge is not None else None,
     )
     return fit(
         partial(_trial, job),
@@ -202,7 +214,7 @@ def _fit(
         concurrent=concurrent,
         max_failures=plan.tune.max_failures,
         stop=stop,
-        scheduler=_scheduler(plan, path) if plan.tune.scheduler == "asha" else None,
+        scheduler=judge,
         on_result=on_round,
         # a user's modules may keep state from trial to trial; the package keeps none
         reuse=not job.sources and all(plugins.home(entry) is None for entry in job.entries.values()),
@@ -221,6 +233,7 @@ class _Job:
         cpus: that a trial may use.
         tracking: where trials are tracked.
         metric: the metric that is compared.
+        scheduler: name of the scheduler.
         needed_by: the round by which the metric must have been reported; None: never.
     """
 
@@ -231,7 +244,15 @@ class _Job:
     cpus: float
     tracking: Tracking
     metric: str
+    scheduler: str
     needed_by: int | None
+
+    def config(self, name: str) -> RunConfig:
+        """Return a trial's config, after adding to the tables what it chooses from."""
+        plugins.take_over(self.sources)
+        for (key, named), entry in self.entries.items():
+            _tables()[key][named] = entry
+        return RunConfig.from_tree(self.trees[name], name)
 
     def check(self, seen: Mapping[str, Any], round: int) -> None:
         """Fail when the metric is due and has not been reported.
@@ -243,8 +264,8 @@ class _Job:
             return
         own = sorted(name for name in seen if name.startswith(OWN))
         raise RunError(
-            f"tune.metric {self.metric!r}: no round up to {round}, where ASHA compares, reported it"
-            f"{nearest(self.metric, seen)} Beside costs they report {', '.join(own) or 'nothing'}; start a "
+            f"tune.metric {self.metric!r}: no round up to {round}, where {self.scheduler} compares, reported "
+            f"it{nearest(self.metric, seen)} Beside costs they report {', '.join(own) or 'nothing'}; start a "
             "sweep with another tune.metric, or with later tune.grace_rounds"
         )
 
@@ -256,10 +277,7 @@ def _trial(job: _Job, name: str) -> None:
     """
     from ray import tune
 
-    plugins.take_over(job.sources)
-    for (key, named), entry in job.entries.items():
-        _tables()[key][named] = entry
-    config = RunConfig.from_tree(job.trees[name], name)
+    config = job.config(name)
     place = job.path / "trials" / name
     seen: dict[str, Any] = {}
     last: dict[str, float] = {}
@@ -276,8 +294,10 @@ def _trial(job: _Job, name: str) -> None:
 
     tracking, pool = replace(job.tracking, name=name), pool_for(config, job.cpus)
     if (place / "config.yaml").exists():
-        for line in _rounds(place):
+        for line in rounds_of(place):
             seen.update(line)
+        if job.needed_by is not None:
+            _ask(job, config, name, place)
         # the process of an earlier try may take a moment to die
         resume(place, on_round=report, pool=pool, tracking=tracking, patience_s=PATIENCE_S)
     else:
@@ -285,6 +305,22 @@ def _trial(job: _Job, name: str) -> None:
         run(config, out=place, on_round=report, pool=pool, tracking=tracking)
     if last:
         tune.report(last)
+
+
+def _ask(job: _Job, config: RunConfig, name: str, place: Path) -> None:
+    """Report the rounds that the scheduler does not know yet, and ask whether the trial may train.
+
+    Tune ends a trial that may not in one of these reports.
+    """
+    from ray import tune
+
+    judged = last_judged(job.path, name)
+    if judged is not None:
+        tune.report({"round": judged, ASKS: True})
+    for line in rounds_of(place):
+        known = judged is not None and line["round"] <= judged
+        if not known and line["round"] < config.rounds and job.metric in line:
+            tune.report(line)
 
 
 def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:
@@ -333,32 +369,6 @@ def _check_rooms(plan: Sweep) -> None:
             check_room(groups_for(point.config, cpus), f"trial {point.name}")
 
 
-def _scheduler(plan: Sweep, path: Path) -> Any:
-    """Return ASHA, with the rounds that the trials reported earlier. It writes down which trials it stops.
-
-    Without that note, a stopped trial looks like an interrupted one: Tune catches signals.
-    """
-    from fedray.sweeps.asha import Rungs
-
-    lasts = {point.name: point.config.rounds for point in plan.points}
-
-    def stopped(name: str, round: int) -> None:
-        if round < lasts[name]:
-            RunFiles(path / "trials" / name).write_json(STOPPED, {"round": round})
-
-    rungs = Rungs(
-        plan.tune.metric,
-        plan.tune.direction,
-        first=first_rung(plan.tune, _configs(plan)),
-        last=plan.rounds,
-        reduction=plan.tune.reduction,
-        on_stop=stopped,
-    )
-    for point in plan.points:
-        rungs.recall(point.name, _compared(_trial_path(path, point)))
-    return rungs
-
-
 def _configs(plan: Sweep) -> list[RunConfig]:
     return [point.config for point in plan.points]
 
@@ -369,20 +379,6 @@ def _configs(plan: Sweep) -> list[RunConfig]:
 
 def _trial_path(path: Path, point: Point) -> Path:
     return path / "trials" / point.name
-
-
-def _rounds(place: Path) -> list[dict[str, Any]]:
-    """Return `round` and metrics of each complete round of a trial."""
-    if not (place / "config.yaml").exists():
-        return []
-    return [{"round": line["round"], **line["metrics"]} for line in RunFiles(place).rounds()]
-
-
-def _compared(place: Path) -> list[dict[str, Any]]:
-    """Return the rounds of a trial that the scheduler compared. A stopped trial completes a few more."""
-    stopped = RunFiles(place).read_json(STOPPED)
-    rounds = _rounds(place)
-    return [line for line in rounds if stopped is None or line["round"] <= stopped["round"]]
 
 
 def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | None) -> None:

@@ -6,6 +6,7 @@ All results are in the trials' own directories. Tune's folder is removed at the 
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 import time
 import traceback
@@ -16,6 +17,9 @@ from typing import Any
 from fedray.errors import FedrayError, RunError
 from fedray.experiment.interrupt import Stop
 from fedray.federation.pool import ActorOptions
+
+ASKS = "asks"
+"""In a report: the trial has not trained since its last report, and asks the scheduler whether it may."""
 
 TRACEBACK = "error.txt"
 """File in the directory of a trial: the traceback of the error that ended it."""
@@ -74,9 +78,7 @@ def fit(
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda sample: rooms[sample["name"]]),
         param_space={"name": tune.grid_search(list(places))},
-        tune_config=tune.TuneConfig(
-            scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=reuse
-        ),
+        tune_config=tune.TuneConfig(scheduler=scheduler, **_limit(scheduler, concurrent), reuse_actors=reuse),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
@@ -97,6 +99,25 @@ def fit(
         for result in results
         if result.error is not None and result.config is not None
     }
+
+
+def _limit(scheduler: Any, concurrent: int | None) -> dict[str, Any]:
+    """Return the arguments that limit how many trials run at once.
+
+    Tune's limit counts paused trials too, so that the first ones would wait for others that cannot start.
+    """
+    if not getattr(scheduler, "pauses", False):
+        return {"max_concurrent_trials": concurrent}
+    from ray.tune.search import BasicVariantGenerator
+
+    class WithRoom(BasicVariantGenerator):  # type: ignore[misc]  # Ray has no types
+        """Adds a trial when the scheduler has room for one more."""
+
+        def next_trial(self) -> Any:
+            return super().next_trial() if scheduler.has_room() else None
+
+    scheduler.concurrent = concurrent or sys.maxsize
+    return {"search_alg": WithRoom()}
 
 
 def import_tune() -> Any:
@@ -222,7 +243,7 @@ def _callback(on_result: OnResult | None) -> Any:
         listener = staticmethod(on_result) if on_result is not None else None
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            if self.listener is not None:
+            if self.listener is not None and not result.get(ASKS):
                 self.listener(trial.config["name"], result)
 
         def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:

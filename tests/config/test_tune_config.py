@@ -212,7 +212,7 @@ def test_the_first_rung_is_one_of_all_points(in_tmp):
     [
         (
             "base: {rounds: 10}\ntune: {scheduler: asha, grace_rounds: 11}",
-            "tune.grace_rounds (x.yaml): 11 is more than the 10 rounds of the longest trial, so that ASHA "
+            "tune.grace_rounds (x.yaml): 11 is more than the 10 rounds of the longest trial, so that asha "
             "would stop none; lower it, or set tune.scheduler=fifo",
         ),
         (
@@ -222,9 +222,30 @@ def test_the_first_rung_is_one_of_all_points(in_tmp):
         ),
         (
             "tune: {grace_rounds: 5}",
-            "tune.grace_rounds (x.yaml): only ASHA has rungs; set tune.scheduler=asha, …",
+            "tune.grace_rounds (x.yaml): only asha and median have it; set tune.scheduler=asha, …",
         ),
-        ("tune: {reduction: 4}", "tune.reduction (x.yaml): only ASHA has rungs; set tune.scheduler=asha, …"),
+        (
+            "tune: {reduction: 4}",
+            "tune.reduction (x.yaml): only asha and hyperband have it; set tune.scheduler=asha, …",
+        ),
+        (
+            "tune: {scheduler: hyperband, grace_rounds: 4}",
+            "tune.grace_rounds (x.yaml): hyperband has no such option; asha and median have it; leave it out",
+        ),
+        (
+            "tune: {scheduler: {name: asha, reduction: 4}, reduction: 4}",
+            "tune.reduction (x.yaml): given twice: leave it out here, or in tune.scheduler (asha)",
+        ),
+        (
+            "tune: {scheduler: {name: median, reduction: 4}}",
+            "tune.scheduler.reduction (x.yaml): median has no such option; asha, hyperband can have it. …",
+        ),
+        (
+            "base: {rounds: 10}\ntune: {scheduler: {name: median, grace_rounds: 11}}",
+            "tune.scheduler.grace_rounds (x.yaml): 11 is more than the 10 rounds of the longest trial, so "
+            "that median would stop none; …",
+        ),
+        ("tune: {scheduler: 3}", "tune.scheduler (x.yaml): got 3; must be one of fifo, asha, …"),
         (
             "space: {seed: {grid: [1, 2]}}\ntune: {num_samples: 3}",
             "tune.num_samples (x.yaml): 3, but space draws nothing at random, so that all samples would be "

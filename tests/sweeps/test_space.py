@@ -208,7 +208,7 @@ def test_overrides_of_the_space_and_of_tune(load):
     )
     assert [point.changes["seed"] for point in sweep.points] == [5] * 4
     assert {point.config.model for point in sweep.points} == {"mlp", "cnn"}
-    assert (sweep.tune.scheduler, sweep.tune.metric, sweep.tune.direction) == ("asha", "val/loss", "min")
+    assert (sweep.tune.scheduler.name, sweep.tune.metric, sweep.tune.direction) == ("asha", "val/loss", "min")
     whole = load(SPACE, "space={seed: {grid: [5]}}", "tune={scheduler: asha}")
     assert changes(whole) == [{"seed": 5, "method.lr": 0.1}, {"seed": 5, "method.lr": 0.2}]
     assert whole.tree["tune"] == {"mode": "max", "scheduler": "asha"}
@@ -275,7 +275,7 @@ tune: {metric: test/accuracy}
 tune.metric (x.yaml): unknown metric 'test/accuracy'…
 
 tune: {scheduler: ashaa}
-tune.scheduler (x.yaml): got 'ashaa'; must be 'fifo' or 'asha'; did you mean 'asha'?
+tune.scheduler.name (x.yaml): unknown scheduler 'ashaa'; did you mean 'asha'? Known: asha, fifo, …
 
 tune: {concurrent: "2"}
 tune.concurrent (x.yaml): got '2'; must be a whole number; write tune.concurrent=2
@@ -361,3 +361,20 @@ def test_a_section_in_space_is_told_how_it_is_written(load, space, message):
 
 def test_a_section_with_a_verb_is_a_choice_among_whole_sections(load):
     assert len(load("space: {method: {grid: [{name: fedavg}, {lr: 0.2}]}}").points) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides, name, given",
+    [
+        (["tune.scheduler.reduction=4"], "asha", {"reduction": 4}),
+        (["tune.scheduler.name=median"], "median", {}),
+        (["tune.scheduler.name=median", "tune.scheduler.min_trials=2"], "median", {"min_trials": 2}),
+        (["tune.scheduler={name: hyperband, reduction: 2}"], "hyperband", {"reduction": 2}),
+        (["tune={scheduler.reduction: 2}"], "asha", {"reduction": 2}),
+    ],
+)
+def test_an_override_reaches_an_option_of_the_scheduler(load, overrides, name, given):
+    sweep = load(SPACE.replace("mode: max", "scheduler: asha"), *overrides)
+    assert sweep.tune.scheduler.name == name
+    assert {option: getattr(sweep.tune.rules, option) for option in given} == given
+    assert Sweep.of("again", sweep.tree, sweep.tune, [{}], "x").tune == sweep.tune

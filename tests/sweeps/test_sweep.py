@@ -407,7 +407,7 @@ def test_a_metric_that_no_round_reports_is_one_clear_message(ray_local, in_tmp):
     (trial,) = made.trials
     assert trial.status == "failed"
     assert (trial.error or "").startswith(
-        "tune.metric 'train/distanz': no round up to 1, where ASHA compares, reported it"
+        "tune.metric 'train/distanz': no round up to 1, where asha compares, reported it"
     )
     assert "they report train/loss; start a sweep with another tune.metric" in (trial.error or "")
 

@@ -1,0 +1,115 @@
+"""The scheduler of a sweep, as its files have it: rule, journal, and which trials were stopped."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedray.config.run_config import RunConfig
+from fedray.config.schedulers import Asha, Fifo, HyperBand, Median
+from fedray.config.tune_config import TuneConfig, first_rung
+from fedray.durable import append, as_lines, scan_lines
+from fedray.experiment.interrupt import Stop
+from fedray.storage.run_files import RunFiles
+from fedray.sweeps.outcome import STOPPED, status_of
+from fedray.sweeps.space import Sweep
+from fedray.sweeps.tune import import_tune
+
+JUDGED = "judged.jsonl"
+"""File in the directory of a sweep: the reports that its scheduler has judged, in their order."""
+
+
+def judge_of(plan: Sweep, path: Path, stop: Stop) -> Any:
+    """Return the scheduler of a sweep, with all that it has judged before; None for `fifo`.
+
+    It notes which trials it stops. Without that note, a stopped trial looks like an interrupted one: Tune
+    catches signals.
+
+    Args:
+        plan: the sweep.
+        path: its directory.
+        stop: whether a signal has come.
+    """
+    if isinstance(plan.tune.rules, Fifo):
+        return None
+    import_tune()
+    from fedray.sweeps.schedulers import Journal, Judge
+
+    lasts = {point.name: point.config.rounds for point in plan.points}
+    places = {name: path / "trials" / name for name in lasts}
+
+    def stopped(name: str, round: int) -> None:
+        if round < lasts[name]:
+            RunFiles(places[name]).write_json(STOPPED, {"round": round})
+
+    judge = Judge(
+        _rule(plan.tune, [point.config for point in plan.points]),
+        list(lasts),
+        plan.tune.metric,
+        plan.tune.direction,
+        Journal(path / JUDGED),
+        on_stop=stopped,
+        is_finished=lambda name: status_of(places[name]) == "finished",
+        is_ending=lambda: stop.signal is not None,
+    )
+    begun = {name: place for name, place in places.items() if (place / "config.yaml").exists()}
+    if begun and not (path / JUDGED).exists():
+        _write_anew(path / JUDGED, begun, plan.tune.metric)
+    _add_finished(path, begun, plan.tune.metric)
+    judge.recall(begun)
+    return judge
+
+
+def _rule(tune: TuneConfig, configs: Sequence[RunConfig]) -> Any:
+    """Return the rule that the options describe."""
+    from fedray.sweeps.hyperband import HyperBandRule
+    from fedray.sweeps.schedulers import AshaRule, MedianRule
+
+    options, first, last = tune.rules, first_rung(tune, configs), max(config.rounds for config in configs)
+    if isinstance(options, Asha):
+        return AshaRule(first=first, last=last, reduction=options.reduction)
+    if isinstance(options, Median):
+        return MedianRule(first=first, min_trials=options.min_trials)
+    assert isinstance(options, HyperBand)
+    return HyperBandRule(last=last, reduction=options.reduction)
+
+
+def rounds_of(place: Path) -> list[dict[str, Any]]:
+    """Return `round` and metrics of each complete round of a trial."""
+    if not (place / "config.yaml").exists():
+        return []
+    return [{"round": line["round"], **line["metrics"]} for line in RunFiles(place).rounds()]
+
+
+def last_judged(path: Path, name: str) -> int | None:
+    """Return the round of a trial's last judged report in a sweep's directory; None if there is none."""
+    lines, _ = scan_lines(path / JUDGED)
+    return max((line["round"] for line in lines if line["trial"] == name and "round" in line), default=None)
+
+
+def _add_finished(path: Path, places: Mapping[str, Path], metric: str) -> None:
+    """Add the last reports of finished trials that the driver was killed before it could judge."""
+    for name, place in places.items():
+        if status_of(place) == "finished":
+            judged = last_judged(path, name)
+            more = [line for line in rounds_of(place) if judged is None or line["round"] > judged]
+            append(path / JUDGED, as_lines([_entry(name, line, metric) for line in more if metric in line]))
+
+
+def _entry(name: str, line: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    return {"trial": name, "round": line["round"], "value": line[metric]}
+
+
+def _write_anew(journal: Path, places: Mapping[str, Path], metric: str) -> None:
+    """Write the journal of a sweep that began before there were journals, round by round.
+
+    The last report of an interrupted trial is left out: it will be judged when the trial starts again.
+    """
+    found = []
+    for number, (name, place) in enumerate(places.items()):
+        status, rounds = status_of(place), rounds_of(place)
+        stopped = RunFiles(place).read_json(STOPPED)
+        rounds = [line for line in rounds if stopped is None or line["round"] <= stopped["round"]]
+        rounds = [line for line in rounds if metric in line]
+        for line in rounds if status in ("finished", "stopped") else rounds[:-1]:
+            found.append((line["round"], number, _entry(name, line, metric)))
+    append(journal, as_lines([entry for _, _, entry in sorted(found, key=lambda item: item[:2])]))
