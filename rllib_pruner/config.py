@@ -157,7 +157,7 @@ class Plan:
         return cls(Path(path).stem, trials, tune.concurrent, tune.max_failures)
 
 
-COMPARING = ("metric", "mode", "scheduler", "grace_rounds", "reduction")
+COMPARING = ("metric", "mode", "scheduler", "grace_rounds", "reduction", "stop", "time_budget_s")
 """Keys of `tune` that a training does not read."""
 
 

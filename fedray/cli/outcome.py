@@ -9,6 +9,9 @@ import typer
 
 from fedray.cli.console import err, escape, out, short
 
+SHOWN = 8
+"""Trials whose early ends are printed, at most."""
+
 
 def say_run(path: Path) -> None:
     from fedray.report.reading import load_run
@@ -40,6 +43,8 @@ def say_sweep(result: Any) -> None:
         spread = "" if seeds == 1 else f" ± {best.half:.2g} over {seeds} seeds"
         text = f"Best {result.metric}: {best.mean:.4g}{spread}, of {best.trials[0].point.name}"
         out.print(f"{text}: fedray run {short(result.path)}/best.yaml", highlight=False, soft_wrap=True)
+    for text in _ends(result):
+        out.print(text, highlight=False, soft_wrap=True)
     for trial in result.failed:
         reason = escape(trial.error or "interrupted")
         name = f"[bold red]{trial.point.name} {trial.status}:[/bold red]"
@@ -48,6 +53,26 @@ def say_sweep(result: Any) -> None:
         path = short(result.path)
         err.print(f"`fedray resume {path}` resumes them from their checkpoints", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _ends(result: Any) -> list[str]:
+    """Return why trials ended before their last rounds, and the sweep before all trials."""
+    from fedray.storage.run_files import RunFiles
+
+    lines = []
+    for trial in result.trials:
+        ended = (RunFiles(trial.path).read_json("result.json") or {}).get("ended")
+        if ended is not None:
+            rounds = RunFiles(trial.path).rounds()[-1]["round"]
+            lines.append(f"{trial.point.name} ended after round {rounds}: {escape(ended)}")
+    if len(lines) > SHOWN:
+        lines = [*lines[:SHOWN], f"… and {len(lines) - SHOWN} more"]
+    if result.ended is not None:
+        begun = sum(trial.status == "failed" for trial in result.cut)
+        more = f"fedray resume {short(result.path)} tune.time_budget_s=N"
+        parts = f"{begun} of its trials are interrupted, {len(result.cut) - begun} have not begun"
+        lines.append(f"{result.ended[0].upper()}{result.ended[1:]}: {parts}; to continue: {more}")
+    return lines
 
 
 def _say_warnings(path: Path) -> None:

@@ -9,7 +9,6 @@ from fedray.cli.console import err, out, short
 from fedray.cli.entry import File, Import, Out, Overrides, app, import_all, imports_override
 from fedray.cli.outcome import say_run, say_sweep
 from fedray.cli.progress import Checking, RunProgress, SweepProgress
-from fedray.errors import ConfigError
 
 
 @app.command()
@@ -49,7 +48,10 @@ def resume(
     directory: Annotated[Path, typer.Argument(help="Directory of a run or a sweep.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="rounds=200, or keys that change no result."),
+        typer.Argument(
+            metavar="[KEY=VALUE]…",
+            help="rounds=200, or keys that change no result; of a sweep tune.time_budget_s.",
+        ),
     ] = None,
     imports: Import = None,
 ) -> None:
@@ -78,13 +80,8 @@ def resume(
 def _resume_sweep(directory: Path, changes: list[str]) -> None:
     from fedray.sweeps.sweep import load_sweep, resume_sweep
 
-    if changes:
-        raise ConfigError(
-            f"{directory} is a sweep, whose points do not change: got {' '.join(changes)}; resume one of its "
-            "runs, in trials/, or start another sweep"
-        )
     with Checking() as checking:
-        plan = load_sweep(directory, on_point=checking.show)
+        plan = load_sweep(directory, checking.show, changes)
     rounds = {point.name: point.config.rounds for point in plan.points}
     with SweepProgress(rounds) as progress:
         result = resume_sweep(directory, plan, on_round=progress.show)

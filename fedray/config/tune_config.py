@@ -14,10 +14,11 @@ from fedray.config.choice import Choice
 from fedray.config.messages import Where, explain, line
 from fedray.config.run_config import RunConfig, Section
 from fedray.config.schedulers import FLAT, SCHEDULER, Fifo, Scheduler, having
+from fedray.config.stop_rules import ROUND, round_problems, sense, target_problems
 from fedray.config.trees import Tree
 from fedray.errors import ConfigError, nearest, unknown
 from fedray.federation.accounts import TOTALS
-from fedray.types import METRICS, Direction, NonNegativeInt, PositiveInt, direction_of
+from fedray.types import METRICS, Direction, NonNegativeInt, PositiveFloat, PositiveInt, direction_of
 
 COMPARABLE = (*(name for name in METRICS if not name.startswith("test/")), *(f"total/{n}" for n in TOTALS))
 """Metrics that every run reports. A method's own are added by `Method.metric_names`."""
@@ -55,6 +56,10 @@ class TuneConfig(Section):
         grace_rounds: the option of `asha` and `median`, in short.
         reduction: the option of `asha` and `hyperband`, in short.
         seed: seed of the random verbs.
+        stop: metric, or `round` → target; a trial that reaches any of them ends there, as finished. Totals
+            and `round` reach theirs from below.
+        time_budget_s: seconds for all trials, those of `resume` included. No trial begins after them, and the
+            running ones end after their rounds, with checkpoints; null: no limit.
     """
 
     metric: str = "val/accuracy"
@@ -66,11 +71,18 @@ class TuneConfig(Section):
     grace_rounds: PositiveInt | None = None
     reduction: int = Field(default=3, ge=2, le=2**63 - 1)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)  # NumPy's RandomState takes no more
+    stop: Mapping[str, float] = Field(default_factory=dict)
+    time_budget_s: PositiveFloat | None = None
 
     @property
     def direction(self) -> Direction:
         """Whether more of the metric is better: the given mode, else the metric's own direction."""
         return self.mode or direction_of(self.metric) or "max"
+
+    def direction_of(self, metric: str) -> Direction | None:
+        """Return the better direction of a metric; of a method's own one, only if it is the compared one."""
+        own = self.mode if metric == self.metric else None
+        return own or direction_of(metric)
 
     @property
     def rules(self) -> Scheduler:
@@ -120,9 +132,21 @@ def _problems(config: TuneConfig) -> Iterator[tuple[str, str]]:
             f"got {config.mode!r}, but {better} of {config.metric} is better; leave tune.mode out, and each "
             "metric has its own direction",
         )
+    yield from target_problems(config.stop)
+    for metric in config.stop:
+        yield from _target_problems(config, metric)
     for key in FLAT:
         if key in config.model_fields_set:
             yield from _short_problems(config, key)
+
+
+def _target_problems(config: TuneConfig, metric: str) -> Iterator[tuple[str, str]]:
+    """Yield why there is no target of a metric."""
+    key = f"tune.stop.{metric}"
+    if metric != ROUND and metric not in COMPARABLE and not metric.startswith(OWN):
+        yield key, unknown("metric", metric, (ROUND, *COMPARABLE))
+    elif sense(metric, config.direction_of(metric)) is None:
+        yield key, f"{metric} has no direction that fedray knows; give a target of another metric"
 
 
 def _short_problems(config: TuneConfig, key: str) -> Iterator[tuple[str, str]]:
@@ -140,19 +164,30 @@ def comparison_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> list[
     """Return the reasons why a sweep's points cannot be compared as `tune` says: keys and messages."""
     found: list[tuple[str, str]] = []
     if tune.compares:
-        found += dict.fromkeys(problem for config in configs for problem in _metric_problems(tune, config))
+        found += _every("tune.metric", tune.metric, configs)
+    for metric, target in tune.stop.items():
+        if metric == ROUND:
+            every = lcm(*(config.eval_every for config in configs))
+            found += round_problems(target, [config.rounds for config in configs], every)
+        else:
+            found += _every(f"tune.stop.{metric}", metric, configs)
     if tune.compares and getattr(tune.rules, "grace_rounds", None) is not None:
         found += _grace_problems(tune, configs)
     return found
 
 
-def _metric_problems(tune: TuneConfig, config: RunConfig) -> Iterator[tuple[str, str]]:
-    metric, data = tune.metric, config.data
+def _every(key: str, metric: str, configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
+    """Yield the reasons why a metric is not known of every point, each once."""
+    problems = (problem for config in configs for problem in _metric_problems(metric, config))
+    yield from dict.fromkeys((key, text) for text in problems)
+
+
+def _metric_problems(metric: str, config: RunConfig) -> Iterator[str]:
+    data = config.data
     if metric.startswith("val/") and not data.validation_fraction:
         yield (
-            "tune.metric",
             f"{metric}, but data.validation_fraction=0 leaves no examples to measure it on; set it, e.g. "
-            "data.validation_fraction=0.1, or compare by another metric, e.g. train/loss",
+            "data.validation_fraction=0.1, or compare by another metric, e.g. train/loss"
         )
     if metric in COMPARABLE:
         return
@@ -161,9 +196,8 @@ def _metric_problems(tune: TuneConfig, config: RunConfig) -> Iterator[tuple[str,
         kind = metric.partition("/")[0]
         known = sorted({*own, *(name for name in COMPARABLE if name.startswith(f"{kind}/"))})
         yield (
-            "tune.metric",
             f"{metric!r} is not among what {config.method.name} reports with these options"
-            f"{nearest(metric, [*known, *COMPARABLE])} It reports {', '.join(known) or f'no {kind}/…'}",
+            f"{nearest(metric, [*known, *COMPARABLE])} It reports {', '.join(known) or f'no {kind}/…'}"
         )
 
 

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 OnRound = Callable[[RoundReport], None]
 
+Until = Callable[[int, Mapping[str, Any]], str | None]
+"""Called with each round and its metrics: returns why the run ends with it, None if it does not."""
+
 RUNS = Path("runs")
 """Default parent directory of runs."""
 
@@ -159,6 +162,7 @@ def run(
     on_round: OnRound | None = None,
     pool: PoolFactory | None = None,
     tracking: Tracking | None = None,
+    until: Until | None = None,
 ) -> History:
     """Run a federation.
 
@@ -168,6 +172,7 @@ def run(
         on_round: called after each round, for progress and Tune.
         pool: makes the pool of clients; None: as `clients.actors` says.
         tracking: where to track the run; None: as the config's `tracking` says.
+        until: ends the run, as finished, before its last round.
 
     Raises:
         ConfigError, DataError: if the config cannot run; then nothing has started, and nothing is on disk.
@@ -188,7 +193,7 @@ def run(
             if foreign := config.unrecorded():
                 files.write_json(REGISTERED, foreign)
             files.warn(federation.dataset.warnings)
-            return _run_rounds_tracked(federation, files, None, on_round, pool, tracking or Tracking())
+            return _run_rounds_tracked(federation, files, None, on_round, pool, tracking or Tracking(), until)
 
 
 def _expect_config(config: object) -> None:
@@ -207,6 +212,7 @@ def resume(
     pool: PoolFactory | None = None,
     tracking: Tracking | None = None,
     patience_s: float = 0.0,
+    until: Until | None = None,
 ) -> History:
     """Resume a run from its last checkpoint. It ends with the weights of an uninterrupted run.
 
@@ -220,6 +226,7 @@ def resume(
         pool: as for `run`.
         tracking: as for `run`.
         patience_s: seconds to wait for a process that is leaving the run.
+        until: as for `run`.
 
     Raises:
         ConfigError, DataError, ClientError, MethodError: as for `run`.
@@ -244,8 +251,10 @@ def resume(
             check_rounds(found, config)
         if before != config.to_tree():
             _change(files, before, config, found)
+        if "ended" in (files.read_json("result.json") or {}):  # by `until`
+            files.set_end_aside(found.done if found is not None else 0)
         remove_partials(files.path)
-        return _run_rounds_tracked(federation, files, found, on_round, pool, tracking or Tracking())
+        return _run_rounds_tracked(federation, files, found, on_round, pool, tracking or Tracking(), until)
 
 
 def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None:
@@ -282,6 +291,7 @@ def _run_rounds_tracked(
     on_round: OnRound | None,
     pool_factory: PoolFactory,
     tracking: Tracking,
+    until: Until | None,
 ) -> History:
     config, checkpoint = federation.config, found.checkpoint if found is not None else None
     status: RunStatus = "FAILED"
@@ -294,14 +304,18 @@ def _run_rounds_tracked(
             with _opened(pool):
                 tracker = open_tracker(config, files, tracking)  # while the client actors start
                 server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
+                ended = _ended(files, until)
                 with closing(_rounds(server, files, config, stop)) as rounds:
-                    for report in rounds:
+                    for report in rounds if ended is None else ():
                         tracker.log_round(report)
                         logger.info("round %d of %d: %s", report.round, config.rounds, _headline(report))
                         if on_round is not None:
                             on_round(report)
+                        ended = until(report.round, report.metrics) if until is not None else None
+                        if ended is not None:
+                            break
                 with stop.cuts():
-                    result = _finish(federation, server, files)
+                    result = _finish(federation, server, files, ended)
             status = "FINISHED"
         except BaseException as error:
             # an error after a signal is due to it: Ray's processes may have received it too
@@ -317,6 +331,14 @@ def _run_rounds_tracked(
                 done, path = "interrupted" if status == "KILLED" else "failed", shown(files.path)
                 logger.warning("%s; `fedray resume %s` continues from the last checkpoint", done, path)
     return History(files.path, _history(files), result)
+
+
+def _ended(files: RunFiles, until: Until | None) -> str | None:
+    """Return why the rounds so far end a run: an earlier process may have died before it could end it."""
+    ended = None
+    for line in files.rounds() if until is not None else ():
+        ended = until(line["round"], line["metrics"])  # type: ignore[misc]
+    return ended
 
 
 def _rounds(server: Server, files: RunFiles, config: RunConfig, stop: Stop) -> Generator[RoundReport]:
@@ -355,8 +377,15 @@ def _opened(pool: ClientPool) -> Iterator[ClientPool]:
             pool.close()
 
 
-def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str, Any]:
-    """Read the test set, once; evaluate the model on clients' own examples; write the result."""
+def _finish(federation: Federation, server: Server, files: RunFiles, ended: str | None) -> dict[str, Any]:
+    """Read the test set, once; evaluate the model on clients' own examples; write the result.
+
+    Args:
+        federation: of the run.
+        server: after the last round.
+        files: of the run.
+        ended: why the run ends before its planned rounds; None: it does not.
+    """
     test = server.evaluate(federation.dataset.test)
     of_clients = _of_clients(federation, server, files) if federation.config.eval_clients else {}
     files.write_model(server.model)
@@ -371,6 +400,7 @@ def _finish(federation: Federation, server: Server, files: RunFiles) -> dict[str
         **declared(federation.config),
         "config_digest": federation.config.digest,
         "status": "finished",
+        **({} if ended is None or last["round"] == federation.config.rounds else {"ended": ended}),
     }
     files.write_json("result.json", result)
     return result

@@ -1,6 +1,6 @@
 """The scheduler of a sweep, as its files have it: rule, journal, and which trials were stopped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ from fedray.config.run_config import RunConfig
 from fedray.config.schedulers import Asha, Fifo, HyperBand, Median
 from fedray.config.tune_config import TuneConfig, first_rung
 from fedray.durable import append, as_lines, scan_lines
-from fedray.experiment.interrupt import Stop
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import STOPPED, status_of
 from fedray.sweeps.space import Sweep
@@ -18,7 +17,7 @@ JUDGED = "judged.jsonl"
 """File in the directory of a sweep: the reports that its scheduler has judged, in their order."""
 
 
-def judge_of(plan: Sweep, path: Path, stop: Stop) -> Any:
+def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
     """Return the scheduler of a sweep, with all that it has judged before; None for `fifo`.
 
     It notes which trials it stops. Without that note, a stopped trial looks like an interrupted one: Tune
@@ -27,7 +26,7 @@ def judge_of(plan: Sweep, path: Path, stop: Stop) -> Any:
     Args:
         plan: the sweep.
         path: its directory.
-        stop: whether a signal has come.
+        is_ending: whether the sweep is ending.
     """
     if isinstance(plan.tune.rules, Fifo):
         return None
@@ -38,7 +37,7 @@ def judge_of(plan: Sweep, path: Path, stop: Stop) -> Any:
     places = {name: path / "trials" / name for name in lasts}
 
     def stopped(name: str, round: int) -> None:
-        if round < lasts[name]:
+        if round < lasts[name] and status_of(places[name]) != "finished":
             RunFiles(places[name]).write_json(STOPPED, {"round": round})
 
     judge = Judge(
@@ -49,7 +48,7 @@ def judge_of(plan: Sweep, path: Path, stop: Stop) -> Any:
         Journal(path / JUDGED),
         on_stop=stopped,
         is_finished=lambda name: status_of(places[name]) == "finished",
-        is_ending=lambda: stop.signal is not None,
+        is_ending=is_ending,
     )
     begun = {name: place for name, place in places.items() if (place / "config.yaml").exists()}
     if begun and not (path / JUDGED).exists():

@@ -72,12 +72,21 @@ class Best:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The result of a sweep: its directory, its trials, and the metric that compares them."""
+    """The result of a sweep.
+
+    Args:
+        path: its directory.
+        trials: its trials, in order.
+        metric: the metric that compares them.
+        direction: whether more of it is better.
+        ended: why it ended before all trials; None: it did not.
+    """
 
     path: Path
     trials: tuple[Trial, ...]
     metric: str
     direction: Direction
+    ended: str | None = None
 
     @property
     def best(self) -> "Best | None":
@@ -103,8 +112,15 @@ class SweepResult:
 
     @property
     def failed(self) -> tuple[Trial, ...]:
-        """Trials that failed."""
-        return tuple(trial for trial in self.trials if trial.status in ("failed", "missing"))
+        """Trials that failed. Those that the end of the sweep has cut, or kept from beginning, did not."""
+        left = [trial for trial in self.trials if trial.status in ("failed", "missing")]
+        return tuple(trial for trial in left if self.ended is None or trial.error is not None)
+
+    @property
+    def cut(self) -> tuple[Trial, ...]:
+        """Trials that the end of the sweep has cut, or kept from beginning; `resume` continues with them."""
+        left = [trial for trial in self.trials if trial.status in ("failed", "missing")]
+        return tuple(trial for trial in left if trial not in self.failed)
 
 
 def record_best(path: Path, best: Best, metric: str) -> dict[str, Any]:

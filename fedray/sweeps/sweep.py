@@ -16,11 +16,12 @@ from typing import Any
 
 from fedray.config import plugins
 from fedray.config.messages import shortened
-from fedray.config.overrides import override_tree
+from fedray.config.overrides import origin, override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
+from fedray.config.stop_rules import Targets
 from fedray.config.tables import TABLES
 from fedray.config.trees import Tree
-from fedray.config.tune_config import OWN, first_rung, tune_config
+from fedray.config.tune_config import OWN, TuneConfig, first_rung, tune_config
 from fedray.costs import devices
 from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError, RunError, nearest
@@ -32,7 +33,7 @@ from fedray.experiment.run import RUNS, resume, run
 from fedray.storage import sealed
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles
-from fedray.sweeps.judging import judge_of, last_judged, rounds_of
+from fedray.sweeps.judging import judge_of
 from fedray.sweeps.outcome import (
     Status,
     SweepResult,
@@ -41,13 +42,14 @@ from fedray.sweeps.outcome import (
     record_best,
     status_of,
 )
+from fedray.sweeps.reports import Reports
 from fedray.sweeps.space import OnPoint, Point, Sweep
-from fedray.sweeps.tune import ASKS, end_if_asked, fit, import_tune, room
+from fedray.sweeps.stopping import Budget
+from fedray.sweeps.tune import fit, import_tune, room
 from fedray.tracking.catching_up import mend
 from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
 from fedray.tracking.store import import_mlflow, prepare_store
 from fedray.tracking.tracked import Tracking
-from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
 
@@ -87,19 +89,40 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
         return _run_all(plan, path, on_round)
 
 
-def load_sweep(path: str | Path, on_point: OnPoint | None = None) -> Sweep:
+MAY_CHANGE = ("time_budget_s", "concurrent", "max_failures")
+"""Keys of `tune` that a resumed sweep may change."""
+
+
+def load_sweep(path: str | Path, on_point: OnPoint | None = None, overrides: Sequence[str] = ()) -> Sweep:
     """Read the directory of a sweep and validate its points again, calling `on_point` for each.
 
+    Args:
+        path: the directory.
+        on_point: called as points are validated.
+        overrides: changes of the keys `MAY_CHANGE`, e.g. `tune.time_budget_s=3600`.
+
     Raises:
-        ConfigError: if it is not the directory of a sweep, or a point cannot run any more.
+        ConfigError: if it is not the directory of a sweep, a point cannot run any more, or another key is
+            changed.
     """
     written = local_path(path) / "sweep.yaml"
     tree = sealed.load(written)
     if not {"name", "points", "base"} <= tree.keys():
         raise ConfigError(f"{written} was not written by a sweep: it has no name, points or base")
     changes, name = tree.pop("points"), tree.pop("name")
-    tune = tune_config(dict(tree.get("tune") or {}), str(written))
-    return Sweep.of(name, tree, tune, changes, str(written), on_point)
+    given = parse_overrides(overrides)
+    fixed = [
+        key for key in given if key.removeprefix("tune.") not in MAY_CHANGE or not key.startswith("tune.")
+    ]
+    if fixed:
+        raise ConfigError(
+            f"{shown(local_path(path))} is a sweep, whose points do not change: got {', '.join(fixed)}; "
+            f"resume can change {', '.join(f'tune.{key}' for key in MAY_CHANGE)}. Resume one of its runs, in "
+            "trials/, or start another sweep"
+        )
+    tree["tune"] = {**(tree.get("tune") or {}), **{key.removeprefix("tune."): v for key, v in given.items()}}
+    where = origin(str(written), given)
+    return Sweep.of(name, tree, tune_config(dict(tree["tune"]), where), changes, where, on_point)
 
 
 def resume_sweep(
@@ -115,7 +138,23 @@ def resume_sweep(
     place = local_path(path)
     plan = plan or load_sweep(place)
     with Lock(place, "sweep"):
+        if Budget(place, plan.tune.time_budget_s).left_s <= 0 and _waiting(plan, place):
+            spent = Budget(place, None).spent_s
+            raise ConfigError(
+                f"tune.time_budget_s: the trials of {shown(place)} have run {spent:.0f} s of "
+                f"{plan.tune.time_budget_s:g} s; to continue: fedray resume {shown(place)} "
+                "tune.time_budget_s=N"
+            )
+        if _written(plan) != sealed.load(place / "sweep.yaml"):
+            with on_disk(place / "sweep.yaml"):
+                sealed.write(place / "sweep.yaml", _written(plan))
         return _run_all(plan, place, on_round)
+
+
+def _waiting(plan: Sweep, path: Path) -> list[Point]:
+    """Return the points that are neither finished nor stopped."""
+    done = ("finished", "stopped")
+    return [point for point in plan.points if status_of(_trial_path(path, point)) not in done]
 
 
 def _written(plan: Sweep) -> Tree:
@@ -129,18 +168,18 @@ def _written(plan: Sweep) -> Tree:
 
 def _run_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
     with signals() as stop:
-        judge = judge_of(plan, path, stop)
-        waiting = [
-            point
-            for point in plan.points
-            if status_of(_trial_path(path, point)) not in ("finished", "stopped")
-        ]
+        budget = Budget(path, plan.tune.time_budget_s)
+        judge = judge_of(plan, path, lambda: stop.signal is not None or budget.is_over)
+        waiting = _waiting(plan, path)
         errors = (
-            _run_tracked(plan, waiting, path, on_round, stop, judge)
+            _run_tracked(plan, waiting, path, on_round, stop, judge, budget)
             if waiting or _lacks_outcome(plan, path)
             else {}
         )
-    return _result(plan, path, errors)
+    result = _result(plan, path, errors)
+    if budget.is_over and _waiting(plan, path):
+        result = replace(result, ended=f"the time budget of {plan.tune.time_budget_s:g} s is spent")
+    return result
 
 
 def _result(plan: Sweep, path: Path, errors: Mapping[str, str]) -> SweepResult:
@@ -159,6 +198,7 @@ def _run_tracked(
     on_round: OnTrialRound | None,
     stop: Stop,
     judge: Any,
+    budget: Budget,
 ) -> dict[str, str]:
     """Run the remaining points and record the sweep's outcome in MLflow; return errors by name."""
     if waiting:
@@ -176,10 +216,12 @@ def _run_tracked(
     try:
         stop.check()
         if waiting:
-            errors = _fit(plan, waiting, path, tracking, on_round, stop, judge)
+            errors = _fit(plan, waiting, path, tracking, on_round, stop, judge, budget)
         early = None
     finally:
-        _record_outcomes(plan, path, tracking, "KILLED" if stop.signal is not None else early)
+        budget.note()
+        is_cut = stop.signal is not None or (budget.is_over and not errors)
+        _record_outcomes(plan, path, tracking, "KILLED" if is_cut else early)
     stop.check()
     return errors
 
@@ -192,6 +234,7 @@ def _fit(
     on_round: OnTrialRound | None,
     stop: Stop,
     judge: Any,
+    budget: Budget,
 ) -> dict[str, str]:
     """Run the points as Tune trials; return the errors by name."""
     cpus, concurrent = _shares(plan, len(points))
@@ -202,10 +245,10 @@ def _fit(
         path=path,
         cpus=cpus,
         tracking=tracking,
-        metric=plan.tune.metric,
-        scheduler=plan.tune.scheduler.name,
+        tune=plan.tune,
         needed_by=first_rung(plan.tune, _configs(plan)) if judge is not None else None,
     )
+    budget.start()
     return fit(
         partial(_trial, job),
         {point.name: _trial_path(path, point) for point in points},
@@ -215,6 +258,7 @@ def _fit(
         max_failures=plan.tune.max_failures,
         stop=stop,
         scheduler=judge,
+        is_over=budget.check,
         on_result=on_round,
         # a user's modules may keep state from trial to trial; the package keeps none
         reuse=not job.sources and all(plugins.home(entry) is None for entry in job.entries.values()),
@@ -232,8 +276,7 @@ class _Job:
         path: the sweep's directory.
         cpus: that a trial may use.
         tracking: where trials are tracked.
-        metric: the metric that is compared.
-        scheduler: name of the scheduler.
+        tune: how trials are compared and stopped.
         needed_by: the round by which the metric must have been reported; None: never.
     """
 
@@ -243,8 +286,7 @@ class _Job:
     path: Path
     cpus: float
     tracking: Tracking
-    metric: str
-    scheduler: str
+    tune: TuneConfig
     needed_by: int | None
 
     def config(self, name: str) -> RunConfig:
@@ -260,67 +302,40 @@ class _Job:
         Raises:
             RunError: if none of the metrics `seen` is the one to compare, and it is needed by this round.
         """
-        if self.needed_by is None or round < self.needed_by or self.metric in seen:
+        if self.needed_by is None or round < self.needed_by or self.tune.metric in seen:
             return
+        metric, scheduler = self.tune.metric, self.tune.scheduler.name
         own = sorted(name for name in seen if name.startswith(OWN))
         raise RunError(
-            f"tune.metric {self.metric!r}: no round up to {round}, where {self.scheduler} compares, reported "
-            f"it{nearest(self.metric, seen)} Beside costs they report {', '.join(own) or 'nothing'}; start a "
+            f"tune.metric {metric!r}: no round up to {round}, where {scheduler} compares, reported "
+            f"it{nearest(metric, seen)} Beside costs they report {', '.join(own) or 'nothing'}; start a "
             "sweep with another tune.metric, or with later tune.grace_rounds"
         )
 
 
 def _trial(job: _Job, name: str) -> None:
-    """Run the server of one trial: start or resume it, and report its rounds to Tune.
-
-    The last round is reported after all files are written: a scheduler may end the trial with any report.
-    """
-    from ray import tune
-
+    """Run the server of one trial: start or resume it, and report its rounds to Tune."""
     config = job.config(name)
     place = job.path / "trials" / name
-    seen: dict[str, Any] = {}
-    last: dict[str, float] = {}
-
-    def report(round: RoundReport) -> None:
-        end_if_asked(job.path)
-        metrics = {"round": round.round, **round.metrics}
-        seen.update(metrics)
-        job.check(seen, round.round)
-        if round.round == config.rounds:
-            last.update(metrics)
-        elif job.metric in metrics or round.round % config.eval_every == 0:
-            tune.report(metrics)
-
+    targets = Targets(job.tune.stop, job.tune.direction_of, config.eval_every)
+    reports = Reports(job.path, config, job.tune.metric, targets, job.check)
     tracking, pool = replace(job.tracking, name=name), pool_for(config, job.cpus)
+    how: dict[str, Any] = {
+        "pool": pool,
+        "tracking": tracking,
+        "on_round": reports.round,
+        "until": reports.ended,
+    }
+    if status_of(place) == "finished":
+        return  # it was asked to wait with its last report
     if (place / "config.yaml").exists():
-        for line in rounds_of(place):
-            seen.update(line)
-        if job.needed_by is not None:
-            _ask(job, config, name, place)
+        reports.before(name, place, asks=job.needed_by is not None)
         # the process of an earlier try may take a moment to die
-        resume(place, on_round=report, pool=pool, tracking=tracking, patience_s=PATIENCE_S)
+        resume(place, patience_s=PATIENCE_S, **how)
     else:
         shutil.rmtree(place, ignore_errors=True)  # it failed before it began
-        run(config, out=place, on_round=report, pool=pool, tracking=tracking)
-    if last:
-        tune.report(last)
-
-
-def _ask(job: _Job, config: RunConfig, name: str, place: Path) -> None:
-    """Report the rounds that the scheduler does not know yet, and ask whether the trial may train.
-
-    Tune ends a trial that may not in one of these reports.
-    """
-    from ray import tune
-
-    judged = last_judged(job.path, name)
-    if judged is not None:
-        tune.report({"round": judged, ASKS: True})
-    for line in rounds_of(place):
-        known = judged is not None and line["round"] <= judged
-        if not known and line["round"] < config.rounds and job.metric in line:
-            tune.report(line)
+        run(config, out=place, **how)
+    reports.last()
 
 
 def _entries(configs: Sequence[RunConfig]) -> dict[tuple[str, str], Any]:

@@ -9,6 +9,7 @@ from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import finish_sweep, status_of
+from fedray.sweeps.stopping import Budget
 from fedray.tracking.catching_up import Synced, config_of, store_for, sync_run
 from fedray.tracking.mlflow_run import RunStatus, parent_run
 from fedray.tracking.tracked import Tracking
@@ -63,6 +64,9 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
         begun: list[RunStatus | None] = [trial.status for trial in done]
         missing: list[RunStatus | None] = [None] * (len(tree.get("points", ())) - len(done))
         status = sweep_status([*begun, *missing])
+        limit_s = (tree.get("tune") or {}).get("time_budget_s")
+        if status == "FAILED" and "FAILED" not in begun and Budget(place, limit_s).left_s <= 0:
+            status = "KILLED"  # as the sweep itself says it
         became = Counter(status_of(files.path) for files in runs)
         became["missing"] = len(missing)
         finish_sweep(store, parent, status, place, became)

@@ -48,6 +48,7 @@ def fit(
     scheduler: Any = None,
     on_result: OnResult | None = None,
     reuse: bool = False,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
     """Run trials. A signal ends them after their current rounds, or after `GRACE_S`.
 
@@ -63,6 +64,7 @@ def fit(
         on_result: called with each report.
         reuse: whether a trial may run in the process of an earlier one, which saves its start. A body that
             leaves state behind in its process must not.
+        is_over: whether the trials shall end after their current rounds, and no other begin.
 
     Returns:
         Name → reason, for each failed trial.
@@ -75,6 +77,7 @@ def fit(
         if not _ending(folder.parent).exists():
             attempt(body, sample["name"], places[sample["name"]])
 
+    ending = _stopper(stop, is_over, folder.parent)
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda sample: rooms[sample["name"]]),
         param_space={"name": tune.grid_search(list(places))},
@@ -83,8 +86,8 @@ def fit(
             name="tune",
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[_callback(on_result)],
-            stop=_stopper(stop, folder.parent),
+            callbacks=[_callback(on_result, ending)],
+            stop=ending,
             verbose=0,
         ),
     )
@@ -181,8 +184,8 @@ def _ending(folder: Path) -> Path:
     return folder / ".ending"
 
 
-def _stopper(stop: Stop, folder: Path) -> Any:
-    """Return a stopper that ends all trials after a signal: it asks by a file first, then forces them."""
+def _stopper(stop: Stop, is_over: Callable[[], bool], folder: Path) -> Any:
+    """Return a stopper that ends all trials: it asks by a file first; after a signal, it then forces them."""
     from ray import tune
     from ray.tune.stopper import NoopStopper
 
@@ -190,16 +193,19 @@ def _stopper(stop: Stop, folder: Path) -> Any:
         """Tune asks it in every step; a pickled copy stops nothing."""
 
         asked_at: float | None = None
+        running = 0
 
         def __call__(self, trial_id: str, result: Any) -> bool:
             return False
 
         def stop_all(self) -> bool:
-            if stop.signal is None:
+            if stop.signal is None and not is_over():
                 return False
-            if self.asked_at is None:
-                self.asked_at = time.monotonic()
+            if not _ending(folder).exists():
                 _ending(folder).touch()
+            if stop.signal is None:
+                return not self.running
+            self.asked_at = self.asked_at or time.monotonic()
             return time.monotonic() - self.asked_at > GRACE_S
 
         def __reduce__(self) -> tuple[type[NoopStopper], tuple[()]]:
@@ -234,17 +240,20 @@ def _reason(error: BaseException) -> str:
     return lines[-1] if lines else type(cause).__name__
 
 
-def _callback(on_result: OnResult | None) -> Any:
+def _callback(on_result: OnResult | None, ending: Any) -> Any:
     from ray import tune
 
     class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
-        """Hands each result to a listener; Tune pickles it, but not the listener."""
+        """Hands each result to a listener, and counts running trials; Tune pickles it, but not these."""
 
         listener = staticmethod(on_result) if on_result is not None else None
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             if self.listener is not None and not result.get(ASKS):
                 self.listener(trial.config["name"], result)
+
+        def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+            ending.running = sum(trial.status == "RUNNING" for trial in trials)
 
         def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
             return tune.Callback, ()

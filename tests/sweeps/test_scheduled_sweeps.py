@@ -10,6 +10,8 @@ import pytest
 from fedray.config import yaml_text
 from fedray.config.overrides import override_tree
 from fedray.durable import scan_lines
+from fedray.errors import ConfigError
+from fedray.storage import sealed
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.judging import JUDGED
 from fedray.sweeps.outcome import SweepResult
@@ -87,3 +89,75 @@ def test_trials_of_hyperband_wait_at_a_rung_and_go_on_from_their_checkpoints(ray
     for trial in made.trials:
         rounds = [line["round"] for line in RunFiles(trial.path).rounds()]
         assert rounds == list(range(len(rounds)))
+
+
+# ── targets and budgets
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", [{}, MEDIAN], ids=["fifo", "median"])
+def test_a_trial_ends_at_its_target_and_can_be_the_best(ray_local, in_tmp, tune):
+    space = {"method.lr": {"grid": [1e-7, 0.2, 0.1]}}
+    uri = f"sqlite:///{in_tmp}/mlflow.db"
+    planned = plan(in_tmp, tune | {"stop": {"val/accuracy": 0.5}}, space, tracking={"uri": uri})
+    made = sweep(planned, out=in_tmp / "sweep")
+    results = [RunFiles(trial.path).read_json("result.json") or {} for trial in made.trials]
+    assert [result["status"] for result in results] == [trial.status for trial in made.trials]
+    assert made.trials[0].status == "finished" and "ended" not in results[0]
+    assert results[1]["val/accuracy"] >= 0.5 and results[1]["ended"].startswith("val/accuracy 0.")
+    assert results[1]["rounds"] < 9 and "test/accuracy" in results[1]
+    assert not (made.trials[1].path / "stopped.json").exists()
+    assert made.best is not None and made.best.trials[0] in made.trials[1:]
+    from mlflow import MlflowClient
+
+    runs = MlflowClient(uri).search_runs(["0", "1"])
+    finished = {trial.point.name for trial in made.trials if trial.status == "finished"}
+    assert finished | {"sweep"} == {run.info.run_name for run in runs if run.info.status == "FINISHED"}
+    again = resume_sweep(made.path)
+    assert [trial.status for trial in again.trials] == [trial.status for trial in made.trials]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", [{}, HYPERBAND], ids=["fifo", "hyperband"])
+def test_a_sweep_ends_with_its_budget_and_resume_takes_another(ray_local, in_tmp, tune, capsys):
+    from fedray.cli.outcome import say_sweep
+    from fedray.sweeps.sweep import load_sweep
+
+    planned = plan(in_tmp, tune | {"time_budget_s": 4}, rounds=500)
+    made = sweep(planned, out=in_tmp / "sweep")
+    assert made.ended == "the time budget of 4 s is spent"
+    assert made.cut and not made.failed
+    say_sweep(made)
+    assert "The time budget of 4 s is spent: " in capsys.readouterr().out
+    (begun,) = [trial for trial in made.cut if trial.status == "failed"]
+    files = RunFiles(begun.path)
+    found = files.load()
+    assert found is not None and found.done == files.rounds()[-1]["round"] > 0  # in good order
+    with pytest.raises(ConfigError, match=r"tune\.time_budget_s: the trials of .* have run \d+ s of 4 s; "):
+        resume_sweep(made.path)
+    more = load_sweep(made.path, overrides=["tune.time_budget_s=8"])
+    again = resume_sweep(made.path, more)
+    assert again.ended == "the time budget of 8 s is spent"
+    assert files.rounds()[-1]["round"] > found.done
+    assert load_sweep(made.path).tune.time_budget_s == 8
+
+
+def test_a_resumed_sweep_changes_nothing_else(in_tmp):
+    from fedray.sweeps.sweep import load_sweep
+
+    for key in ("tune.metric=val/loss", "rounds=3", "time_budget_s=3", "tune={}"):
+        with pytest.raises(
+            ConfigError, match=r"whose points do not change: got .*; resume can change tune\."
+        ):
+            load_sweep(written(in_tmp / key.partition("=")[0]), overrides=[key])
+    with pytest.raises(ConfigError, match=r"tune\.time_budget_s \(override\): got 0; must be greater than 0"):
+        load_sweep(written(in_tmp / "zero"), overrides=["tune.time_budget_s=0"])
+
+
+def written(path: Path) -> Path:
+    """Write the directory of a sweep that has not begun."""
+    path.mkdir()
+    tree = {"name": "some", "base": TREE, "space": {}, "points": [{}], "tune": {}}
+    sealed.write(path / "sweep.yaml", tree)
+    return path
