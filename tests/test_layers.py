@@ -45,6 +45,7 @@ RAY = {
     "fedray.sweeps.sweep",
     "fedray.sweeps.tune",
     "fedray.sweeps.hyperband",
+    "fedray.sweeps.reports",
     "fedray.sweeps.schedulers",
     "fedray.sweeps.space",  # the verbs of a sweep's space are Tune's own
     "fedray.policies.trained",  # RLlib's module of a trained agent

@@ -1,5 +1,6 @@
 """Runs that reach a target, and the time that a sweep has spent."""
 
+import time
 from math import inf
 
 import pytest
@@ -9,7 +10,6 @@ from fedray.config.stop_rules import Targets
 from fedray.experiment.run import resume, run
 from fedray.report.reading import load_run
 from fedray.storage.run_files import RunFiles
-from fedray.sweeps import stopping
 from fedray.sweeps.outcome import status_of
 from fedray.sweeps.stopping import SPENT, Budget
 from tests.experiment.tiny import config, ending, figures
@@ -53,7 +53,7 @@ def test_a_target_at_the_last_round_ends_nothing(tmp_path):
 
 def test_the_time_of_all_sessions_counts(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     first = Budget(tmp_path, 60.0)
     assert first.left_s == 60 and not first.check()
     first.start()
