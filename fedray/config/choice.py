@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 from fedray.config import hints
 from fedray.config.docstrings import arguments, summary
-from fedray.config.messages import COMPLETE
+from fedray.config.messages import COMPLETE, SHOWN
 from fedray.config.overrides import options_given
 from fedray.config.trees import Tree
 from fedray.errors import unknown
@@ -107,8 +107,7 @@ class Chooser(Generic[T]):
         known = [option.name for option in fields(self.table[name])]
         problems = [
             _problem(self._no_option(option, given[option], name, known), option, given[option])
-            for option in sorted(given)
-            if option not in known
+            for option in sorted(set(given).difference(known))[: SHOWN + 1]
         ]
         given = {option: value for option, value in given.items() if option in known}
         try:

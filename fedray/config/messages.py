@@ -1,7 +1,8 @@
 """Messages about a config that does not validate: key (file): the given value, the allowed ones, a hint."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -30,9 +31,12 @@ WORDS = {
 }
 """Pydantic's words → ours."""
 
+SHOWN = 50
+"""Problems that a message names; a file of another tool, or a damaged one, can have thousands."""
+
 
 def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix: tuple[str, ...] = ()) -> str:
-    """Turn pydantic's errors into a line each.
+    """Turn pydantic's errors into a line each, the first SHOWN of them.
 
     Args:
         error: pydantic's error about `root`.
@@ -40,7 +44,20 @@ def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix:
         where: origin of the keys.
         prefix: sections above `root`.
     """
-    lines = []
+    return joined(_lines(error, root, where, prefix))
+
+
+def joined(problems: Iterable[str]) -> str:
+    """Return the first SHOWN problems, a line each, and say if there are more."""
+    rest = iter(problems)
+    lines = list(dict.fromkeys(islice(rest, SHOWN)))
+    more = ["and more problems; are these the keys of fedray?"] if next(rest, None) is not None else []
+    return "\n".join(lines + more)
+
+
+def _lines(
+    error: ValidationError, root: type[BaseModel], where: Where, prefix: tuple[str, ...]
+) -> Iterator[str]:
     for problem in error.errors(include_url=False):
         path = tuple(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
@@ -50,8 +67,7 @@ def explain(error: ValidationError, root: type[BaseModel], where: Where, prefix:
         else:
             key = ".".join(prefix + path)
             text = f"got {shortened(problem['input'])}; {_allowed(problem, key)}"
-        lines.append(line(".".join(prefix + path), text, where))
-    return "\n".join(dict.fromkeys(lines))
+        yield line(".".join(prefix + path), text, where)
 
 
 def line(key: str, text: str, where: Where) -> str:

@@ -31,7 +31,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from fedray.config import checks, yaml_text
 from fedray.config.choice import Choice, Chooser, Named, described
 from fedray.config.docstrings import summary
-from fedray.config.messages import COMPLETE, Where, explain, keys_of, line
+from fedray.config.messages import COMPLETE, Where, explain, joined, keys_of, line
 from fedray.config.overrides import base_of, origin, override_tree, parse_overrides, plain_copy
 from fedray.config.plugins import files_of, import_modules, unrecorded
 from fedray.config.tables import TABLES
@@ -277,9 +277,9 @@ class Config(Section):
             raise ConfigError(explain(error, type(self), where)) from None
         self.__pydantic_fields_set__.add("tracking")  # see TrackingConfig
         self._complete()
-        problems = [line(key, text, where) for key, text in self._problems()]
+        problems = joined(line(key, text, where) for key, text in self._problems())
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(problems)
 
     def _prepare(self, tree: Tree) -> None:
         """Prepare for the validation of a plain tree, e.g. import the files that it names."""

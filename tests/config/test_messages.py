@@ -508,3 +508,25 @@ def test_no_file_crashes_with_anything_but_a_message(tmp_path_factory, text):
         RunConfig.load(path)
     except ConfigError as error:
         assert str(path) in str(error)
+
+
+MANY = {f"key{number}": 1 for number in range(5_000)}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "tree",
+    [
+        MANY,
+        {"clients": MANY},
+        {"method": {"name": "staged", **MANY}},
+        {"clients": {"devices": MANY}},
+        {"clients": {"resources": {"by_device": {key: {"cpu": 1} for key in MANY}}}},
+    ],
+    ids=["top", "section", "options", "devices", "by_device"],
+)
+def test_a_file_with_thousands_of_strange_keys_is_refused_at_once(tree):
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_tree(tree, "x.yaml")
+    assert len(str(error.value).splitlines()) == 51
+    assert "key0" in str(error.value) and str(error.value).endswith("are these the keys of fedray?")
