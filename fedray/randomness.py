@@ -31,6 +31,7 @@ Purpose = Literal[
     "method",
     "evaluate",
     "wait",
+    "client_test",
 ]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -144,6 +144,9 @@ class DataConfig(Section):
         partition: how the training examples are dealt to clients.
         validation_fraction: share of the training examples for validation, stratified by class.
         server_fraction: share of the training examples that the server itself trains on.
+        client_test_fraction: share of each client's examples that is held out before the run, at least one;
+            `clients/accuracy_*` are measured on them. With 0 they are measured on the examples that the
+            client trains on. A client with a single example trains on it and is not measured.
     """
 
     name: Annotated[str, Named(DATASETS)] = "digits"
@@ -151,6 +154,7 @@ class DataConfig(Section):
     partition: Annotated[Choice[PartitionKind], PARTITION] = Field(default_factory=PARTITION.default)
     validation_fraction: UnitInterval = 0.1
     server_fraction: UnitInterval = 0.0
+    client_test_fraction: UnitInterval = 0.0
 
 
 class ResourcesConfig(Section):
@@ -299,8 +303,8 @@ class RunConfig(Config):
         rounds: number of rounds.
         seed: seed of all random numbers of the run.
         eval_every: rounds between two evaluations on validation data.
-        eval_clients: clients, at most, on whose own examples the final model is evaluated; 0 leaves out
-            `clients/accuracy_*`.
+        eval_clients: clients, at most, on whose own examples the final model is evaluated
+            (`data.client_test_fraction`: on which of them); 0 leaves out `clients/accuracy_*`.
         checkpoint_every: rounds between two checkpoints.
         model: name of the model.
         norm: treatment of batch normalisation: `average` averages it like weights, `local` keeps each
@@ -425,6 +429,7 @@ SINCE: Tree = {
     "eval_clients": 200,
     "train": {"precision": "fp32"},
     "clients.stack": "auto",
+    "data.client_test_fraction": 0.0,
 }
 """Keys that were added after the first results → the value that all runs had before.
 

@@ -44,6 +44,26 @@ class Partition(ABC):
             IndexError: if there is no such client.
         """
 
+    def set_aside(self, fraction: float, seed: Seed) -> tuple["Partition", "Partition"]:
+        """Split the rows of each client into those that it trains on and those that it is tested on.
+
+        No client trains on a row that this or another client is tested on.
+
+        Args:
+            fraction: of a client's rows to test on, in (0, 1): rounded, at least one, never all. A client
+                with a single row trains on it.
+            seed: of this split alone.
+
+        Returns:
+            Two partitions of the same clients; in the second, clients may have no rows.
+
+        Raises:
+            DataError: if clients share rows.
+        """
+        rows = [self.rows(client) for client in range(self.population)]
+        owner = np.repeat(np.arange(self.population), [len(own) for own in rows])
+        return Dealt(np.concatenate(rows), owner, self.population).set_aside(fraction, seed)
+
     def _known(self, client: int) -> int:
         if not 0 <= client < self.population:
             raise IndexError(f"client {client}: the clients of this partition are 0..{self.population - 1}")
@@ -70,6 +90,23 @@ class Dealt(Partition):
         start = self._known(client)
         return self._indices[self._offsets[start] : self._offsets[start + 1]].copy()
 
+    def set_aside(self, fraction: float, seed: Seed) -> tuple["Dealt", "Dealt"]:
+        """Draw the rows to test on from each client's rows."""
+        if len(np.unique(self._indices)) < len(self._indices):
+            raise DataError(
+                f"data.client_test_fraction={fraction:g}: clients of this partition share examples, so that "
+                "one would train on what another is tested on; set it to 0, or change data.partition"
+            )
+        tested = shares(self.sizes, fraction)
+        owner = np.repeat(np.arange(self.population), self.sizes)
+        order = np.lexsort((default_rng(seed).random(len(owner)), owner))
+        is_tested = np.empty(len(owner), dtype=bool)
+        is_tested[order] = np.arange(len(owner)) - self._offsets[owner] < tested[owner]
+        trained, held = (
+            Dealt(self._indices[which], owner[which], self.population) for which in (~is_tested, is_tested)
+        )
+        return trained, held
+
 
 class Drawn(Partition):
     """Rows that each client draws from all, with replacement, when asked; nothing is stored per client.
@@ -93,9 +130,22 @@ class Drawn(Partition):
         rng = default_rng(SeedSequence(self._seed.entropy, spawn_key=key))
         return np.sort(self._rows[rng.integers(len(self._rows), size=self._examples)])
 
+    def set_aside(self, fraction: float, seed: Seed) -> tuple["Drawn", "Drawn"]:
+        """Split the rows to draw from: what clients train on comes from one part, the rest from the other."""
+        rows = default_rng(seed).permutation(self._rows)
+        of_all, of_each = (int(shares(np.array([n]), fraction)[0]) for n in (len(rows), self._examples))
+        trained = Drawn(np.sort(rows[of_all:]), self._examples - of_each, self.population, self._seed)
+        return trained, Drawn(np.sort(rows[:of_all]), of_each if of_all else 0, self.population, seed)
+
     def __reduce__(self) -> tuple[type["Drawn"], tuple[Indices, int, int, SeedSequence]]:
         """Pickle the four arguments: `sizes` would be written out in full."""
         return type(self), (self._rows, self._examples, self.population, self._seed)
+
+
+def shares(sizes: Indices, fraction: float) -> Indices:
+    """Return a fraction of each size, rounded: at least one, and less than all, so that 1 has none."""
+    tested: Indices = np.minimum(np.maximum(np.rint(fraction * sizes).astype(np.int64), 1), sizes - 1)
+    return tested
 
 
 class PartitionKind(Protocol):

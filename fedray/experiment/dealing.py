@@ -1,6 +1,7 @@
 """How data reaches the clients: load, split, partition. A sweep checks all its configs before it starts."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def check_data(configs: Iterable[RunConfig]) -> None:
         built = config.model, config.norm, dataset.input_shape, dataset.num_classes
         if built not in models:
             models[built] = config.build_model(dataset.input_shape, dataset.num_classes)
-        check_pairs(config, models[built], dealt(config, dataset)[1])
+        check_pairs(config, models[built], dealt(config, dataset).partition)
 
 
 def loaded(config: RunConfig) -> Dataset:
@@ -49,8 +50,24 @@ def loaded(config: RunConfig) -> Dataset:
         return checked(name, spec, spec.load(config.data.root))
 
 
-def dealt(config: RunConfig, dataset: Dataset) -> tuple[Splits, Partition]:
-    """Set validation and server data aside, and partition the rest among the clients.
+@dataclass(frozen=True)
+class Deal:
+    """The rows of a data set as a run uses them.
+
+    Args:
+        splits: validation, server, and the clients' together.
+        partition: the rows that each client trains on.
+        tested: the rows on which each client is tested, none of which is trained on; None: those of
+            `partition`.
+    """
+
+    splits: Splits
+    partition: Partition
+    tested: Partition | None
+
+
+def dealt(config: RunConfig, dataset: Dataset) -> Deal:
+    """Set validation and server data aside, partition the rest, and set test examples of clients aside.
 
     Raises:
         DataError: if the data cannot be partitioned as the config asks.
@@ -65,7 +82,15 @@ def dealt(config: RunConfig, dataset: Dataset) -> tuple[Splits, Partition]:
             config.clients.population,
             seed_sequence(seed, "partition"),
         )
-    return splits, partition
+        if not data.client_test_fraction:
+            return Deal(splits, partition, None)
+        partition, tested = partition.set_aside(data.client_test_fraction, seed_sequence(seed, "client_test"))
+    if not np.any(tested.sizes):
+        raise DataError(
+            f"data.client_test_fraction={data.client_test_fraction:g}: no client has two examples, one to "
+            "train on and one to be tested on; lower clients.population, or set it to 0"
+        )
+    return Deal(splits, partition, tested)
 
 
 def check_pairs(config: RunConfig, model: ModelSpec, partition: Partition) -> None:
@@ -81,7 +106,9 @@ def check_pairs(config: RunConfig, model: ModelSpec, partition: Partition) -> No
         raise ConfigError(f"method.batch_size: 1, but {model.name} cannot be trained on one example; {TWO}")
     alone = np.flatnonzero(np.asarray(partition.sizes) == 1)
     if len(alone):
+        share = config.data.client_test_fraction
+        aside = f" to train on, beside data.client_test_fraction={share:g}" if share else ""
         raise DataError(
-            f"data.partition: {len(alone):,} client(s) have one example (clients {alone[:10].tolist()}); "
-            f"{model.name} cannot be trained on one: {TWO}"
+            f"data.partition: {len(alone):,} client(s) have one example{aside} "
+            f"(clients {alone[:10].tolist()}); {model.name} cannot be trained on one: {TWO}"
         )

@@ -21,10 +21,10 @@ from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
-from fedray.data import Dataset, Examples, Splits
+from fedray.data import Dataset, Examples, Partition
 from fedray.durable import local_path, remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
-from fedray.experiment.dealing import check_pairs, dealt, loaded
+from fedray.experiment.dealing import Deal, check_pairs, dealt, loaded
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.placement import placed, stack_of
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
@@ -90,7 +90,7 @@ class Federation:
 
     config: RunConfig
     dataset: Dataset
-    splits: Splits
+    deal: Deal
     place: Workplace
 
     @classmethod
@@ -102,12 +102,12 @@ class Federation:
         """
         seed, clients = config.seed, config.clients
         dataset = loaded(config)
-        splits, partition = dealt(config, dataset)
+        deal = dealt(config, dataset)
         fleet = devices.draw(
             clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
         )
         model = config.build_model(dataset.input_shape, dataset.num_classes)
-        check_pairs(config, model, partition)
+        check_pairs(config, model, deal.partition)
         place = Workplace(
             model=model,
             flops=FlopModel.trace(
@@ -117,7 +117,7 @@ class Federation:
                 tokens=model.architecture.tokens,
             ),
             dataset=replace(dataset, test=_rows(dataset.test, np.arange(0))),  # out of every method's reach
-            population=Population(partition, fleet),
+            population=Population(deal.partition, fleet),
             method=config.method.options,
             rules=Rules(clients.deadline_s, clients.dropout),
             seed=seed,
@@ -125,7 +125,7 @@ class Federation:
             stack=stack_of(config, model.layout.size),
             precision=config.train.precision,
         )
-        return cls(config, dataset, splits, place)
+        return cls(config, dataset, deal, place)
 
     @property
     def schedule(self) -> Schedule:
@@ -143,15 +143,20 @@ class Federation:
     @property
     def side(self) -> ServerSide:
         """The data and the clock of the server."""
-        validation = _rows(self.dataset.train, self.splits.validation)
-        return ServerSide(devices.DEVICES["server"], self.splits.server, validation)
+        validation = _rows(self.dataset.train, self.deal.splits.validation)
+        return ServerSide(devices.DEVICES["server"], self.deal.splits.server, validation)
+
+    @property
+    def tested(self) -> Partition:
+        """The examples on which clients evaluate the final model: held out, or those that they train on."""
+        return self.deal.tested or self.deal.partition
 
     def sampled_clients(self) -> list[int]:
-        """Sample the clients that evaluate the final model on their own examples."""
-        population = len(self.place.population)
+        """Sample the clients that evaluate the final model, of those that have examples for it."""
+        there = np.flatnonzero(self.tested.sizes)
         rng = generator(self.config.seed, "evaluate")
         return sorted(
-            rng.choice(population, min(population, self.config.eval_clients), replace=False).tolist()
+            there[rng.choice(len(there), min(len(there), self.config.eval_clients), replace=False)].tolist()
         )
 
 
@@ -407,10 +412,14 @@ def _finish(federation: Federation, server: Server, files: RunFiles, ended: str 
 
 
 def _of_clients(federation: Federation, server: Server, files: RunFiles) -> dict[str, float]:
-    """Write the model's accuracy on the examples of each sampled client; return the final metrics of it."""
+    """Write the model's accuracy on the examples of each sampled client; return the final metrics of it.
+
+    Where examples are held out, `clients/without_test` counts the clients that have too few.
+    """
     clients, population = federation.sampled_clients(), federation.place.population
-    rows = [population.partition.rows(client) for client in clients]
+    rows = [federation.tested.rows(client) for client in clients]
     accuracy = _own_accuracy(federation, server, clients, rows)
+    missing = int(np.count_nonzero(np.asarray(federation.tested.sizes) == 0))
     files.write_client_accuracy(
         {
             "client": clients,
@@ -423,7 +432,7 @@ def _of_clients(federation: Federation, server: Server, files: RunFiles) -> dict
         "clients/accuracy_mean": float(np.mean(accuracy)),
         "clients/accuracy_std": float(np.std(accuracy)),
         "clients/accuracy_worst_decile": float(np.mean(np.sort(accuracy)[: -(-len(accuracy) // 10)])),
-    }
+    } | ({"clients/without_test": missing} if federation.deal.tested else {})
 
 
 def _own_accuracy(

@@ -283,7 +283,12 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
         axes.plot([p5, p95], [row, row], color=look.color, linewidth=1.4, zorder=3)
         axes.plot([p25, p75], [row, row], color=look.color, linewidth=7, solid_capstyle="butt", zorder=4)
         axes.plot(p50, row, "o", color=look.color, markerfacecolor="white", markersize=6.5, zorder=5)
-    axes.set_yticks(range(len(strips)), [look.name or "" for look, _ in strips], fontsize=9)
+    kinds = [_examples_of(look.setting) for look, _ in strips]
+    same = len(set(kinds)) == 1
+    names = [
+        look.name if same else f"{look.name}\n({kind})" for (look, _), kind in zip(strips, kinds, strict=True)
+    ]
+    axes.set_yticks(range(len(strips)), [name or "" for name in names], fontsize=9)
     axes.set_ylim(len(strips) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -291,12 +296,19 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
     axes.spines["left"].set_visible(False)
     lowest = min(float(values[0]) for _, values in strips)
     axes.set_xlim(max(-0.01, lowest - 0.03), 1.01)
-    axes.set_xlabel("accuracy of the final model on a client's own examples (share of examples)")
+    on = kinds[0] if same else "examples"
+    axes.set_xlabel(f"accuracy of the final model on a client's own {on} (share of examples)")
     widen_left(figure, axes)
     write_footnote(
         figure, axes, "point: a client · circle: median · bar: middle half · line: 5th to 95th percentile"
     )
     return figure
+
+
+def _examples_of(setting: Setting) -> str:
+    """Name the examples on which clients measured the accuracy of a setting."""
+    held_out = setting.flat.get("data.client_test_fraction")
+    return "held-out examples" if held_out else "training examples"
 
 
 def _opacity(points: int) -> float:

@@ -3,7 +3,7 @@
     config.yaml              the whole config, defaults included
     rounds.jsonl             one line a round; only the last line can be torn
     clients.parquet/         a row per client and round, in part files written at each checkpoint
-    client_accuracy.parquet  the final model on each client's own examples
+    client_accuracy.parquet  the final model on each client's own examples (held out, if any are)
     checkpoints/             the newest two; the older one is for the case that the newer is damaged
     model.safetensors        the final model, by name
     result.json              every final metric under its name, `weights_sha256`, `status`: written last

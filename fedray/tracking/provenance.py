@@ -14,13 +14,14 @@ def declared(config: "RunConfig") -> dict[str, str | float]:
 
     `norm`, the policy for batch normalisation; `zero_policy`, what clients do with pruned weights;
     `server_data`, the share of the training examples that the server trains on; `precision`, that of
-    training.
+    training; `client_accuracy`, the examples on which `clients/accuracy_*` are measured.
     """
     method = config.method.options
     return {
         "norm": config.norm,
         "zero_policy": method.zero_policy,
         "precision": config.train.precision,
+        "client_accuracy": "held-out examples" if config.data.client_test_fraction else "training examples",
         "server_data": config.data.server_fraction if method.uses_server_data else 0.0,
     }
 

@@ -179,7 +179,7 @@ def test_it_is_not_asked_about_a_model_that_is_refused_anyway(asked: list[Settin
 @pytest.mark.parametrize("fraction", [0.2, 0.25, 0.3, 0.57])
 def test_a_population_may_use_every_example_that_is_left(fraction: float) -> None:
     changes = {"data.validation_fraction": fraction}
-    left = len(Federation.of(tiny.config(changes)).splits.train)
+    left = len(Federation.of(tiny.config(changes)).deal.splits.train)
     config = tiny.config(changes | {"clients.population": left})
     assert len(Federation.of(config).place.population) == left
     message = refused(changes | {"clients.population": left + 1})

@@ -65,6 +65,7 @@ def test_what_is_declared():
         "zero_policy": "enforce",
         "precision": "fp32",
         "server_data": 0.0,
+        "client_accuracy": "training examples",
     }
     frlp = {"name": "frlp", "zeros": "regrow"}
     config = tiny.config({"data.server_fraction": 0.1, "method": frlp, "rounds": 70})

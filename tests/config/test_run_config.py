@@ -146,6 +146,7 @@ IN_THE_RESULT = {
     "data.partition.alpha": 0.4,
     "data.validation_fraction": 0.2,
     "data.server_fraction": 0.1,
+    "data.client_test_fraction": 0.2,
     "clients.population": 99,
     "clients.cohort": 9,
     "clients.devices": {"phone": 1},

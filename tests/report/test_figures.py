@@ -100,3 +100,20 @@ def test_decisions_are_drawn_where_somebody_decided(tmp_path):
     plain = write_run(tmp_path / "b", staged(), (0.1, 0.5, 0.8))
     assert DECISIONS in figures.draw(settings_of(decided, plain))
     assert DECISIONS not in figures.draw(settings_of(plain))
+
+
+def test_the_picture_of_clients_says_on_which_examples(tmp_path):
+    plain = write_run(tmp_path / "a", {"seed": 0}, (0.1, 0.5))
+    held = write_run(tmp_path / "b", {"seed": 0, "data": {"client_test_fraction": 0.2}}, (0.1, 0.5))
+
+    def label(*paths):
+        figure = figures._clients(figures.looks_of(settings_of(*paths)))
+        assert figure is not None
+        (axes,) = figure.axes
+        return axes.get_xlabel(), [text.get_text() for text in axes.get_yticklabels()]
+
+    assert "a client's own training examples" in label(plain)[0]
+    assert "a client's own held-out examples" in label(held)[0]
+    both, names = label(plain, held)
+    assert "own examples" in both
+    assert [name.splitlines()[-1] for name in names] == ["(training examples)", "(held-out examples)"]
