@@ -7,7 +7,7 @@ A file holds a group of commands. A command imports what it needs when it runs: 
 for torch.
 """
 
-from fedray.cli import running, reports, tables, agents  # isort: skip  # `--help` lists them in this order
+from fedray.cli import running, hand, reports, tables, agents  # isort: skip  # `--help` lists them in this order
 from fedray.cli.agents import AGENT_COMMANDS
 from fedray.cli.console import err, out
 from fedray.cli.entry import app, collect_rarely, main
@@ -22,6 +22,7 @@ __all__ = [
     "app",
     "collect_rarely",
     "err",
+    "hand",
     "listing",
     "main",
     "out",

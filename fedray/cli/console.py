@@ -1,12 +1,15 @@
 """The two streams of the commands, and how they write tables, paths and texts."""
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, ConsoleDimensions
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["err", "escape", "out", "short", "table"]
+__all__ = ["err", "escape", "out", "say_json", "short", "table"]
 
 
 class _Console(Console):
@@ -27,6 +30,11 @@ def table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def say_json(value: Any) -> None:
+    """Write JSON, and nothing else, to stdout; NaN must be null by then."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def short(path: Path) -> str:

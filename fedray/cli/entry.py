@@ -29,6 +29,7 @@ Out = Annotated[
     Path | None, typer.Option("--out", help="An empty or new directory; default: the next under runs/.")
 ]
 Name = Annotated[str | None, typer.Argument(help="Show one of them with all its options.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and nothing else.")]
 Import = Annotated[
     list[Path] | None,
     typer.Option("--import", help="Python file that adds methods, models, devices, … to the tables."),

@@ -11,16 +11,24 @@ and the MLflow runs end as KILLED. The second signal ends the process at once.
             stop.check()
 
 SIGINT raises KeyboardInterrupt; SIGTERM and SIGHUP raise SystemExit with status 128 + their number.
+`fedray stop` leaves a file in the directory; `Stop.look` takes it for a SIGTERM that came after the round.
 """
 
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from fedray.durable import shown
+from fedray.storage.directory import is_asked_to_stop
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -46,6 +54,12 @@ class Stop:
             yield
         finally:
             self._raises_now = False
+
+    def look(self, folder: Path) -> None:
+        """Count `fedray stop` of a directory as a SIGTERM."""
+        if self.signal is None and is_asked_to_stop(folder):
+            self.signal = signal.SIGTERM
+            logger.warning("`fedray stop %s`: ending after the round in progress", shown(folder))
 
     def check(self) -> None:
         """Raise if a signal has come.

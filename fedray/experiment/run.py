@@ -366,6 +366,8 @@ def _rounds(server: Server, files: RunFiles, config: RunConfig, stop: Stop) -> G
                 unsaved = None
             files.warn(f"round {report.round}: {note}" for note in report.notes)
             yield report
+            if report.round < config.rounds:
+                stop.look(files.path)
             stop.check()
     finally:
         if unsaved is not None:

@@ -1,7 +1,8 @@
 """The directory of a run, sweep or training: how it is created, and which process holds it.
 
 `take` and `take_next` make a new one; of several that try at once, one gets it. `Lock` keeps a second process
-out of one that is in use, and ends with its process, however that dies.
+out of one that is in use, and ends with its process, however that dies. `holder_of` tells which process has
+it, and `ask_to_stop` asks that process to end.
 """
 
 import errno
@@ -9,22 +10,29 @@ import fcntl
 import json
 import os
 import socket
+import struct
+import sys
 import threading
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedray.durable import shown
+from fedray.durable import on_disk, shown
 from fedray.errors import ConfigError, RunError
 
 LOCK = ".lock"
 """The file whose lock says that a process works in the directory."""
 
+STOP = ".stop"
+"""A file that asks the process that works in the directory to end after its round."""
+
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
-_held: dict[tuple[int, str], str] = {}
+_held: dict[tuple[int, str], dict[str, Any]] = {}
 _guard = threading.Lock()
 
 
@@ -129,6 +137,7 @@ class Lock:
         with _guard:
             _held.pop(self._key, None)
             if self._file is not None:
+                _forget_stop(self.path)
                 self._file.close()  # which ends the lock
                 self._file = None
 
@@ -137,7 +146,7 @@ class Lock:
         with _guard:
             # a POSIX lock is the process's: it grants a second one, and the first close ends both
             if self._key in _held:
-                return _held[self._key]
+                return _described(_held[self._key])
             try:
                 file = FileIO(self.path / LOCK, "a+")
             except OSError as error:
@@ -150,9 +159,10 @@ class Lock:
                     file.close()
                     return holder
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-            _held[self._key] = _described(me)
+            _held[self._key] = me
             self._file = file
             self._sign(me)
+            _forget_stop(self.path)  # it was meant for an earlier process
             return None
 
     def _sign(self, me: dict[str, Any]) -> None:
@@ -171,11 +181,105 @@ def _now() -> str:
 
 def _holder(file: FileIO) -> str:
     try:
-        file.seek(0)
-        return _described(json.loads(file.read(1000)))
+        return _described(_signed(file))
     except (OSError, ValueError, KeyError, TypeError):
         return "by another process"
 
 
+def _signed(file: FileIO) -> dict[str, Any]:
+    """Read who signed the lock's file."""
+    file.seek(0)
+    found: dict[str, Any] = json.loads(file.read(1000))
+    return found
+
+
 def _described(who: dict[str, Any]) -> str:
     return f"process {who['pid']} on {who['host']}, since {who['since']}"
+
+
+# ── from another process
+# ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that works in a directory.
+
+    Args:
+        pid: its id; on this host as the system says it, elsewhere as the process wrote it.
+        host: its host; empty if unknown.
+        since: when it took the directory, `2026-01-31 12:00:00 UTC`; empty if unknown.
+    """
+
+    pid: int
+    host: str
+    since: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on this host, so that a signal reaches it."""
+        return self.host == socket.gethostname()
+
+    @property
+    def described(self) -> str:
+        """The process in words."""
+        return _described(
+            {"pid": self.pid, "host": self.host or "an unknown host", "since": self.since or "?"}
+        )
+
+
+def holder_of(path: Path) -> Holder | None:
+    """Return the process that works in a directory; None if none does. It only looks: it takes no lock."""
+    with _guard:
+        # closing the file here would end this process's own lock
+        mine = _held.get((os.getpid(), os.path.realpath(path)))
+        if mine is not None:
+            return Holder(mine["pid"], mine["host"], mine["since"])
+        try:
+            with FileIO(path / LOCK) as file:
+                pid = _locked_by(file)
+                if pid is None:
+                    return None
+                try:
+                    who = _signed(file)
+                    here = who["host"] == socket.gethostname() and pid > 0
+                    return Holder(pid if here else int(who["pid"]), str(who["host"]), str(who["since"]))
+                except (OSError, ValueError, KeyError, TypeError):
+                    return Holder(pid, "", "")
+        except OSError:
+            return None
+
+
+def _locked_by(file: FileIO) -> int | None:
+    """Return the id of the process that has a file's lock; None if it is free, or cannot be locked here."""
+    linux = sys.platform.startswith("linux")
+    layout = "hhqqi" if linux else "qqihh"  # struct flock
+    start, length, pid = 0, 0, 0
+    asked = (
+        struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, start, length, pid)
+        if linux
+        else struct.pack(layout, start, length, pid, fcntl.F_WRLCK, os.SEEK_SET)
+    )
+    found = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, asked)[: struct.calcsize(layout)])
+    kind, holder = (found[0], found[4]) if linux else (found[3], found[2])
+    return None if kind == fcntl.F_UNLCK else int(holder)
+
+
+def ask_to_stop(path: Path) -> None:
+    """Ask the process that works in a directory, on whatever host, to end after its round in progress.
+
+    Raises:
+        RunError: if the directory cannot be written.
+    """
+    with on_disk(path / STOP):
+        (path / STOP).touch()
+
+
+def is_asked_to_stop(path: Path) -> bool:
+    """Tell whether the process that works in a directory is asked to end."""
+    return (path / STOP).exists()
+
+
+def _forget_stop(path: Path) -> None:
+    with suppress(OSError):
+        (path / STOP).unlink(missing_ok=True)

@@ -10,6 +10,7 @@
     warnings.txt, mlflow.json   if there are warnings; if MLflow tracks the run
     ended-000100/            result, model and accuracies after round 100, if a resume then added rounds
     .lock                    locked while a process works here
+    .stop                    asks that process to end after its round (`fedray stop`)
 
 A file that is not appended to is written under another name and renamed (`fedray.durable`).
 """

@@ -47,7 +47,7 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
         plan.tune.direction,
         Journal(path / JUDGED),
         on_stop=stopped,
-        is_finished=lambda name: status_of(places[name]) == "finished",
+        is_finished=lambda name: status_of(places[name]) in ("finished", "stopped"),
         is_ending=is_ending,
     )
     begun = {name: place for name, place in places.items() if (place / "config.yaml").exists()}

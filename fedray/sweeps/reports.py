@@ -6,8 +6,11 @@ from typing import Any
 
 from fedray.config.run_config import RunConfig
 from fedray.config.stop_rules import Targets
+from fedray.storage.directory import is_asked_to_stop
+from fedray.storage.run_files import RunFiles
 from fedray.sweeps.judging import last_judged, rounds_of
-from fedray.sweeps.tune import ASKS, end_if_asked
+from fedray.sweeps.outcome import STOPPED
+from fedray.sweeps.tune import ASKS, Asked, end_if_asked
 from fedray.types import RoundReport
 
 
@@ -18,6 +21,7 @@ class Reports:
 
     Args:
         sweep: the sweep's directory.
+        place: the trial's.
         config: the trial's.
         metric: the metric that is compared.
         targets: at which the trial ends.
@@ -27,12 +31,14 @@ class Reports:
     def __init__(
         self,
         sweep: Path,
+        place: Path,
         config: RunConfig,
         metric: str,
         targets: Targets,
         check: Callable[[Mapping[str, Any], int], None],
     ) -> None:
-        self.sweep, self.config, self.metric = sweep, config, metric
+        self.sweep, self.place = sweep, place
+        self.config, self.metric = config, metric
         self.targets, self.check = targets, check
         self.seen: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
@@ -47,8 +53,16 @@ class Reports:
         self.check(self.seen, report.round)
         if report.round == self.config.rounds or self.ended(report.round, report.metrics) is not None:
             self._last = metrics
-        elif self.metric in metrics or report.round % self.config.eval_every == 0:
+            return
+        self._end_if_stopped(report.round)
+        if self.metric in metrics or report.round % self.config.eval_every == 0:
             tune.report(metrics)
+
+    def _end_if_stopped(self, round: int) -> None:
+        """End the trial as a stopped one if `fedray stop` was called for it alone."""
+        if is_asked_to_stop(self.place):
+            RunFiles(self.place).write_json(STOPPED, {"round": round})
+            raise Asked
 
     def ended(self, round: int, metrics: Mapping[str, Any]) -> str | None:
         """Return why the trial ends with a round; None: it does not."""

@@ -318,7 +318,7 @@ def _trial(job: _Job, name: str) -> None:
     config = job.config(name)
     place = job.path / "trials" / name
     targets = Targets(job.tune.stop, job.tune.direction_of, config.eval_every)
-    reports = Reports(job.path, config, job.tune.metric, targets, job.check)
+    reports = Reports(job.path, place, config, job.tune.metric, targets, job.check)
     tracking, pool = replace(job.tracking, name=name), pool_for(config, job.cpus)
     how: dict[str, Any] = {
         "pool": pool,

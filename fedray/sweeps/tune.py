@@ -199,6 +199,7 @@ def _stopper(stop: Stop, is_over: Callable[[], bool], folder: Path) -> Any:
             return False
 
         def stop_all(self) -> bool:
+            stop.look(folder)
             if stop.signal is None and not is_over():
                 return False
             if not _ending(folder).exists():
