@@ -7,7 +7,7 @@ A file holds a group of commands. A command imports what it needs when it runs: 
 for torch.
 """
 
-from fedray.cli import running, hand, reports, tables, agents  # isort: skip  # `--help` lists them in this order
+from fedray.cli import new, running, hand, reports, tables, agents  # isort: skip  # `--help` lists them in this order
 from fedray.cli.agents import AGENT_COMMANDS
 from fedray.cli.console import err, out
 from fedray.cli.entry import app, collect_rarely, main
@@ -25,6 +25,7 @@ __all__ = [
     "hand",
     "listing",
     "main",
+    "new",
     "out",
     "reports",
     "running",

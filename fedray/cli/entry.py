@@ -61,8 +61,9 @@ def collect_rarely() -> None:
 
 def import_all(paths: list[Path] | None) -> None:
     from fedray.config.plugins import import_modules
+    from fedray.config.shipped import located
 
-    import_modules(paths or [])
+    import_modules([located(path) for path in paths or []])
 
 
 def imports_override(file: Path, imports: list[Path] | None) -> list[str]:
@@ -71,9 +72,10 @@ def imports_override(file: Path, imports: list[Path] | None) -> list[str]:
         return []
     from fedray.config import yaml_text
     from fedray.config.overrides import base_of
+    from fedray.config.shipped import located
 
     named = base_of(yaml_text.load(file), file).get("imports") or []
     if not isinstance(named, list):
         return []  # it is refused where the file is validated
-    every = [str(path) for path in [*named, *imports]]
+    every = [str(path) for path in [*named, *map(located, imports)]]
     return [f"imports={json.dumps(list(dict.fromkeys(every)))}"]

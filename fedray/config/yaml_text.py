@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fedray.config.shipped import hint, located
 from fedray.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
@@ -108,14 +109,16 @@ _Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))
 def load(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, in UTF-8, or as its byte order mark says.
 
+    `tune_configs/NAME.yaml` is the shipped config where there is no such file (`shipped.located`).
+
     Raises:
         ConfigError: if it cannot be read, is not YAML, or holds something else.
     """
     try:
-        data = Path(path).read_bytes()
+        data = located(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+        raise ConfigError(f"{path}: cannot be read: {reason}{hint(path)}") from None
     tree = parse(_text(data, path), where=str(path))
     if tree is None:
         return {}
