@@ -67,8 +67,11 @@ SWEEP_FILES = {
     "best.json": "its trials and final metrics, means over its seeds",
     "trials/<point>/": "the directory of a run, for each point",
     "judged.jsonl": "the reports that the scheduler judged, in their order; `resume` judges them again",
+    "perturbed.jsonl": "PBT's perturbations: after which round, and which trial continues from which",
     "spent.json": "seconds that the trials have run, where there is a time budget",
     "trials/<point>/stopped.json": "the scheduler stopped the trial after this round",
+    "trials/<point>/lineage.jsonl": "PBT's forks: round, parent, changed options, own costs before",
+    "trials/<point>/before-…/": "the trial's own rounds and checkpoints before a fork",
     "trials/<point>/error.txt": "why the trial failed, with its traceback",
     "report/": "figures (PNG), `table.md` and `table.csv`; `fedray report` writes them anew",
 }

@@ -46,6 +46,7 @@ RAY = {
     "fedray.sweeps.sweep",
     "fedray.sweeps.tune",
     "fedray.sweeps.hyperband",
+    "fedray.sweeps.pbt",
     "fedray.sweeps.reports",
     "fedray.sweeps.schedulers",
     "fedray.sweeps.space",  # the verbs of a sweep's space are Tune's own

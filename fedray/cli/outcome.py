@@ -30,6 +30,9 @@ def say_sweep(result: Any) -> None:
     from fedray.report.table import comparison, render_table, write_report
 
     started = time.perf_counter()
+    if result.ended is not None and all(trial.status == "missing" for trial in result.trials):
+        out.print(_ends(result)[-1], highlight=False, soft_wrap=True)
+        return
     runs = label_runs([load_run(path) for path in find_runs([result.path])])
     out.print(render_table(comparison(runs), out.width))
     written = write_report([result.path])

@@ -10,13 +10,13 @@ Nothing here loads Ray.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
 from fedray.config.choice import Chooser
-from fedray.types import PositiveInt
+from fedray.types import Fraction, PositiveInt
 
 Reduction = Annotated[int, Field(ge=2, le=2**63 - 1)]
 
@@ -71,11 +71,33 @@ class Median(Scheduler):
     min_trials: PositiveInt = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pbt(Scheduler):
+    """The worst trials continue from the models of the best, with perturbed options (Jaderberg et al., 2017).
+
+    All trials wait for each other at each perturbation.
+
+    Args:
+        perturb_every: rounds between perturbations, at evaluated rounds that have checkpoints.
+        quantile: share of the trials that are the worst, and that are the best.
+        resample_probability: of drawing an option anew; else a number is multiplied by 0.8 or 1.2, and of a
+            list the neighbour is taken.
+        mutations: option → verb and list, as in `space`; a number stays between the verb's bounds, and a list
+            (`choice`) keeps its order.
+    """
+
+    perturb_every: PositiveInt = 10
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    resample_probability: Fraction = 0.25
+    mutations: Mapping[str, Mapping[str, list[float | int | str]]] = field(default_factory=dict)
+
+
 SCHEDULERS: Mapping[str, type[Scheduler]] = {
     "fifo": Fifo,
     "asha": Asha,
     "hyperband": HyperBand,
     "median": Median,
+    "pbt": Pbt,
 }
 """Name → options."""
 

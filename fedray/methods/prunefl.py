@@ -102,6 +102,7 @@ class PruneFL(Method[PruneFLMemory]):
 
     citation: ClassVar[str] = "Jiang et al., TNNLS 2022"
     prunes: ClassVar[bool] = True
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"drop", "max_density"}
 
     interval: PositiveInt | None = None
     drop: Fraction = 0.3

@@ -99,6 +99,7 @@ class Staged(Method[StagedMemory]):
 
     citation: ClassVar[str] = "Zhu and Gupta, 2017; Han et al., NeurIPS 2015"
     prunes: ClassVar[bool] = True
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"density", "threshold", "min_density"}
 
     density: Density = 0.1
     threshold: NonNegativeFloat | None = None

@@ -1,16 +1,17 @@
 """The scheduler of a sweep, as its files have it: rule, journal, and which trials were stopped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedray.config.run_config import RunConfig
-from fedray.config.schedulers import Asha, Fifo, HyperBand, Median
-from fedray.config.tune_config import TuneConfig, first_rung
+from fedray.config.schedulers import Asha, Fifo, HyperBand, Median, Pbt
+from fedray.config.tune_config import first_rung
 from fedray.durable import append, as_lines, scan_lines
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import STOPPED, status_of
-from fedray.sweeps.space import Sweep
+from fedray.sweeps.perturbing import recorded
+from fedray.sweeps.space import Sweep, mutations_of
 from fedray.sweeps.tune import import_tune
 
 JUDGED = "judged.jsonl"
@@ -41,7 +42,7 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
             RunFiles(places[name]).write_json(STOPPED, {"round": round})
 
     judge = Judge(
-        _rule(plan.tune, [point.config for point in plan.points]),
+        _rule(plan, path),
         list(lasts),
         plan.tune.metric,
         plan.tune.direction,
@@ -58,8 +59,9 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
     return judge
 
 
-def _rule(tune: TuneConfig, configs: Sequence[RunConfig]) -> Any:
+def _rule(plan: Sweep, path: Path) -> Any:
     """Return the rule that the options describe."""
+    tune, configs = plan.tune, [point.config for point in plan.points]
     from fedray.sweeps.hyperband import HyperBandRule
     from fedray.sweeps.schedulers import AshaRule, MedianRule
 
@@ -68,8 +70,30 @@ def _rule(tune: TuneConfig, configs: Sequence[RunConfig]) -> Any:
         return AshaRule(first=first, last=last, reduction=options.reduction)
     if isinstance(options, Median):
         return MedianRule(first=first, min_trials=options.min_trials)
+    if isinstance(options, Pbt):
+        return _population(plan, options, path)
     assert isinstance(options, HyperBand)
     return HyperBandRule(last=last, reduction=options.reduction)
+
+
+def _population(plan: Sweep, options: Pbt, path: Path) -> Any:
+    """Return the rule of PBT."""
+    from fedray.sweeps.pbt import PbtRule
+
+    return PbtRule(
+        every=options.perturb_every,
+        quantile=options.quantile,
+        resample=options.resample_probability,
+        mutations=mutations_of(options, plan.name),
+        seed=plan.tune.seed,
+        configs={
+            point.name: {
+                key: getattr(point.config.method.options, key.partition(".")[2]) for key in options.mutations
+            }
+            for point in plan.points
+        },
+        on_perturb=partial(recorded, path, plan.points[0].config),
+    )
 
 
 def rounds_of(place: Path) -> list[dict[str, Any]]:

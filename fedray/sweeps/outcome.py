@@ -12,6 +12,7 @@ from fedray.comparing import worth
 from fedray.config import yaml_text
 from fedray.durable import on_disk
 from fedray.durable import replace as replace_file
+from fedray.experiment.forking import lineage
 from fedray.report.table import mean_and_interval
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.space import Point
@@ -131,8 +132,12 @@ def record_best(path: Path, best: Best, metric: str) -> dict[str, Any]:
     """
     first = best.trials[0]
     note = f"# fedray run {BEST}\n# The best point of this sweep: {first.point.name}\n"
+    tree = first.point.config.to_tree()
+    if lineage(first.path):
+        note += "# Its options changed in the run (lineage.jsonl of the trial); these are the last ones.\n"
+        tree = RunFiles(first.path).read_config()
     with on_disk(path / BEST):
-        replace_file(path / BEST, f"{note}{yaml_text.dump(first.point.config.to_tree())}".encode())
+        replace_file(path / BEST, f"{note}{yaml_text.dump(tree)}".encode())
     numbers = {
         "trials": [trial.point.name for trial in best.trials],
         "metric": metric,

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import numpy as np
 from fedray.config import yaml_text
 from fedray.config.messages import Where, line, shortened
 from fedray.config.overrides import SECTIONS, base_of, origin, override_tree, parse_overrides
+from fedray.config.pbt_rules import pbt_problems
 from fedray.config.run_config import RunConfig
+from fedray.config.schedulers import SCHEDULER, Pbt
 from fedray.config.trees import CHOICES, Tree
 from fedray.config.tune_config import VERBS, TuneConfig, comparison_problems, tune_config
 from fedray.errors import ConfigError, unknown
@@ -138,6 +141,7 @@ class Sweep:
             raise ConfigError("\n".join(_of_points(*item, len(changes)) for item in problems.items()))
         configs = [point.config for point in points]
         incomparable = [line(key, text, where) for key, text in comparison_problems(tune, configs)]
+        incomparable += _population_problems(tune, points, where)
         if incomparable:
             raise ConfigError("\n".join(incomparable))
         return cls(name, tree | {"base": _located(tree["base"], configs)}, tune, tuple(points))
@@ -169,6 +173,34 @@ def expand(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> list[Tre
             drawn = {key: _plain(domain.sample(random_state=random)) for key, domain in domains.items()}
             points.append(dict(zip(grids, values, strict=True)) | drawn)
     return points
+
+
+def _population_problems(tune: TuneConfig, points: Sequence[Point], where: Where) -> list[str]:
+    """Return why the points cannot be PBT's population."""
+    if not isinstance(tune.rules, Pbt):
+        return []
+    configs = [point.config for point in points]
+    every = lcm(*(config.eval_every for config in configs))
+    found = pbt_problems(tune.rules, configs, [point.changes for point in points], every)
+    problems = [line(key, text, where) for key, text in found]
+    if not problems:
+        mutations_of(tune.rules, where)
+    return problems
+
+
+def mutations_of(options: Pbt, where: Where) -> dict[str, Any]:
+    """Return Tune's domain, or the list of values, of each option that PBT perturbs.
+
+    Raises:
+        ConfigError: for a verb that there is not, or arguments it does not take.
+    """
+    found: dict[str, Any] = {}
+    for key, spec in options.mutations.items():
+        dotted = f"{SCHEDULER.section}.mutations.{key}"
+        verb, arguments = _verb(key, spec, where, dotted)
+        is_list = verb in ("grid", "choice")
+        found[key] = list(arguments) if is_list else _domain(key, verb, arguments, where, dotted)
+    return found
 
 
 def refuse_shared(space: Mapping[str, Any], where: Where) -> None:
@@ -274,21 +306,23 @@ def _of_points(problem: str, labels: Sequence[str], points: int) -> str:
     return f"{problem} [{labels[0]}{more}]"
 
 
-def _verb(key: str, spec: Any, where: Where) -> tuple[str, list[Any]]:
+def _verb(key: str, spec: Any, where: Where, dotted: str = "") -> tuple[str, list[Any]]:
+    """Return the verb and its list; `dotted` is the key for messages, by default in `space`."""
+    dotted = dotted or f"space.{key}"
     inner = _dotted(key, spec)
     if inner:
         text = f"got {shortened(spec)}; write the key with its dots: {', '.join(inner)}"
-        raise ConfigError(line(f"space.{key}", text, where))
+        raise ConfigError(line(dotted, text, where))
     if not isinstance(spec, Mapping) or len(spec) != 1:
         example = shortened(spec) if isinstance(spec, list) and spec else "[1, 2]"
         text = f"got {shortened(spec)}; write one verb and its list, e.g. {{grid: {example}}}"
-        raise ConfigError(line(f"space.{key}", text, where))
+        raise ConfigError(line(dotted, text, where))
     ((verb, arguments),) = spec.items()
     if verb not in VERBS:
-        raise ConfigError(line(f"space.{key}", unknown("verb", str(verb), VERBS), where))
+        raise ConfigError(line(dotted, unknown("verb", str(verb), VERBS), where))
     if not isinstance(arguments, list) or not arguments:
         text = f"got {shortened(arguments)}; must be a list with something in it"
-        raise ConfigError(line(f"space.{key}.{verb}", text, where))
+        raise ConfigError(line(f"{dotted}.{verb}", text, where))
     return verb, arguments
 
 
@@ -307,7 +341,7 @@ def _dotted(key: str, spec: Any) -> list[str]:
     return found
 
 
-def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:
+def _domain(key: str, verb: str, arguments: list[Any], where: Where, dotted: str = "") -> Any:
     """Return the domain of Tune, after one trial draw."""
     import_ray()
     from ray import tune
@@ -317,7 +351,7 @@ def _domain(key: str, verb: str, arguments: list[Any], where: Where) -> Any:
         domain.sample(random_state=np.random.RandomState(0))  # some arguments are refused only here
     except Exception as error:
         text = f"got {shortened(arguments)}; {verb} does not take that: {error}"
-        raise ConfigError(line(f"space.{key}.{verb}", text, where)) from None
+        raise ConfigError(line(f"{dotted or f'space.{key}'}.{verb}", text, where)) from None
     return domain
 
 

@@ -42,11 +42,12 @@ from fedray.sweeps.outcome import (
     record_best,
     status_of,
 )
+from fedray.sweeps.perturbing import fork_if_due
 from fedray.sweeps.reports import Reports
 from fedray.sweeps.space import OnPoint, Point, Sweep
 from fedray.sweeps.stopping import Budget
 from fedray.sweeps.tune import fit, import_tune, room
-from fedray.tracking.catching_up import mend
+from fedray.tracking.catching_up import config_of, mend
 from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
 from fedray.tracking.store import import_mlflow, prepare_store
 from fedray.tracking.tracked import Tracking
@@ -328,6 +329,7 @@ def _trial(job: _Job, name: str) -> None:
     }
     if status_of(place) == "finished":
         return  # it was asked to wait with its last report
+    fork_if_due(job.path, name, PATIENCE_S)
     if (place / "config.yaml").exists():
         reports.before(name, place, asks=job.needed_by is not None)
         # the process of an earlier try may take a moment to die
@@ -425,7 +427,7 @@ def _record_outcome(point: Point, place: Path, tracking: Tracking, cut: RunStatu
     """Record the outcome of a trial that could not; `cut` is the outcome of an interrupted one."""
     files, status = RunFiles(place), status_of(place)
     if status == "finished":
-        mend(files, point.config, tracking)
+        mend(files, config_of(files), tracking)  # PBT may have changed the point's
         return
     if status == "stopped" and files.read_json("result.json") is None and (rounds := files.rounds()):
         last = rounds[-1]

@@ -11,6 +11,7 @@ from fedray.config import yaml_text
 from fedray.config.overrides import override_tree
 from fedray.durable import scan_lines
 from fedray.errors import ConfigError
+from fedray.experiment.forking import lineage
 from fedray.storage import sealed
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.judging import JUDGED
@@ -124,23 +125,23 @@ def test_a_sweep_ends_with_its_budget_and_resume_takes_another(ray_local, in_tmp
     from fedray.cli.outcome import say_sweep
     from fedray.sweeps.sweep import load_sweep
 
-    planned = plan(in_tmp, tune | {"time_budget_s": 4}, rounds=500)
+    planned = plan(in_tmp, tune | {"time_budget_s": 20}, rounds=5000)
     made = sweep(planned, out=in_tmp / "sweep")
-    assert made.ended == "the time budget of 4 s is spent"
+    assert made.ended == "the time budget of 20 s is spent"
     assert made.cut and not made.failed
     say_sweep(made)
-    assert "The time budget of 4 s is spent: " in capsys.readouterr().out
-    (begun,) = [trial for trial in made.cut if trial.status == "failed"]
+    assert "The time budget of 20 s is spent: " in capsys.readouterr().out
+    begun = next(trial for trial in made.cut if trial.status == "failed")
     files = RunFiles(begun.path)
     found = files.load()
     assert found is not None and found.done == files.rounds()[-1]["round"] > 0  # in good order
-    with pytest.raises(ConfigError, match=r"tune\.time_budget_s: the trials of .* have run \d+ s of 4 s; "):
+    with pytest.raises(ConfigError, match=r"tune\.time_budget_s: the trials of .* have run \d+ s of 20 s; "):
         resume_sweep(made.path)
-    more = load_sweep(made.path, overrides=["tune.time_budget_s=8"])
+    more = load_sweep(made.path, overrides=["tune.time_budget_s=40"])
     again = resume_sweep(made.path, more)
-    assert again.ended == "the time budget of 8 s is spent"
+    assert again.ended == "the time budget of 40 s is spent"
     assert files.rounds()[-1]["round"] > found.done
-    assert load_sweep(made.path).tune.time_budget_s == 8
+    assert load_sweep(made.path).tune.time_budget_s == 40
 
 
 def test_a_resumed_sweep_changes_nothing_else(in_tmp):
@@ -161,3 +162,51 @@ def written(path: Path) -> Path:
     tree = {"name": "some", "base": TREE, "space": {}, "points": [{}], "tune": {}}
     sealed.write(path / "sweep.yaml", tree)
     return path
+
+
+PBT = {
+    "name": "pbt",
+    "perturb_every": 3,
+    "quantile": 0.5,
+    "mutations": {"method.lr": {"loguniform": [0.001, 1.0]}},
+}
+
+
+@pytest.mark.slow
+def test_a_population_perturbs_running_federations_and_a_cut_one_does_the_same(ray_local, in_tmp):
+    space = {"method.lr": {"grid": [0.1, 0.001, 0.3]}}
+    uri = f"sqlite:///{in_tmp}/mlflow.db"
+    tune = {"scheduler": PBT, "metric": "val/loss"}
+    planned = plan(in_tmp, tune, space, checkpoint_every=3, tracking={"uri": uri})
+    whole = sweep(planned, out=in_tmp / "whole")
+    assert {end for end in ends(whole).values()} == {("finished", 9)}
+    drawn = scan_lines(whole.path / "perturbed.jsonl")[0]
+    assert [line["round"] for line in drawn] == [3, 6]
+    forked = {one["trial"] for line in drawn for one in line["exploits"]}
+    assert forked and {trial.point.name for trial in whole.trials if lineage(trial.path)} == forked
+    for trial in whole.trials:
+        for entry in lineage(trial.path):
+            parent = RunFiles(whole.path / "trials" / entry["from"])
+            assert entry["spent"]["total/bytes/up"] > 0
+            if len(lineage(trial.path)) == 1 and not lineage(parent.path):
+                mine = RunFiles(trial.path).rounds()[: entry["round"] + 1]
+                assert mine == parent.rounds()[: entry["round"] + 1]
+    assert whole.best is not None and (whole.path / "best.yaml").is_file()
+    with pytest.raises(SystemExit):
+        sweep(planned, out=in_tmp / "cut", on_round=cut_after(15))
+    again = resume_sweep(in_tmp / "cut")
+    assert scan_lines(again.path / "perturbed.jsonl")[0] == drawn
+    for one, other in zip(whole.trials, again.trials, strict=True):
+        results = [RunFiles(trial.path).read_json("result.json") or {} for trial in (one, other)]
+        assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+        forks = [[{**entry, "spent": None} for entry in lineage(trial.path)] for trial in (one, other)]
+        assert forks[0] == forks[1]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    for trial in whole.trials:  # the run of a fork has the rounds of its files
+        known = RunFiles(trial.path).read_json("mlflow.json") or {}
+        history = client.get_metric_history(known["run_id"], "val/loss")
+        rounds = [line["metrics"]["val/loss"] for line in RunFiles(trial.path).rounds()]
+        assert [metric.value for metric in history] == rounds
+        assert client.get_run(known["run_id"]).info.status == "FINISHED"
