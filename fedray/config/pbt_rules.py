@@ -27,7 +27,7 @@ def pbt_problems(
     if len(configs) < 2:
         yield HERE, "pbt needs two trials or more, of which one continues from another"
     for key in options.mutations:
-        yield from _key_problems(key, configs)
+        yield from dict.fromkeys(_key_problems(key, configs))
     others = sorted({key for change in changes for key in change} - set(options.mutations))
     if others:
         text = f"pbt copies a trial's whole config to another: all trials have the same {', '.join(others)}"
@@ -37,7 +37,7 @@ def pbt_problems(
 
 def _key_problems(key: str, configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
     section, _, option = key.partition(".")
-    for name, method in {config.method.name: config.method.options for config in configs}.items():
+    for name, method in ((config.method.name, config.method.options) for config in configs):
         allowed = [f"method.{known}" for known in sorted(method.may_change)]
         if section != "method" or option not in method.may_change:
             text = f"cannot change in a running {name}{nearest(key, allowed)} It can change"
