@@ -39,12 +39,14 @@ class Budget:
         """Seconds that are left; infinite without a limit."""
         return inf if self.limit_s is None else self.limit_s - self.spent_s
 
-    def start(self) -> None:
-        """Let the time run."""
-        self._since = time.monotonic()
+    def check(self, running: int) -> bool:
+        """Tell whether the time is over; note the time spent now and then.
 
-    def check(self) -> bool:
-        """Tell whether the time is over; note the time spent now and then."""
+        Args:
+            running: trials that run now; the time begins with the first.
+        """
+        if self._since is None and running:
+            self._since = time.monotonic()
         if self.spent_s - self._noted >= EVERY_S:
             self.note()
         self.is_over = self.is_over or self.left_s <= 0

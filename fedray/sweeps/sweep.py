@@ -249,7 +249,6 @@ def _fit(
         tune=plan.tune,
         needed_by=first_rung(plan.tune, _configs(plan)) if judge is not None else None,
     )
-    budget.start()
     return fit(
         partial(_trial, job),
         {point.name: _trial_path(path, point) for point in points},

@@ -48,7 +48,7 @@ def fit(
     scheduler: Any = None,
     on_result: OnResult | None = None,
     reuse: bool = False,
-    is_over: Callable[[], bool] = lambda: False,
+    is_over: Callable[[int], bool] = lambda running: False,
 ) -> dict[str, str]:
     """Run trials. A signal ends them after their current rounds, or after `GRACE_S`.
 
@@ -64,7 +64,8 @@ def fit(
         on_result: called with each report.
         reuse: whether a trial may run in the process of an earlier one, which saves its start. A body that
             leaves state behind in its process must not.
-        is_over: whether the trials shall end after their current rounds, and no other begin.
+        is_over: called with the number of running trials; returns whether they shall end after their current
+            rounds, and no other begin.
 
     Returns:
         Name → reason, for each failed trial.
@@ -184,7 +185,7 @@ def _ending(folder: Path) -> Path:
     return folder / ".ending"
 
 
-def _stopper(stop: Stop, is_over: Callable[[], bool], folder: Path) -> Any:
+def _stopper(stop: Stop, is_over: Callable[[int], bool], folder: Path) -> Any:
     """Return a stopper that ends all trials: it asks by a file first; after a signal, it then forces them."""
     from ray import tune
     from ray.tune.stopper import NoopStopper
@@ -200,7 +201,7 @@ def _stopper(stop: Stop, is_over: Callable[[], bool], folder: Path) -> Any:
 
         def stop_all(self) -> bool:
             stop.look(folder)
-            if stop.signal is None and not is_over():
+            if stop.signal is None and not is_over(self.running):
                 return False
             if not _ending(folder).exists():
                 _ending(folder).touch()

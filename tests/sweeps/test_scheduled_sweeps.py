@@ -121,27 +121,32 @@ def test_a_trial_ends_at_its_target_and_can_be_the_best(ray_local, in_tmp, tune)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune", [{}, HYPERBAND], ids=["fifo", "hyperband"])
-def test_a_sweep_ends_with_its_budget_and_resume_takes_another(ray_local, in_tmp, tune, capsys):
+def test_a_sweep_ends_with_its_budget_and_resume_takes_another(ray_local, in_tmp, tune, capsys, monkeypatch):
     from fedray.cli.outcome import say_sweep
+    from fedray.sweeps.stopping import Budget
     from fedray.sweeps.sweep import load_sweep
 
-    planned = plan(in_tmp, tune | {"time_budget_s": 20}, rounds=5000)
-    made = sweep(planned, out=in_tmp / "sweep")
-    assert made.ended == "the time budget of 20 s is spent"
+    seen: list[int] = []
+    # a second is a report, however slow the machine
+    monkeypatch.setattr(Budget, "spent_s", property(lambda budget: budget.before_s + len(seen)))
+    planned = plan(in_tmp, tune | {"time_budget_s": 5}, rounds=1000)
+    made = sweep(planned, out=in_tmp / "sweep", on_round=lambda *what: seen.append(1))
+    assert made.ended == "the time budget of 5 s is spent"
     assert made.cut and not made.failed
     say_sweep(made)
-    assert "The time budget of 20 s is spent: " in capsys.readouterr().out
+    assert "The time budget of 5 s is spent: " in capsys.readouterr().out
     begun = next(trial for trial in made.cut if trial.status == "failed")
     files = RunFiles(begun.path)
     found = files.load()
     assert found is not None and found.done == files.rounds()[-1]["round"] > 0  # in good order
-    with pytest.raises(ConfigError, match=r"tune\.time_budget_s: the trials of .* have run \d+ s of 20 s; "):
+    seen.clear()
+    with pytest.raises(ConfigError, match=r"tune\.time_budget_s: the trials of .* have run \d+ s of 5 s; "):
         resume_sweep(made.path)
-    more = load_sweep(made.path, overrides=["tune.time_budget_s=40"])
-    again = resume_sweep(made.path, more)
-    assert again.ended == "the time budget of 40 s is spent"
+    more = load_sweep(made.path, overrides=["tune.time_budget_s=50"])
+    again = resume_sweep(made.path, more, on_round=lambda *what: seen.append(1))
+    assert again.ended == "the time budget of 50 s is spent"
     assert files.rounds()[-1]["round"] > found.done
-    assert load_sweep(made.path).tune.time_budget_s == 40
+    assert load_sweep(made.path).tune.time_budget_s == 50
 
 
 def test_a_resumed_sweep_changes_nothing_else(in_tmp):

@@ -55,22 +55,23 @@ def test_the_time_of_all_sessions_counts(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     first = Budget(tmp_path, 60.0)
-    assert first.left_s == 60 and not first.check()
-    first.start()
+    now[0] += 100  # Ray starts
+    assert not first.check(0) and first.left_s == 60
+    first.check(1)
     now[0] += 40
-    assert not first.check()  # and it is noted
+    assert not first.check(2)  # and it is noted
     now[0] += 3  # lost, if the driver is killed here
     second = Budget(tmp_path, 60.0)
     assert second.spent_s == 40
-    second.start()
+    second.check(1)
     now[0] += 20
-    assert second.check() and second.is_over
+    assert second.check(1) and second.is_over
     assert Budget(tmp_path, 120.0).left_s == 60
     assert Budget(tmp_path, None).left_s == inf
 
 
 def test_without_a_budget_nothing_is_written(tmp_path):
     budget = Budget(tmp_path, None)
-    budget.start()
+    assert not budget.check(1)
     budget.note()
-    assert not budget.check() and not (tmp_path / SPENT).exists()
+    assert not (tmp_path / SPENT).exists()
