@@ -90,7 +90,7 @@ class PbtRule(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no type
         """Let a trial wait at the perturbation; perturb when it is the last to arrive."""
         before, self._drawn = self._next_perturbation_sync, []
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        if self._next_perturbation_sync > before:
+        if self._drawn and self._next_perturbation_sync > before:
             self._perturb(tune_controller, int(result[ROUND]))
         return decision
 
