@@ -7,7 +7,8 @@ A file holds a group of commands. A command imports what it needs when it runs: 
 for torch.
 """
 
-from fedray.cli import new, running, hand, reports, tables, agents  # isort: skip  # `--help` lists them in this order
+# `--help` lists them in this order
+from fedray.cli import new, running, hand, watching, reports, tables, agents  # isort: skip
 from fedray.cli.agents import AGENT_COMMANDS
 from fedray.cli.console import err, out
 from fedray.cli.entry import app, collect_rarely, main
@@ -30,4 +31,5 @@ __all__ = [
     "reports",
     "running",
     "tables",
+    "watching",
 ]

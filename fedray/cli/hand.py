@@ -1,12 +1,11 @@
-"""`fedray runs | compare | watch | stop`: runs at hand."""
+"""`fedray runs | compare | stop`: runs at hand."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.cells import cell_len
 
-from fedray.cli.console import err, escape, out, say_json, short
+from fedray.cli.console import columns_of, err, escape, number, out, say, say_json, short
 from fedray.cli.entry import Json, app
 
 COLUMNS = (
@@ -60,7 +59,7 @@ def runs(
     if json:
         return say_json([run.to_json() for run in shown])
     for line in _fitting(shown, wanted):
-        out.out(line, highlight=False)
+        say(line)
     for run in shown:
         if run.problem is not None:
             err.print(f"[red]{escape(run.name)} is {run.status}:[/red] {escape(run.problem)}", soft_wrap=True)
@@ -70,28 +69,8 @@ def runs(
 
 def _fitting(runs: list[Any], wanted: list[str] | None) -> list[str]:
     """Return the lines of a list with as many columns as the terminal has room for."""
-    columns = list(wanted or COLUMNS)
-    cells = {name: [HEADERS.get(name, name), *(cell(run, name) for run in runs)] for name in columns}
-    widths = {name: max(map(cell_len, column)) for name, column in cells.items()}
-    for leaving in LEAVING if wanted is None else ():
-        if sum(widths[name] + 2 for name in columns) - 2 > out.width:
-            columns.remove(leaving)
-    room = out.width - sum(widths[name] + 2 for name in columns[1:])
-    widths[columns[0]] = min(widths[columns[0]], max(room, 8))
-    lines = [
-        "  ".join(_placed(cells[name][row], name, widths[name]) for name in columns)
-        for row in range(len(runs) + 1)
-    ]
-    rule = "─" * min(max(map(cell_len, lines)), out.width)
-    return [lines[0], rule, *(line.rstrip() for line in lines[1:])]
-
-
-def _placed(text: str, name: str, width: int) -> str:
-    """Return a cell as wide as its column: its beginning and its end where it is wider."""
-    if cell_len(text) > width:
-        text = f"{text[: width // 2]}…{text[len(text) - (width - width // 2 - 1) :]}"
-    gap = " " * (width - cell_len(text))
-    return f"{text}{gap}" if name in LEFT else f"{gap}{text}"
+    cells = {HEADERS.get(name, name): [cell(run, name) for run in runs] for name in wanted or COLUMNS}
+    return columns_of(cells, LEFT, [HEADERS.get(name, name) for name in LEAVING] if wanted is None else ())
 
 
 def cell(run: Any, name: str) -> str:
@@ -108,9 +87,60 @@ def cell(run: Any, name: str) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def number(value: float) -> str:
-    """Write a number with three digits, whole from a hundred on."""
-    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(help="Runs and sweeps; the first is the base.")],
+    json: Json = False,
+) -> None:
+    """Show what differs between runs: config, costs, results; paired by seed where there are seeds."""
+    from fedray.overview.comparing import config_differences, sides_of, to_json
+    from fedray.overview.summary import plain
+
+    sides = sides_of(directories)
+    if json:
+        return say_json(plain(to_json(sides)))
+    letters = [chr(ord("A") + number) if number < 26 else f"#{number + 1}" for number in range(len(sides))]
+    for letter, side in zip(letters, sides, strict=True):
+        seeds = ", ".join(map(str, side.seeds))
+        say(f"{letter} = {side.name}   {side.setting.progress}, seed{'s' * (len(side.seeds) > 1)} {seeds}")
+        if side.problem is not None:
+            say(f"    not compared with A: {side.problem}")
+    differing = config_differences(sides)
+    cells = {"config": list(differing)}
+    cells |= {k: [_value(values[i]) for values in differing.values()] for i, k in enumerate(letters)}
+    say("")
+    for line in columns_of(cells, ("config",)) if differing else ["config: the same"]:
+        say(line)
+    say("")
+    for line in columns_of(_results(sides, letters), ("result",)):
+        say(line)
+    if any(len(side.seeds) > 1 for side in sides):
+        say("± is half of the 95 % t-interval; differences are paired by seed")
+
+
+def _results(sides: list[Any], letters: list[str]) -> dict[str, list[str]]:
+    """Return the columns of a comparison's results."""
+    from fedray.report.table import MEASURES
+
+    cells = {"result": list(MEASURES)}
+    for letter, side in zip(letters, sides, strict=True):
+        cells[letter] = [_interval(*side.value(measure)) for measure in MEASURES]
+    for letter, side in list(zip(letters, sides, strict=True))[1:]:
+        if side.problem is None:
+            found = [side.difference(sides[0], measure)[:2] for measure in MEASURES]
+            cells[f"{letter} − A"] = [_interval(mean, half, signed=True) for mean, half in found]
+    return cells
+
+
+def _interval(mean: float, half: float, signed: bool = False) -> str:
+    if mean != mean:
+        return "—"
+    sign = "+" if signed and mean > 0 else ""
+    return f"{sign}{number(mean)}" + ("" if half != half else f" ±{number(half)}")
+
+
+def _value(value: Any) -> str:
+    return "—" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @app.command()

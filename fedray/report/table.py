@@ -157,8 +157,13 @@ def _row(row: Setting, rows: Sequence[Setting], usual_rounds: int | None, target
 
 def _differences(row: Setting, reference: Setting) -> list[float]:
     """Return test accuracy minus FedAvg's, in points, for each seed that both have."""
-    base = {run.seed: run.last("test/accuracy") for run in reference.runs}
-    return [100 * (run.last("test/accuracy") - base[run.seed]) for run in row.runs if run.seed in base]
+    return [100 * points for points in paired(row.runs, reference.runs, "test/accuracy")]
+
+
+def paired(runs: Sequence[RunData], others: Sequence[RunData], metric: str) -> list[float]:
+    """Return the difference of a metric from the other run of the same seed, for each seed that both have."""
+    base = {run.seed: run.last(metric) for run in others}
+    return [run.last(metric) - base[run.seed] for run in runs if run.seed in base]
 
 
 def _until(row: Setting, reference: Setting | None, target: float) -> Cells:
