@@ -36,6 +36,7 @@ RUN_FILES = {
     "best.yaml",
     "best.json",
     "rounds.jsonl",
+    "data.json",
     "stopped.json",
     "error.txt",
     "progress.jsonl",

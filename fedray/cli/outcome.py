@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def say_run(path: Path) -> None:
 def say_sweep(result: Any) -> None:
     from fedray.report.reading import find_runs, load_run
     from fedray.report.series import label_runs
-    from fedray.report.table import comparison, render_table, write_report
+    from fedray.report.table import comparison, render_table
+    from fedray.sweeps.outcome import sweep_report
 
     started = time.perf_counter()
     if result.ended is not None and all(trial.status == "missing" for trial in result.trials):
@@ -35,11 +37,11 @@ def say_sweep(result: Any) -> None:
         return
     runs = label_runs([load_run(path) for path in find_runs([result.path])])
     out.print(render_table(comparison(runs), out.width))
-    written = write_report([result.path])
+    folder = sweep_report(result.path)
     logging.getLogger(__name__).info("report written in %.1f s", time.perf_counter() - started)
     for trial in result.trials:
         _say_warnings(trial.path)
-    out.print(f"Pictures and table: {short(written.path)}")
+    out.print(f"Pictures and table: {short(folder)}")
     out.print(f"Runs: {short(result.path)}/trials{tracked(result.path, 'Compare them in MLflow')}")
     if result.best is not None:
         best, seeds = result.best, len(result.best.trials)
@@ -48,6 +50,7 @@ def say_sweep(result: Any) -> None:
         out.print(f"{text}: fedray run {short(result.path)}/best.yaml", highlight=False, soft_wrap=True)
     for text in _ends(result):
         out.print(text, highlight=False, soft_wrap=True)
+    say_address([result.path])
     for trial in result.failed:
         reason = escape(trial.error or "interrupted")
         name = f"[bold red]{trial.point.name} {trial.status}:[/bold red]"
@@ -83,6 +86,20 @@ def _say_warnings(path: Path) -> None:
     if warnings.is_file():
         for line in warnings.read_text(encoding="utf-8").splitlines()[:10]:
             err.print(f"[yellow]{path.name}:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def say_address(directories: Sequence[Path]) -> None:
+    """Print the address that opens the comparison of runs in MLflow, if an SQLite store tracks them.
+
+    The line that names a server has its address already.
+    """
+    from fedray.report.address import LOCAL, comparison_address
+    from fedray.report.reading import store_of
+
+    if any((store_of(path) or "").startswith("sqlite:") for path in directories):
+        address = comparison_address(LOCAL, directories)
+        if address is not None:
+            out.print(f"It opens {escape(address)}", highlight=False, soft_wrap=True)
 
 
 def tracked(path: Path, what: str) -> str:

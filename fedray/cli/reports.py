@@ -9,7 +9,7 @@ import typer
 
 from fedray.cli.console import out, short
 from fedray.cli.entry import app
-from fedray.cli.outcome import tracked
+from fedray.cli.outcome import say_address, tracked
 from fedray.errors import ConfigError
 
 
@@ -33,6 +33,7 @@ def report(
         out.print(f"  {short(path)}")
     if any(tracked(path, "") for path in directories):
         out.print(f"Compare them in MLflow: fedray ui {' '.join(map(short, directories))}", soft_wrap=True)
+        say_address(directories)
 
 
 @app.command()
@@ -52,6 +53,10 @@ def ui(
     command = ui_command(uri or own or TrackingConfig().uri, port)
     page = f"{address}/#/experiments/1/runs"
     out.print(f"MLflow's UI: {compared or page} (Ctrl-C ends it)", soft_wrap=True, highlight=False)
+    charts = _charts(directories or [], address, own)
+    if charts is not None:
+        text = f"Accuracy against bytes, seconds and FLOPs: {charts}"
+        out.print(text, soft_wrap=True, highlight=False)
     if compared is None:
         out.print("Other experiments: choose Model training on its start page. Tick runs, then Compare.")
     process = subprocess.Popen(command)
@@ -84,3 +89,18 @@ def _compared(directories: list[Path], address: str) -> tuple[str | None, str | 
     if compared is None:
         raise ConfigError(f"{given}: MLflow tracks none of these runs; `fedray sync` brings them to it")
     return compared, stores.pop()
+
+
+def _charts(directories: list[Path], address: str, store: str | None) -> str | None:
+    """Return where the UI opens on charts of accuracy against costs; None for one run, and without a view."""
+    if store is None:
+        return None
+    from fedray.config.uri import database_of
+    from fedray.report.address import charts_address, tracked_runs
+    from fedray.tracking.view import keep_view
+
+    runs, experiments = tracked_runs(directories)
+    if len(runs) < 2 or len(experiments) != 1:
+        return None
+    view = keep_view(database_of(store), experiments[0], runs)
+    return None if view is None else charts_address(address, experiments[0], view)

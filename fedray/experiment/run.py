@@ -38,6 +38,7 @@ from fedray.storage.checkpoint import Stored
 from fedray.storage.directory import Lock, check_free, take_next
 from fedray.storage.run_files import RunFiles
 from fedray.tracking.catching_up import mend
+from fedray.tracking.data_inputs import DATA, describe
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared
 from fedray.tracking.store import import_mlflow
@@ -195,6 +196,7 @@ def run(
             files = RunFiles(take_next(local_path(RUNS), _stem(config), "checkpoints", "run"))
         with Lock(files.path):
             files.write_config(config.to_tree())
+            files.write_json(DATA, describe(config.data.name, federation.dataset, federation.deal.splits))
             if foreign := config.unrecorded():
                 files.write_json(REGISTERED, foreign)
             files.warn(federation.dataset.warnings)

@@ -7,7 +7,9 @@ Runs may be finished, stopped, running or broken. This module writes nothing and
 
 import os
 import re
+import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from math import nan
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedray.config import yaml_text
+from fedray.config.uri import SQLITE, database_of, sqlite_uri
 from fedray.durable import local_path, read_mapping, scan_lines
 from fedray.errors import ConfigError, RunError
 from fedray.parquet import read_table
@@ -116,7 +119,39 @@ def store_of(path: Path) -> str | None:
     uri = known.get("uri")
     if uri is None and (path / "sweep.yaml").is_file():
         uri = yaml_text.load(path / "sweep.yaml").get("base", {}).get("tracking", {}).get("uri")
-    return None if uri is None else str(uri)
+    return None if uri is None else moved_store(str(uri), path, known.get("run_id"))
+
+
+def moved_store(uri: str, path: Path, run_id: str | None) -> str:
+    """Return the URI of the store of a run whose directory may have been moved or copied together with it.
+
+    That is an SQLite file of the same name in a folder above the run, if it has the run; otherwise `uri`.
+
+    Args:
+        uri: of the store when the run was made.
+        path: the run's directory now.
+        run_id: of the run in the store.
+    """
+    if not uri.startswith(SQLITE) or run_id is None:
+        return uri
+    named = database_of(uri)
+    place = path.resolve()
+    if named.parent in place.parents and named.is_file():
+        return uri
+    found = (above / named.name for above in place.parents if _has_run(above / named.name, run_id))
+    beside = next(found, None)
+    return uri if beside is None else sqlite_uri(beside)
+
+
+def _has_run(database: Path, run_id: str) -> bool:
+    """Tell whether a file is a store that has a run."""
+    if not database.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
+            return bool(store.execute("SELECT 1 FROM runs WHERE run_uuid = ?", [run_id]).fetchone())
+    except sqlite3.Error:
+        return False
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:

@@ -78,6 +78,18 @@ def label_runs(runs: Sequence[RunData]) -> list[RunData]:
     return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
+def label_of(tree: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return a label of one config: its method, then those of `keys` that it has, the seed last."""
+    flat = _flatten(tree)
+    told = sorted((key for key in keys if key in flat and key != "method.name"), key=_rank)
+    last_parts = Counter(key.rpartition(".")[2] for key in told)
+    return " ".join(_part(key, flat[key], last_parts, exact=False) for key in ["method.name", *told])
+
+
+def _rank(key: str) -> tuple[bool, bool]:
+    return not key.startswith("method."), key == "seed"
+
+
 def _unambiguous(labels: Sequence[str], runs: Sequence[RunData]) -> list[str]:
     """Return the labels, with the directory of its run behind each that is not the only one of its kind."""
     often, homes = Counter(labels), Counter(run.name for run in runs)
@@ -130,7 +142,7 @@ def _labels(flats: Sequence[Flat], names: Sequence[str]) -> list[str]:
     """Return a label for each config; where nothing differs, the method's name or the given one."""
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
     keys = [key for key in keys if _differs(key, flats)]
-    keys.sort(key=lambda key: (not key.startswith("method."), key == "seed"))  # stable: else as in the config
+    keys.sort(key=_rank)  # stable: else as in the config
     last_parts = Counter(key.rpartition(".")[2] for key in keys)
     labels: list[str] = []
     for exact in (False, True):  # all digits only where six do not distinguish two values

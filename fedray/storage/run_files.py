@@ -1,6 +1,7 @@
 """The files of a run. A crash at any moment leaves a directory that can be read and resumed.
 
     config.yaml              the whole config, defaults included
+    data.json                the data set: source; examples, shape and digest of each part
     rounds.jsonl             one line a round; only the last line can be torn
     clients.parquet/         a row per client and round, in part files written at each checkpoint
     client_accuracy.parquet  the final model on each client's own examples (held out, if any are)

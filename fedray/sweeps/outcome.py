@@ -1,6 +1,7 @@
 """The outcome of a sweep: its trials, and its best point, which `best.yaml` holds as a config."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from math import isfinite
@@ -12,13 +13,16 @@ from fedray.comparing import worth
 from fedray.config import yaml_text
 from fedray.durable import on_disk
 from fedray.durable import replace as replace_file
+from fedray.errors import FedrayError
 from fedray.experiment.forking import lineage
-from fedray.report.table import mean_and_interval
+from fedray.report.table import mean_and_interval, write_report
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.space import Point
 from fedray.tracking.mlflow_run import RunStatus, finish_parent
 from fedray.tracking.store import Store
 from fedray.types import Direction, RoundReport
+
+logger = logging.getLogger(__name__)
 
 BEST, NUMBERS = "best.yaml", "best.json"
 """Files in the directory of a sweep: the config of its best point, and its metrics."""
@@ -149,6 +153,15 @@ def record_best(path: Path, best: Best, metric: str) -> dict[str, Any]:
     return numbers
 
 
+def sweep_report(path: Path) -> Path:
+    """Return the folder with a sweep's figures and tables, written anew if a trial is newer."""
+    table = path / "report" / "table.csv"
+    newest = max((file.stat().st_mtime for file in path.glob("trials/*/r*")), default=0.0)
+    if not table.is_file() or table.stat().st_mtime < newest:
+        return write_report([path]).path
+    return table.parent
+
+
 def finish_sweep(
     store: Store, parent: str | None, status: RunStatus, path: Path, became: Counter[Status]
 ) -> bool:
@@ -164,6 +177,12 @@ def finish_sweep(
     best = RunFiles(path).read_json(NUMBERS) or {}
     tags = {f"trials_{word}": str(became[word]) for word in get_args(Status)}
     tags |= {"best": ", ".join(best["trials"])} if best else {}
+    artifacts = [path / "sweep.yaml", path / BEST]
+    if parent is not None and became["finished"] + became["stopped"]:
+        try:
+            artifacts.append(sweep_report(path))
+        except FedrayError as error:  # the sweep has ended all the same
+            logger.warning("MLflow gets no report of the sweep: %s", error)
     # trials that have ended, as the step: a later best point then stands after an earlier one
     report = RoundReport(became["finished"] + became["stopped"], best.get("metrics", {}))
-    return finish_parent(store, parent, status, [path / "sweep.yaml", path / BEST], tags, report)
+    return finish_parent(store, parent, status, artifacts, tags, report)

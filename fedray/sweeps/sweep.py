@@ -30,6 +30,7 @@ from fedray.experiment.dealing import check_data
 from fedray.experiment.interrupt import Stop, signals
 from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
 from fedray.experiment.run import RUNS, resume, run
+from fedray.report.reading import moved_store
 from fedray.storage import sealed
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles
@@ -49,6 +50,7 @@ from fedray.sweeps.stopping import Budget
 from fedray.sweeps.tune import fit, import_tune, room
 from fedray.tracking.catching_up import config_of, mend
 from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
+from fedray.tracking.shown import shown_params, trial_names
 from fedray.tracking.store import import_mlflow, prepare_store
 from fedray.tracking.tracked import Tracking
 
@@ -207,8 +209,10 @@ def _run_tracked(
             start_ray(partial(_import_all, plan))
             _check_rooms(replace(plan, points=tuple(waiting)))
     where = plan.points[0].config.tracking
-    store = prepare_store(where.uri, where.experiment)
-    parent = parent_run(store, path.name, {"sweep": plan.name}, plan.tree, resume=_parent_of(path))
+    store = prepare_store(moved_store(where.uri, path, _parent_of(path)), where.experiment)
+    parent = parent_run(
+        store, path.name, {"sweep": plan.name}, shown_params(plan.tree), resume=_parent_of(path)
+    )
     if parent:
         RunFiles(path).write_json("mlflow.json", {"run_id": parent})
     tracking = Tracking(store=store, parent=parent)
@@ -243,6 +247,7 @@ def _fit(
         trees={point.name: point.config.to_tree() for point in points},
         sources=plugins.sources(),
         entries=_entries([point.config for point in points]),
+        names=trial_names([p.changes for p in plan.points], {p.name: p.config for p in points}),
         path=path,
         cpus=cpus,
         tracking=tracking,
@@ -272,6 +277,7 @@ class _Job:
     Args:
         trees: name of each trial → its config.
         sources: files that add to the tables, to be imported first.
+        names: directory of each trial → its name in MLflow.
         entries: (key, name) → table entry that a script, or a module without a file, added.
         path: the sweep's directory.
         cpus: that a trial may use.
@@ -283,6 +289,7 @@ class _Job:
     trees: Mapping[str, Tree]
     sources: tuple[plugins.Source, ...]
     entries: Mapping[tuple[str, str], Any]
+    names: Mapping[str, str]
     path: Path
     cpus: float
     tracking: Tracking
@@ -319,7 +326,7 @@ def _trial(job: _Job, name: str) -> None:
     place = job.path / "trials" / name
     targets = Targets(job.tune.stop, job.tune.direction_of, config.eval_every)
     reports = Reports(job.path, place, config, job.tune.metric, targets, job.check)
-    tracking, pool = replace(job.tracking, name=name), pool_for(config, job.cpus)
+    tracking, pool = replace(job.tracking, name=job.names[name]), pool_for(config, job.cpus)
     how: dict[str, Any] = {
         "pool": pool,
         "tracking": tracking,

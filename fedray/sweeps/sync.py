@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedray.errors import ConfigError, RunError
+from fedray.report.reading import store_of
 from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
@@ -12,6 +13,7 @@ from fedray.sweeps.outcome import finish_sweep, status_of
 from fedray.sweeps.stopping import Budget
 from fedray.tracking.catching_up import Synced, config_of, store_for, sync_run
 from fedray.tracking.mlflow_run import RunStatus, parent_run
+from fedray.tracking.shown import shown_params, trial_names
 from fedray.tracking.tracked import Tracking
 
 
@@ -32,7 +34,8 @@ def sync(path: str | Path, uri: str | None = None, experiment: str | None = None
         return _sync_sweep(place, uri, experiment)
     files = RunFiles.open(place)
     config = config_of(files)
-    return [sync_run(files, config, Tracking(store=store_for(config, uri, experiment)))]
+    store = store_for(config, uri or store_of(place), experiment)
+    return [sync_run(files, config, Tracking(store=store))]
 
 
 def sweep_status(statuses: Sequence[RunStatus | None]) -> RunStatus:
@@ -48,17 +51,21 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
     if not runs:
         raise ConfigError(f"{place}: no trial of this sweep has begun: there is nothing to bring to MLflow")
     configs = [config_of(files) for files in runs]
-    store = store_for(configs[0], uri, experiment)
+    store = store_for(configs[0], uri or store_of(place), experiment)
     with Lock(place, "sweep"):
         own = RunFiles(place)
         known = own.read_json("mlflow.json") or {}
         name = str(tree.get("name", place.name))
-        parent = parent_run(store, place.name, {"sweep": name}, tree, resume=known.get("run_id"))
+        parent = parent_run(
+            store, place.name, {"sweep": name}, shown_params(tree), resume=known.get("run_id")
+        )
         if parent is None:
             raise RunError(f"{place}: {store.problem or 'MLflow did not take it'}")
         own.write_json("mlflow.json", {"run_id": parent})
+        points = [dict(point) for point in tree.get("points", ())]
+        names = trial_names(points, {f.path.name: c for f, c in zip(runs, configs, strict=True)})
         done = [
-            sync_run(files, config, Tracking(store=store, parent=parent, name=files.path.name))
+            sync_run(files, config, Tracking(store=store, parent=parent, name=names[files.path.name]))
             for files, config in zip(runs, configs, strict=True)
         ]
         begun: list[RunStatus | None] = [trial.status for trial in done]

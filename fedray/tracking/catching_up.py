@@ -11,6 +11,7 @@ from pathlib import Path
 from fedray.config.run_config import RunConfig
 from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
+from fedray.report.reading import moved_store
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.tracking.mlflow_run import PARENT, RunStatus
@@ -65,7 +66,8 @@ def mend(files: RunFiles, config: RunConfig, tracking: Tracking) -> None:
     if config.tracking.uri == "none" or known.get("is_complete"):
         return
     try:
-        store = tracking.store or store_for(config, None, None)
+        where = moved_store(config.tracking.uri, files.path, known.get("run_id"))
+        store = tracking.store or store_for(config, where, None)
         sync_run(files, config, replace(tracking, store=store))
     except RunError as error:
         logger.warning("%s", error)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -27,6 +26,7 @@ from torch import nn
 from fedray.config.trees import flat_text
 from fedray.tracking import store as stores
 from fedray.tracking.lane import Lane
+from fedray.tracking.logged_model import log_model, save_module
 from fedray.tracking.store import (
     Store,
     client_of,
@@ -118,6 +118,11 @@ class MLflowTracker:
                 self._steps.setdefault(key, set()).add(step)
             self._submit(lambda: self._client.log_batch(self.run_id, metrics=batch, synchronous=True))
 
+    def log_inputs(self, inputs: Sequence[Any]) -> None:
+        """Name the data sets of the run. Does not wait."""
+        if self._is_on and inputs:
+            self._submit(lambda: self._client.log_inputs(self.run_id, datasets=list(inputs)))
+
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags, new ones and others. Does not wait."""
         for key, value in tags.items():
@@ -151,9 +156,12 @@ class MLflowTracker:
                 import_quietly("mlflow.pyfunc", "mlflow.pytorch")
                 self._await(self._submit(partial(self._save_model, model(), saved)), self._answer_s)
             shipped_bytes = 0
-            for file, to in _files([*artifacts, saved]):
+            for file, to in _files(artifacts):
                 shipped_bytes += file.stat().st_size
                 self._submit(partial(self._ship, file, to))
+            if saved.is_dir():
+                shipped_bytes += sum(file.stat().st_size for file, _ in _files([saved]))
+                self._submit(partial(self._log_model, saved))
             ended = self._submit(lambda: self._client.set_terminated(self.run_id, status))
             self._await(ended, self._answer_s + shipped_bytes / SHIPPED_BYTES_PER_S)
             self.is_complete = self._is_on
@@ -238,19 +246,14 @@ class MLflowTracker:
 
     def _save_model(self, module: nn.Module, folder: Path) -> None:
         """Save a module as MLflow keeps it; leave no folder if that fails."""
-        import mlflow.pytorch
-        from mlflow.models import Model
-
-        # requirements are given, for MLflow would start a process to infer them; pickle, since its other
-        # format traces the network and needs an example for that
-        needs = [f"{name}=={metadata.version(name)}" for name in ("torch", "fedray")]
-        about = Model(artifact_path="model", run_id=self.run_id)
-        pickled = {"mlflow_model": about, "pip_requirements": needs, "serialization_format": "pickle"}
         try:
-            mlflow.pytorch.save_model(module, folder, **pickled)
+            save_module(module, folder, self.run_id)
         except Exception as error:
             self._warn(f"MLflow gets no model, for it cannot be saved: {one_line(str(error))}")
             rmtree(folder, ignore_errors=True)
+
+    def _log_model(self, folder: Path) -> None:
+        log_model(self._client, str(self.run_id), folder)
 
     def _ship(self, file: Path, to: str | None) -> None:
         self._client.log_artifact(self.run_id, str(file), to)

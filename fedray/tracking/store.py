@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from fedray.config.uri import SQLITE, check_uri, database_of, sqlite_uri, without_password
 from fedray.tracking.lane import THREAD, Lane
+from fedray.tracking.moved import ARTIFACTS, follow
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def prepare_store(uri: str, experiment: str) -> Store:
     artifacts = None
     if uri.startswith(SQLITE):
         database = database_of(uri).expanduser().resolve()
-        uri, artifacts = sqlite_uri(database), (database.parent / "mlartifacts").as_uri()
+        uri, artifacts = sqlite_uri(database), (database.parent / ARTIFACTS).as_uri()
     import_mlflow(uri)
     lane, limit_s = Lane(), opening_s(uri)
     try:
@@ -136,6 +137,7 @@ def _open_experiment(uri: str, name: str, artifacts: str | None) -> str:
     """Return the id of the experiment; create it if it is missing."""
     if artifacts is not None:
         _create_database(database_of(uri), artifacts)
+        follow(database_of(uri))
     reach(uri)
     client = client_of(uri)
     found = client.get_experiment_by_name(name)

@@ -10,11 +10,14 @@ from typing import Any
 from fedray.config.run_config import RunConfig
 from fedray.durable import shown
 from fedray.errors import RunError
+from fedray.report.reading import moved_store
 from fedray.storage.directory import LOCK
 from fedray.storage.final_model import load_module
 from fedray.storage.run_files import RunFiles
+from fedray.tracking.data_inputs import DATA, dataset_inputs
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared, run_tags
+from fedray.tracking.shown import run_name, shown_params
 from fedray.tracking.store import Store, prepare_store
 from fedray.types import RoundReport
 
@@ -43,12 +46,15 @@ def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLfl
 
     Rounds that the store lacks are logged now: an earlier process could not deliver them.
     """
-    store = tracking.store or prepare_store(config.tracking.uri, config.tracking.experiment)
     known = files.read_json("mlflow.json") or {}
+    store = tracking.store
+    if store is None:
+        at = moved_store(config.tracking.uri, files.path, known.get("run_id"))
+        store = prepare_store(at, config.tracking.experiment)
     tracker = MLflowTracker(
         store,
-        run_name=tracking.name or files.path.name,
-        params=config.to_tree(),
+        run_name=tracking.name or run_name(config),
+        params=shown_params(config.to_tree()),
         tags=run_tags(
             method=config.method.name,
             dataset=config.data.name,
@@ -62,9 +68,11 @@ def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLfl
     )
     if tracker.run_id:
         # the config's address, which is absolute and may hold a password that the config holds too
-        uri = config.tracking.uri if tracking.store is None else tracking.store.uri
+        uri = config.tracking.uri if store.uri.startswith("http") and tracking.store is None else store.uri
         where = {"uri": uri, "experiment_id": store.experiment_id}
         files.write_json("mlflow.json", {**where, "run_id": tracker.run_id})
+        if (data := files.read_json(DATA)) is not None:
+            tracker.log_inputs(dataset_inputs(data))
         for line in files.rounds():
             tracker.log_round(as_report(line))
     return tracker
@@ -97,7 +105,6 @@ def as_report(line: Mapping[str, Any]) -> RoundReport:
 
 
 def final(result: Mapping[str, Any]) -> RoundReport:
-    """Return the final metrics of `result.json`, which belong to no round, as a report of the last round."""
-    prefixes = ("test/", "clients/")
-    own = {name: value for name, value in result.items() if name.startswith(prefixes) and value is not None}
+    """Return the metrics of `result.json` as a report of the last round; the tracker has most of them."""
+    own = {name: value for name, value in result.items() if "/" in name and type(value) in (int, float)}
     return RoundReport(int(result.get("rounds", 0)), own)

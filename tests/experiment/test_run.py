@@ -72,6 +72,7 @@ def test_the_files_of_a_run(finished):
         "clients.parquet/part-000001-000002.parquet",
         "clients.parquet/part-000003-000003.parquet",
         "config.yaml",
+        "data.json",
         "model.safetensors",
         "result.json",
         "rounds.jsonl",

@@ -72,16 +72,19 @@ def test_two_trials_at_once_on_two_cores_finish_and_stand_in_mlflow(ray_local, i
     assert parent.data.tags["best"] == best[0]
     assert parent.data.metrics["test/accuracy"] == best[1]["test/accuracy"]
     assert parent.data.metrics["total/bytes/up"] == best[1]["total/bytes/up"]
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"sweep.yaml", "best.yaml"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        *("sweep.yaml", "best.yaml", "report")
+    }
     sums = {child.info.run_name: child.data.tags["weights_sha256"] for child in children}
-    assert sums == {name: result["weights_sha256"] for name, result in results(made.path).items()}
+    shas = {name: result["weights_sha256"] for name, result in results(made.path).items()}
+    assert sums == {"fedavg": shas["00-fedavg"], "staged density=0.3": shas["01-staged,density=0.3"]}
     staged = next(child for child in children if child.data.tags["method"] == "staged")
     assert staged.data.params["method.density"] == "0.3"
     assert staged.data.params["data.partition.alpha"] == "1.0"
     history = client.get_metric_history(staged.info.run_id, "val/accuracy")
     assert [metric.step for metric in history] == [0, 1, 2, 3, 4]
     files = {file.path for file in client.list_artifacts(staged.info.run_id)}
-    assert {"config.yaml", "rounds.jsonl", "result.json", "model.safetensors", "model"} <= files
+    assert {"config.yaml", "rounds.jsonl", "result.json", "model.safetensors", "data.json"} <= files
 
 
 def process_of(trial: Path) -> int:

@@ -79,7 +79,7 @@ def complete(uri: str, path: Path) -> None:
     assert run.info.status == "FINISHED" and run.data.params["rounds"] == str(ROUNDS)
     assert run.data.tags["method"] == "fedavg"
     files = {file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)}
-    assert {"config.yaml", "rounds.jsonl", "result.json", "model.safetensors", "model"} <= files
+    assert {"config.yaml", "rounds.jsonl", "result.json", "model.safetensors", "data.json"} <= files
 
 
 def busy_from(round: int, uri: str, connection: sqlite3.Connection) -> Callable[[RoundReport], None]:

@@ -280,7 +280,7 @@ def test_artifacts_and_the_model_come_back_with_the_same_bits(
     )
     assert tracker.warnings == []
     assert mlflow.get_tracking_uri() == before and mlflow.active_run() is None
-    assert {f.path for f in client.list_artifacts(tracker.run_id)} == {"config.yaml", "checkpoints", "model"}
+    assert {f.path for f in client.list_artifacts(tracker.run_id)} == {"config.yaml", "checkpoints"}
     got = client.download_artifacts(tracker.run_id, "checkpoints/5/state", str(tmp_path))
     assert Path(got).read_bytes() == b"123"
 
