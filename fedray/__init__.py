@@ -1,11 +1,12 @@
 """Federated learning with model pruning on Ray.
 
     import fedray
-    history = fedray.run(fedray.RunConfig.load("tune_configs/quickstart.yaml").override(seed=1))
+    history = fedray.run("tune_configs/quickstart.yaml", overrides={"seed": 1})
     history.to_pandas()
-    result = fedray.sweep(fedray.Sweep.load("tune_configs/quickstart.yaml"))
+    model = history.model()
+    result = fedray.sweep("tune_configs/quickstart.yaml")
+    result.table()
     fedray.write_report([result.path])
-    model = fedray.load_model(history.path)
 
 A name is imported when it is first used: `fedray --help` does not wait for torch.
 """
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
         RunError,
         WireError,
     )
-    from fedray.experiment.run import Federation, History, resume, run
+    from fedray.experiment.history import History
+    from fedray.experiment.run import Federation, resume, run
     from fedray.federation.aggregate import CohortUpdate
     from fedray.federation.client import Client, Step
     from fedray.federation.method import Method, ServerContext, Setting
@@ -150,7 +152,8 @@ _MODULES = {
     "fedray.data.partition": "Dealt",
     "fedray.errors": "ClientError ConfigError DataError FedrayError MethodError RunError WireError",
     "fedray.storage.final_model": "load_model",
-    "fedray.experiment.run": "Federation History resume run",
+    "fedray.experiment.history": "History",
+    "fedray.experiment.run": "Federation resume run",
     "fedray.sweeps.space": "Sweep",
     "fedray.sweeps.outcome": "SweepResult",
     "fedray.sweeps.sweep": "load_sweep resume_sweep sweep",

@@ -19,7 +19,8 @@ from fedray.config import plugins
 from fedray.config.run_config import RunConfig
 from fedray.costs.differences import CODECS
 from fedray.errors import ConfigError
-from fedray.experiment.run import Federation, History, run
+from fedray.experiment.history import History
+from fedray.experiment.run import Federation, run
 from fedray.federation.sampling import SAMPLERS
 from fedray.methods import METHODS
 from fedray.report.reading import load_run

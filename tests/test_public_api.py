@@ -25,7 +25,8 @@ def test_all_is_sorted_and_true():
 
 def test_names_are_those_of_where_they_live():
     from fedray.config.run_config import RunConfig
-    from fedray.experiment.run import History, resume, run
+    from fedray.experiment.history import History
+    from fedray.experiment.run import resume, run
     from fedray.federation.method import Method
 
     assert (fedray.RunConfig, fedray.History, fedray.Method) == (RunConfig, History, Method)

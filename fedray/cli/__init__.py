@@ -12,8 +12,8 @@ from fedray.cli import new, running, hand, watching, reports, tables, agents  # 
 from fedray.cli.agents import AGENT_COMMANDS
 from fedray.cli.console import err, out
 from fedray.cli.entry import app, collect_rarely, main
-from fedray.cli.progress import LINES
 from fedray.cli.tables import LISTING, listing
+from fedray.experiment.progress import LINES
 
 __all__ = [
     "AGENT_COMMANDS",

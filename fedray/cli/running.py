@@ -8,7 +8,7 @@ import typer
 from fedray.cli.console import err, out, short
 from fedray.cli.entry import File, Import, Out, Overrides, app, import_all, imports_override
 from fedray.cli.outcome import say_run, say_sweep
-from fedray.cli.progress import Checking, RunProgress, SweepProgress
+from fedray.experiment.progress import Checking, RunProgress, SweepProgress
 
 
 @app.command()
@@ -22,7 +22,7 @@ def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: I
         name = short(file)
         text = f"{name} is a sweep: this runs its base only; `fedray sweep {name}` tries its points"
         err.print(text, highlight=False, soft_wrap=True)
-    with RunProgress(config.rounds) as progress:
+    with RunProgress(config.rounds, err) as progress:
         history = make(config, out=out_dir, on_round=progress.show)
     say_run(history.path)
 
@@ -33,12 +33,12 @@ def sweep(file: File, overrides: Overrides = None, out_dir: Out = None, imports:
     from fedray.sweeps.space import Sweep
     from fedray.sweeps.sweep import sweep as make
 
-    with Checking() as checking:
+    with Checking(err) as checking:
         changes = [*(overrides or []), *imports_override(file, imports)]
         plan = Sweep.load(file, changes, on_point=checking.show)
     out.print(f"{len(plan.points)} trials of up to {plan.rounds} rounds; starting Ray …")
     rounds = {point.name: point.config.rounds for point in plan.points}
-    with SweepProgress(rounds) as progress:
+    with SweepProgress(rounds, err) as progress:
         result = make(plan, out=out_dir, on_round=progress.show)
     say_sweep(result)
 
@@ -72,7 +72,7 @@ def resume(
     if finished_result(files, config) is not None:
         more = f"fedray resume {short(directory)} rounds=N"
         out.print(f"{short(directory)} is finished: nothing was run. More rounds: {more}", soft_wrap=True)
-    with RunProgress(config.rounds) as progress:
+    with RunProgress(config.rounds, err) as progress:
         history = go_on(directory, changes, on_round=progress.show)
     say_run(history.path)
 
@@ -80,10 +80,10 @@ def resume(
 def _resume_sweep(directory: Path, changes: list[str]) -> None:
     from fedray.sweeps.sweep import load_sweep, resume_sweep
 
-    with Checking() as checking:
+    with Checking(err) as checking:
         plan = load_sweep(directory, checking.show, changes)
     rounds = {point.name: point.config.rounds for point in plan.points}
-    with SweepProgress(rounds) as progress:
+    with SweepProgress(rounds, err) as progress:
         result = resume_sweep(directory, plan, on_round=progress.show)
     say_sweep(result)
 

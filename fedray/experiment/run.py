@@ -12,11 +12,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fedray.config.messages import shortened
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
 from fedray.costs import devices
@@ -25,8 +24,11 @@ from fedray.data import Dataset, Examples, Partition
 from fedray.durable import local_path, remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment.dealing import Deal, check_pairs, dealt, loaded
+from fedray.experiment.given import run_config
+from fedray.experiment.history import History
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.placement import placed, stack_of
+from fedray.experiment.progress import RunProgress, watched
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
 from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
@@ -45,9 +47,6 @@ from fedray.tracking.store import import_mlflow
 from fedray.tracking.tracked import Tracking, close_tracker, open_tracker
 from fedray.types import RoundReport
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 logger = logging.getLogger(__name__)
 
 OnRound = Callable[[RoundReport], None]
@@ -57,32 +56,6 @@ Until = Callable[[int, Mapping[str, Any]], str | None]
 
 RUNS = Path("runs")
 """Default parent directory of runs."""
-
-
-@dataclass(frozen=True)
-class History:
-    """The result of a run.
-
-    Args:
-        path: the run's directory.
-        rounds: for each round, metric → value, `round` among them; round 0 is the set-up.
-        result: every final metric by name, `weights_sha256` and `status`.
-    """
-
-    path: Path
-    rounds: tuple[dict[str, Any], ...]
-    result: dict[str, Any]
-
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 (hex) of the final weights."""
-        return str(self.result["weights_sha256"])
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """Return a table with a row per round, indexed by round, and a column per metric."""
-        import pandas as pd
-
-        return pd.DataFrame(list(self.rounds)).set_index("round")
 
 
 @dataclass(frozen=True)
@@ -162,34 +135,39 @@ class Federation:
 
 
 def run(
-    config: RunConfig,
+    config: RunConfig | Mapping[str, Any] | str | Path,
     *,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     out: str | Path | None = None,
     on_round: OnRound | None = None,
     pool: PoolFactory | None = None,
     tracking: Tracking | None = None,
     until: Until | None = None,
+    progress: bool | None = None,
 ) -> History:
     """Run a federation.
 
     Args:
-        config: a validated config.
+        config: a config; or the path of a YAML file, or a mapping as a file holds it, whose keys may be
+            dotted. Of a sweep, its `base` is run.
+        overrides: changes of the config: `{"method.lr": 0.1}` or `["method.lr=0.1"]`.
         out: the run's directory, which must be empty or absent; None: the next free one under `runs/`.
         on_round: called after each round, for progress and Tune.
         pool: makes the pool of clients; None: as `clients.actors` says.
         tracking: where to track the run; None: as the config's `tracking` says.
         until: ends the run, as finished, before its last round.
+        progress: whether to show a bar; None: in a notebook or at Python's prompt, without an `on_round`.
 
     Raises:
         ConfigError, DataError: if the config cannot run; then nothing has started, and nothing is on disk.
         RunError, ClientError, MethodError: if the run failed; `resume` may continue it.
     """
-    _expect_config(config)
+    config = run_config(config, overrides)
     if out is not None:
         check_free(local_path(out))
     federation = Federation.of(config)
     pool = pool or placed(config, federation.place, partial(import_mlflow, config.tracking.uri))
-    with signals():
+    with signals(), watched(progress, on_round, partial(RunProgress, config.rounds)) as on_round:
         if out is not None:
             files = RunFiles.create(local_path(out))
         else:
@@ -201,14 +179,6 @@ def run(
                 files.write_json(REGISTERED, foreign)
             files.warn(federation.dataset.warnings)
             return _run_rounds_tracked(federation, files, None, on_round, pool, tracking or Tracking(), until)
-
-
-def _expect_config(config: object) -> None:
-    if not isinstance(config, RunConfig):
-        raise ConfigError(
-            f"run takes a RunConfig, not {shortened(config)}: RunConfig.load(FILE) reads one, "
-            "RunConfig(rounds=3, …) makes one"
-        )
 
 
 def resume(

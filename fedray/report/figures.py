@@ -66,6 +66,14 @@ def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, 
     return {name: png(figure) for name, figure in pictures.items() if figure is not None}
 
 
+def by_bytes(settings: Sequence[Setting]) -> bytes | None:
+    """Return the picture of accuracy over uploaded bytes as PNG; None if there is nothing to draw."""
+    figure = _accuracy(
+        looks_of(settings), "total/bytes/up", "uploaded by all clients so far", byte_unit, None
+    )
+    return None if figure is None else png(figure)
+
+
 def looks_of(settings: Sequence[Setting]) -> list[Look]:
     """Assign colours to the settings; grey ones come first, so that they lie below."""
 

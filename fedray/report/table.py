@@ -236,15 +236,15 @@ def render_table(frame: "pd.DataFrame", width: int = 100) -> "Table":
     from rich.console import Console
     from rich.table import Table
 
-    shown = _shown(frame)
+    cells_of = shown(frame)
     words = {"n": "n = {}", "rounds": "{} rounds", "status": "{}"}
-    same = [name for name in words if len(set(shown[name])) == 1]
-    caption = " · ".join(words[name].format(shown.pop(name)[0]) for name in same)
-    table = _table(shown, caption)
+    same = [name for name in words if len(set(cells_of[name])) == 1]
+    caption = " · ".join(words[name].format(cells_of.pop(name)[0]) for name in same)
+    table = _table(cells_of, caption)
     if Console(width=10 * width).measure(table).maximum <= width:
         return table
-    above = {name: cells for name, cells in shown.items() if name in RESULTS}
-    below = {name: cells for name, cells in shown.items() if name == "setting" or name not in RESULTS}
+    above = {name: cells for name, cells in cells_of.items() if name in RESULTS}
+    below = {name: cells for name, cells in cells_of.items() if name == "setting" or name not in RESULTS}
     both = Table.grid()
     both.add_row(_table(above, ""))
     both.add_row("")
@@ -282,17 +282,17 @@ def _in_two_lines(header: str) -> str:
 
 def to_markdown(frame: "pd.DataFrame") -> str:
     """Return a comparison as a table in Markdown, with an interval wherever there is one."""
-    shown = _shown(frame, intervals=True)
+    cells_of = shown(frame, intervals=True)
     rows = [
-        list(shown),
-        ["---" if name in TEXT_COLUMNS else "---:" for name in shown],
-        *(list(cells) for cells in zip(*shown.values(), strict=True)),
+        list(cells_of),
+        ["---" if name in TEXT_COLUMNS else "---:" for name in cells_of],
+        *(list(cells) for cells in zip(*cells_of.values(), strict=True)),
     ]
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
-def _shown(frame: "pd.DataFrame", *, intervals: bool = False) -> dict[str, list[str]]:
+def shown(frame: "pd.DataFrame", *, intervals: bool = False) -> dict[str, list[str]]:
     """Return header → cells as text: interval and ratio stand in the cell of their value."""
     shown: dict[str, list[str]] = {}
     beside = {*AGAINST_FEDAVG.values(), DIFFERENCE}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedray.comparing import worth
 from fedray.config import yaml_text
-from fedray.durable import on_disk
+from fedray.durable import on_disk, shown
 from fedray.durable import replace as replace_file
 from fedray.errors import FedrayError
 from fedray.experiment.forking import lineage
@@ -21,6 +21,9 @@ from fedray.sweeps.space import Point
 from fedray.tracking.mlflow_run import RunStatus, finish_parent
 from fedray.tracking.store import Store
 from fedray.types import Direction, RoundReport
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class Best:
         return {name: fmean(one[name] for one in numbers) for name in set(numbers[0]).intersection(*numbers)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """The result of a sweep.
 
@@ -92,6 +95,32 @@ class SweepResult:
     metric: str
     direction: Direction
     ended: str | None = None
+
+    def __repr__(self) -> str:
+        """Return one line: where the sweep is, its trials and its best point."""
+        became = Counter(trial.status for trial in self.trials)
+        counts = ", ".join(f"{count} {status}" for status, count in became.items())
+        best = self.best
+        text = "" if best is None else f"; best {self.metric}={best.mean:.4g}: {best.trials[0].point.name}"
+        return f"SweepResult({shown(self.path)!r}, {counts}{text})"
+
+    def _repr_html_(self) -> str:
+        """Return a table with a row per setting, and a picture of accuracy over bytes, for notebooks."""
+        from fedray.report.notebook import html_of
+
+        return html_of([trial.path for trial in self.trials if trial.status != "missing"], repr(self))
+
+    def table(self) -> "pd.DataFrame":
+        """Return a row per trial: its name, status, changes of the base, and final numbers by metric."""
+        import pandas as pd
+
+        rows = []
+        for trial in self.trials:
+            result = RunFiles(trial.path).read_json("result.json") or {}
+            numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
+            rows.append(dict(trial.point.changes) | numbers | {"status": trial.status})
+        names = [trial.point.name for trial in self.trials]
+        return pd.DataFrame(rows, index=pd.Index(names, name="trial"))
 
     @property
     def best(self) -> "Best | None":

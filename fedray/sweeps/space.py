@@ -81,9 +81,29 @@ class Sweep:
         Raises:
             ConfigError: with every problem of every point.
         """
-        tree, changes = yaml_text.load(path), parse_overrides(overrides)
-        where = origin(path, changes)
-        base, space, options = base_of(tree, path), _part(tree, "space", where), _part(tree, "tune", where)
+        return cls.read(
+            yaml_text.load(path), str(path), Path(path).stem, parse_overrides(overrides), on_point
+        )
+
+    @classmethod
+    def read(
+        cls, tree: Tree, source: str, name: str, changes: Tree, on_point: OnPoint | None = None
+    ) -> "Sweep":
+        """Make a sweep of the content of a file with dotted changes, as `load` does.
+
+        Args:
+            tree: the content.
+            source: its name, for messages.
+            name: of the sweep.
+            changes: dotted key → value.
+            on_point: as of `load`.
+        """
+        where = origin(source, changes)
+        base, space, options = (
+            override_tree({}, base_of(tree, source)),
+            _part(tree, "space", where),
+            _part(tree, "tune", where),
+        )
         given = dict(space)  # before an override fixes a drawn key
         for key, value in changes.items():
             section, _, rest = key.partition(".")
@@ -98,7 +118,7 @@ class Sweep:
         refuse_shared(space, where)
         check_samples(given | space, tune, where)
         tree = {"base": base, "space": space, "tune": options}
-        return cls.of(Path(path).stem, tree, tune, expand(space, tune, where), where, on_point)
+        return cls.of(name, tree, tune, expand(space, tune, where), where, on_point)
 
     @classmethod
     def of(

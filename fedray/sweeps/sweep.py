@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from fedray.config import plugins
-from fedray.config.messages import shortened
 from fedray.config.overrides import origin, override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.config.stop_rules import Targets
@@ -27,8 +26,10 @@ from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError, RunError, nearest
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.dealing import check_data
+from fedray.experiment.given import MAPPING, changes_of, tree_of
 from fedray.experiment.interrupt import Stop, signals
 from fedray.experiment.placement import actors_for, check_room, groups_for, pool_for
+from fedray.experiment.progress import SweepProgress, watched
 from fedray.experiment.run import RUNS, resume, run
 from fedray.report.reading import moved_store
 from fedray.storage import sealed
@@ -63,19 +64,27 @@ OnTrialRound = Callable[[str, Mapping[str, Any]], None]
 """Called in the driver with a trial's name and the metrics of a round."""
 
 
-def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound | None = None) -> SweepResult:
+def sweep(
+    plan: Sweep | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    out: str | Path | None = None,
+    on_round: OnTrialRound | None = None,
+    progress: bool | None = None,
+) -> SweepResult:
     """Run all points of a sweep.
 
     Args:
-        plan: a validated sweep.
+        plan: a sweep; or the path of a YAML file, or a mapping with its `base`, `space` and `tune`.
+        overrides: changes of the file or mapping: `{"tune.concurrent": 2}` or `["tune.concurrent=2"]`.
         out: the sweep's directory, empty or absent; None: the next free one under `runs/`.
         on_round: called for each evaluated round that a trial reports.
+        progress: whether to show a bar; None: in a notebook or at Python's prompt, without an `on_round`.
 
     Raises:
         ConfigError, DataError: if a point cannot run; then nothing has started, and nothing is on disk.
     """
-    if not isinstance(plan, Sweep):
-        raise ConfigError(f"sweep takes a Sweep, not {shortened(plan)}: Sweep.load(FILE) reads one")
+    plan = _planned(plan, overrides)
     path = None if out is None else local_path(out)
     if path is not None:
         check_free(path)
@@ -86,10 +95,26 @@ def sweep(plan: Sweep, *, out: str | Path | None = None, on_round: OnTrialRound 
         path = take_next(local_path(RUNS), plan.name, "trials", "sweep")
     else:
         take(path, "trials", "sweep")
-    with Lock(path, "sweep"):
+    rounds = {point.name: point.config.rounds for point in plan.points}
+    with (
+        Lock(path, "sweep"),
+        watched(progress, on_round, partial(SweepProgress, rounds)) as on_round,
+    ):
         with on_disk(path / "sweep.yaml"):
             sealed.write(path / "sweep.yaml", _written(plan))
         return _run_all(plan, path, on_round)
+
+
+def _planned(
+    given: Sweep | Mapping[str, Any] | str | Path, overrides: Sequence[str] | Mapping[str, Any]
+) -> Sweep:
+    changes = changes_of(overrides)
+    if isinstance(given, Sweep):
+        if changes:
+            raise ConfigError("overrides: the points of a Sweep are drawn already; give them to Sweep.load")
+        return given
+    tree, source = tree_of(given, "sweep takes a sweep", "Sweep")
+    return Sweep.read(tree, source, Path(source).stem if source != MAPPING else "sweep", changes)
 
 
 MAY_CHANGE = ("time_budget_s", "concurrent", "max_failures")

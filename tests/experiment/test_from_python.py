@@ -1,6 +1,8 @@
 """A config made in Python is checked as one from a file, and means the same on every path."""
 
 import pickle
+import sys
+import types
 from decimal import Decimal
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -11,14 +13,19 @@ import pytest
 import torch
 
 import fedray
+from fedray.config import yaml_text
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import ClientsConfig, DataConfig, RunConfig
+from fedray.config.trees import flatten
 from fedray.data.partition import Dirichlet
 from fedray.errors import ConfigError
+from fedray.experiment import given, progress
 from fedray.methods.pqsu import PQSU
 from fedray.methods.snip import SNIP
-from fedray.sweeps.space import Sweep
+from fedray.sweeps.outcome import SweepResult, Trial
+from fedray.sweeps.space import Point, Sweep
 from fedray.sweeps.sweep import sweep
+from tests.experiment import tiny
 
 # ── what is wrong is said, however the config is made
 # ──────────────────────────────────────────────────────────────────────────────────────────
@@ -226,12 +233,119 @@ def test_the_digest_does_not_depend_on_what_was_given():
 # ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("given", ["x.yaml", Path("x.yaml"), {"rounds": 3}, None])
+@pytest.mark.parametrize(
+    "given", [None, 3, ["rounds=3"], ClientsConfig()], ids=["None", "3", "list", "section"]
+)
 def test_what_is_not_a_config_is_not_run(in_tmp, given):
-    with pytest.raises(
-        ConfigError, match=r"^run takes a RunConfig, not .*: RunConfig\.load\(FILE\) reads one"
-    ):
+    with pytest.raises(ConfigError, match=r"^run takes a config, not .*: the path of a YAML file, a mapping"):
         fedray.run(given)
-    with pytest.raises(ConfigError, match=r"^sweep takes a Sweep, not .*: Sweep\.load\(FILE\) reads one"):
+    with pytest.raises(
+        ConfigError, match=r"^sweep takes a sweep, not .*: the path of a YAML file, a mapping"
+    ):
         sweep(given)
     assert not list(in_tmp.iterdir())
+
+
+WAYS: dict[str, Any] = {
+    "path": lambda path: path,
+    "text": str,
+    "mapping": lambda path: yaml_text.load(path),
+    "dotted": lambda path: flatten(yaml_text.load(path)),
+    "config": RunConfig.load,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "overrides", [{"method.lr": 0.2, "seed": 3}, ["method.lr=0.2", "seed=3"]], ids=["map", "list"]
+)
+def test_a_run_takes_a_path_a_mapping_or_a_config(in_tmp, write_yaml, way, overrides):
+    path = write_yaml(yaml_text.dump(tiny.TREE | {"rounds": 1}))
+    wanted = RunConfig.load(path, ["method.lr=0.2", "seed=3"])
+    assert given.run_config(WAYS[way](path), overrides) == wanted
+
+
+def test_wrong_input_has_the_messages_of_the_command_line(in_tmp, write_yaml):
+    path = write_yaml("rounds: 0")
+    cases = {
+        r"^rounds \(.*\.yaml\): got 0": lambda: fedray.run(path),
+        r"^rounds \(mapping\): got 0": lambda: fedray.run({"rounds": 0}),
+        r"^method\.lr \(override\): got -1": lambda: fedray.run({}, overrides={"method.lr": -1}),
+        r"^method\.nope \(override\): fedavg has no such option": lambda: fedray.run(
+            RunConfig(), overrides=["method.nope=1"]
+        ),
+        r"^overrides: got 'seed=1'; write them as": lambda: fedray.run({}, overrides="seed=1"),
+        r"^'seed' is not of the form key=value": lambda: fedray.run({}, overrides=["seed"]),
+        r"^nope\.yaml: cannot be read": lambda: fedray.run("nope.yaml"),
+        r"^mapping: unknown section 'spce'": lambda: fedray.sweep({"base": {}, "spce": {}}),
+        r"^rounds \(mapping\): got 0.*": lambda: fedray.sweep({"base": {"rounds": 0}, "space": {}}),
+        r"^space\.seed \(mapping\): ": lambda: fedray.sweep({"space": {"seed": {"gird": [1]}}}),
+    }
+    before = sorted(in_tmp.iterdir())
+    for message, call in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            call()
+    assert sorted(in_tmp.iterdir()) == before
+
+
+def test_of_a_sweep_s_file_run_makes_the_base_and_says_so(write_yaml, caplog):
+    tree = {"base": {"rounds": 2}, "space": {"seed": {"grid": [1, 2]}}}
+    assert given.run_config(tree).rounds == 2
+    assert "mapping is a sweep: run makes its base only" in caplog.text
+    plan = Sweep.read(tree, "mapping", "mine", {"method.lr": 0.3})
+    assert [point.config.seed for point in plan.points] == [1, 2]
+    assert {point.config.method.options.lr for point in plan.points} == {0.3}
+
+
+# ── what is shown
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_history_is_short_and_has_a_table_a_picture_and_a_model(in_tmp, capsys):
+    history = fedray.run(tiny.config(), out="mine")
+    assert repr(history) == f"History('mine', 3 rounds, test/accuracy={history.result['test/accuracy']:.4f})"
+    assert capsys.readouterr() == ("", "")  # a script stays quiet
+    html = history._repr_html_()
+    assert html.count("<tr>") == 2 and "data:image/png;base64," in html and "fedavg" in html
+    assert history.table()["test accuracy"].tolist() == [pytest.approx(history.result["test/accuracy"])]
+    assert not history.model().training
+    fedray.run(tiny.config(), out="shown", progress=True)
+    assert "round 3 of 3: accuracy" in capsys.readouterr().err
+
+
+def test_a_sweep_s_result_is_short_and_has_a_table(in_tmp):
+    configs = [tiny.config(seed=seed) for seed in (0, 1)]
+    points = [Point(f"0{k}-seed={k}", {"seed": k}, config) for k, config in enumerate(configs)]
+    histories = [fedray.run(point.config, out=point.name) for point in points]
+    trials = [Trial(point, Path(point.name), "finished") for point in points]
+    lost = Trial(Point("02-seed=2", {"seed": 2}, configs[0]), Path("lost"), "missing")
+    result = SweepResult(Path("all"), (*trials, lost), "val/accuracy", "max")
+    assert repr(result).startswith("SweepResult('all', 2 finished, 1 missing; best val/accuracy=")
+    assert len(repr(result)) < 120
+    table = result.table()
+    assert table.index.tolist() == ["00-seed=0", "01-seed=1", "02-seed=2"]
+    assert table["seed"].tolist() == [0, 1, 2]
+    assert table["test/accuracy"].tolist()[:2] == [history.result["test/accuracy"] for history in histories]
+    assert "data:image/png;base64," in result._repr_html_()
+
+
+def test_progress_in_a_notebook_is_one_output(monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, html):
+            shown.append(html.data)
+
+    display = types.ModuleType("IPython.display")
+    display.HTML = lambda text: types.SimpleNamespace(data=text)  # type: ignore[attr-defined]
+    display.display = lambda html, display_id: Handle()  # type: ignore[attr-defined]
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = lambda: types.SimpleNamespace(kernel=object())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    metrics = {"val/accuracy": 0.5, "density/global": 1.0, "total/bytes/up": 2e6}
+    with progress.watched(None, None, lambda: progress.RunProgress(4)) as on_round:
+        assert on_round is not None
+        on_round(types.SimpleNamespace(round=2, metrics=metrics))
+    (line,) = shown
+    assert 'value="2" max="4"' in line and "accuracy 0.500  density 1.00  2.0 MB" in line

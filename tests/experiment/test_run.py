@@ -15,7 +15,8 @@ import fedray
 from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset
 from fedray.errors import ClientError, ConfigError, DataError
-from fedray.experiment.run import Federation, History, resume, run
+from fedray.experiment.history import History
+from fedray.experiment.run import Federation, resume, run
 from fedray.federation.worker import Workplace
 from fedray.methods import METHODS
 from fedray.storage.directory import check_free, numbered
