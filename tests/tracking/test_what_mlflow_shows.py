@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedray.experiment.run import History, run
+from fedray.experiment.history import History
+from fedray.experiment.run import run
 from fedray.report.reading import store_of
 from fedray.sweeps.sync import sync
 from fedray.tracking.shown import shown_params, trial_names
