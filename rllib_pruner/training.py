@@ -20,8 +20,10 @@ from fedray.experiment.cluster import start_ray
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.policies.trained import TrainedPolicy, quiet, save
 from fedray.storage.directory import Lock, check_free
+from fedray.tracking.also import Beside
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import git_revision
+from fedray.tracking.sent import SENT
 from fedray.tracking.store import Store, prepare_store
 from fedray.types import RoundReport
 from rllib_pruner.config import TrainConfig
@@ -29,6 +31,9 @@ from rllib_pruner.files import Row, TrainFiles, as_row
 from rllib_pruner.learning_curve import draw_curves
 
 logger = logging.getLogger(__name__)
+
+SHIPPED = ("policy", "progress.jsonl", "curve.png")
+"""What MLflow gets of a training's directory."""
 
 OnEvaluation = Callable[[Row], None]
 
@@ -91,8 +96,32 @@ def resume(
         start_ray()  # before anything is changed on disk
         rows, checkpoint = files.rewind()
         if is_over(config, rows):
+            if (files.path / SENT).exists():
+                send(files, config, store, "FINISHED")
             return rows
         return _track(config, files, rows, on_evaluation, store, None, checkpoint)
+
+
+def as_report(row: Row) -> RoundReport:
+    """Return an evaluation as trackers take it, with the steps of the environment as step."""
+    return RoundReport(int(row["env_steps"]), row)
+
+
+def send(files: TrainFiles, config: TrainConfig, store: Store | None, status: RunStatus) -> None:
+    """Bring MLflow up to the evaluations of a training that has ended; a failure is a warning of the log."""
+    tracker = MLflowTracker(
+        store or prepare_store(config.tracking.uri, config.tracking.experiment),
+        run_name=files.path.name,
+        params=config.to_tree(),
+        tags={},
+        resume=files.run_id(),
+        folder=files.path,
+        on_open=lambda _, run_id: files.write_run_id(run_id),
+        is_running=False,
+    )
+    for row in files.progress():
+        tracker.log_round(as_report(row))
+    tracker.finish(status, [files.path / name for name in SHIPPED] if status == "FINISHED" else [])
 
 
 def is_over(config: TrainConfig, rows: Sequence[Row]) -> bool:
@@ -133,16 +162,19 @@ def _track(
         tags=tags if revision is None else tags | {"git_revision": revision},
         parent_run_id=parent,
         resume=files.run_id(),
+        folder=files.path,
+        on_open=lambda _, run_id: files.write_run_id(run_id),
     )
-    files.write_run_id(tracker.run_id)
+    beside = Beside(config.tracking.also, files.path, config.to_tree(), map(as_report, rows))
 
     def report(row: Row) -> None:
-        tracker.log_round(RoundReport(int(row["env_steps"]), row))
+        tracker.log_round(as_report(row))
+        beside.log_round(as_report(row))
         if on_evaluation is not None:
             on_evaluation(row)
 
     for row in rows:  # MLflow may have missed some
-        tracker.log_round(RoundReport(int(row["env_steps"]), row))
+        tracker.log_round(as_report(row))
     status: RunStatus = "FAILED"
     with signals() as stop:
         try:
@@ -154,7 +186,8 @@ def _track(
                 status = "KILLED"
             raise
         finally:
-            tracker.finish(status, [files.policy, files.path / "progress.jsonl", files.path / "curve.png"])
+            tracker.finish(status, [files.path / name for name in SHIPPED])
+            beside.finish(status, None, {})
             if status != "FINISHED":
                 done, path = "interrupted" if status == "KILLED" else "failed", shown(files.path)
                 command = f"fedray agent train --resume {path}"

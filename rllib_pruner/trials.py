@@ -14,11 +14,12 @@ from fedray.experiment.interrupt import Stop, signals
 from fedray.storage.directory import Lock, check_free, take
 from fedray.sweeps.tune import end_if_asked, fit
 from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
+from fedray.tracking.sent import SENT
 from fedray.tracking.store import Store, prepare_store
 from rllib_pruner.config import Plan
 from rllib_pruner.files import Row, TrainFiles
 from rllib_pruner.learning_curve import draw_curves
-from rllib_pruner.training import resume, train
+from rllib_pruner.training import resume, send, train
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +100,13 @@ def _fit(
 
 
 def _settle(trial: Path, store: Store, status: RunStatus) -> None:
-    """Set the status in MLflow of a trial whose process was ended; a finished trial stays as it is."""
-    if not (trial / "config.yaml").is_file() or (trial / "curve.png").is_file():
+    """Bring MLflow up to a trial whose process was ended, or that MLflow did not take as a whole."""
+    if not (trial / "config.yaml").is_file():
         return
-    run_id = TrainFiles.open(trial).run_id()
-    if run_id is not None:
-        finish_parent(store, run_id, status)
+    is_over = (trial / "curve.png").is_file()
+    if not is_over or (trial / SENT).exists():
+        files = TrainFiles.open(trial)
+        send(files, files.config(), store, "FINISHED" if is_over else status)
 
 
 def _score(path: Path) -> float:

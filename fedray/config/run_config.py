@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -74,6 +75,22 @@ def _store_uri(value: str) -> str:
 
 StoreUri = Annotated[str, AfterValidator(_store_uri)]
 """An MLflow store, or `none`; validation makes a path in it absolute."""
+
+
+Also = Literal["tensorboard", "wandb"]
+
+NEEDS: dict[Also, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""Tracker beside MLflow → the package that it needs."""
+
+
+def _usable(names: tuple[Also, ...]) -> tuple[Also, ...]:
+    missing = [name for name in names if find_spec(NEEDS[name]) is None]
+    if missing:
+        packages = " and ".join(NEEDS[name] for name in missing)
+        raise ValueError(f"{packages} is not installed: pip install 'fedray[{','.join(missing)}]'")
+    if len(set(names)) < len(names):
+        raise ValueError("names a tracker twice")
+    return names
 
 
 Actors = NonNegativeInt | Literal["auto", "per_client"]
@@ -242,10 +259,12 @@ class TrackingConfig(Section):
     Args:
         uri: an MLflow store (`sqlite:///…`, `http://…`), or `none`.
         experiment: name of the MLflow experiment.
+        also: further trackers, which write into the run's directory: `tensorboard`, `wandb` (offline).
     """
 
     uri: StoreUri = Field(default_factory=lambda: absolute_uri("sqlite:///runs/mlflow.db"))
     experiment: str = "fedray"
+    also: Annotated[tuple[Also, ...], AfterValidator(_usable)] = ()
 
     def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)

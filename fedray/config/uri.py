@@ -1,12 +1,16 @@
 """The address of an MLflow store: which ones are allowed, and the file that an SQLite address names."""
 
+import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from fedray.errors import ConfigError, nearest
 
 SQLITE = "sqlite:///"
 """An SQLite address is this and the name of a file."""
+
+USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+"""MLflow's environment variables for the login of a server."""
 
 _ALLOWED = (
     "none · sqlite:///<file> (four slashes for an absolute path) · http://<host>:<port> · https://<host>"
@@ -23,6 +27,11 @@ def check_uri(uri: str) -> str:
     if uri == "none" or (uri.startswith(SQLITE) and _is_file(uri.removeprefix(SQLITE))):
         return uri
     if scheme in ("http", "https") and _has_host(uri):
+        if not _has_whole_login(uri):
+            raise ConfigError(
+                f"tracking.uri: {without_password(uri)!r}: this address has a user without a password: "
+                f"give both, or set {USER} and {PASSWORD} and leave them out"
+            )
         return uri
     if scheme == "sqlite":
         reason = "sqlite needs three slashes and the name of a file, without ? or %."
@@ -40,11 +49,13 @@ def check_uri(uri: str) -> str:
 def absolute_uri(uri: str) -> str:
     """Return `uri` so that it names the same store from any directory; a relative path counts from this one.
 
+    A login is taken out of it: see `take_login`.
+
     Raises:
         ConfigError: as `check_uri`.
     """
     if not check_uri(uri).startswith(SQLITE):
-        return uri
+        return take_login(uri)
     try:
         return sqlite_uri(database_of(uri).expanduser().absolute())
     except RuntimeError as error:  # the home of an unknown user
@@ -62,6 +73,18 @@ def database_of(uri: str) -> Path:
     return Path(uri.removeprefix(SQLITE).replace("%3F", "?").replace("%25", "%"))
 
 
+def take_login(uri: str) -> str:
+    """Return an address without its user and password; MLflow's environment variables hold them from now on.
+
+    So they are written nowhere, and processes that this one starts have them.
+    """
+    parts = urlsplit(uri) if uri.startswith(("http:", "https:")) else None
+    if parts is None or "@" not in parts.netloc:
+        return uri
+    os.environ[USER], os.environ[PASSWORD] = unquote(parts.username or ""), unquote(parts.password or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 def _is_file(name: str) -> bool:
     rest = name.replace("%25", "").replace("%3F", "")
     return bool(name) and not name.endswith("/") and name != ":memory:" and not set(rest) & set("?%")
@@ -73,6 +96,11 @@ def _has_host(uri: str) -> bool:
         return bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         return False
+
+
+def _has_whole_login(uri: str) -> bool:
+    parts = urlsplit(uri)
+    return "@" not in parts.netloc or bool(parts.username and parts.password)
 
 
 def without_password(uri: str, text: str | None = None) -> str:

@@ -39,12 +39,13 @@ from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Stored
 from fedray.storage.directory import Lock, check_free, take_next
 from fedray.storage.run_files import RunFiles
+from fedray.tracking.also import Beside
 from fedray.tracking.catching_up import mend
 from fedray.tracking.data_inputs import DATA, describe
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared
 from fedray.tracking.store import import_mlflow
-from fedray.tracking.tracked import Tracking, close_tracker, open_tracker
+from fedray.tracking.tracked import Tracking, close_beside, close_tracker, open_beside, open_tracker
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
@@ -275,16 +276,19 @@ def _run_rounds_tracked(
     with signals() as stop:
         files.rewind(found)
         tracker: MLflowTracker | None = None
+        beside: Beside | None = None
         try:
             with stop.cuts():
                 pool = pool_factory(federation.place)
             with _opened(pool):
                 tracker = open_tracker(config, files, tracking)  # while the client actors start
+                beside = open_beside(config, files)
                 server = Server(federation.place, pool, federation.schedule, federation.side, checkpoint)
                 ended = _ended(files, until)
                 with closing(_rounds(server, files, config, stop)) as rounds:
                     for report in rounds if ended is None else ():
                         tracker.log_round(report)
+                        beside.log_round(report)
                         logger.info("round %d of %d: %s", report.round, config.rounds, _headline(report))
                         if on_round is not None:
                             on_round(report)
@@ -304,6 +308,7 @@ def _run_rounds_tracked(
             raise
         finally:
             close_tracker(tracker or open_tracker(config, files, tracking), config, files, status)
+            close_beside(beside, files, status)
             if status != "FINISHED":
                 done, path = "interrupted" if status == "KILLED" else "failed", shown(files.path)
                 logger.warning("%s; `fedray resume %s` continues from the last checkpoint", done, path)

@@ -9,6 +9,8 @@
     model.safetensors        the final model, by name
     result.json              every final metric under its name, `weights_sha256`, `status`: written last
     warnings.txt, mlflow.json   if there are warnings; if MLflow tracks the run
+    mlflow-sent.jsonl           points on their way to MLflow, until it has all
+    tensorboard/, wandb/        if `tracking.also` names them
     ended-000100/            result, model and accuracies after round 100, if a resume then added rounds
     .lock                    locked while a process works here
     .stop                    asks that process to end after its round (`fedray stop`)

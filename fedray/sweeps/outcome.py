@@ -214,4 +214,4 @@ def finish_sweep(
             logger.warning("MLflow gets no report of the sweep: %s", error)
     # trials that have ended, as the step: a later best point then stands after an earlier one
     report = RoundReport(became["finished"] + became["stopped"], best.get("metrics", {}))
-    return finish_parent(store, parent, status, artifacts, tags, report)
+    return finish_parent(store, parent, status, artifacts, tags, report, path)

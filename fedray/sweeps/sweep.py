@@ -50,7 +50,7 @@ from fedray.sweeps.space import OnPoint, Point, Sweep
 from fedray.sweeps.stopping import Budget
 from fedray.sweeps.tune import fit, import_tune, room
 from fedray.tracking.catching_up import config_of, mend
-from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
+from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.shown import shown_params, trial_names
 from fedray.tracking.store import import_mlflow, prepare_store
 from fedray.tracking.tracked import Tracking
@@ -235,12 +235,16 @@ def _run_tracked(
             _check_rooms(replace(plan, points=tuple(waiting)))
     where = plan.points[0].config.tracking
     store = prepare_store(moved_store(where.uri, path, _parent_of(path)), where.experiment)
-    parent = parent_run(
-        store, path.name, {"sweep": plan.name}, shown_params(plan.tree), resume=_parent_of(path)
+    parent = MLflowTracker(
+        store,
+        run_name=path.name,
+        params=shown_params(_written(plan)),
+        tags={"sweep": plan.name},
+        resume=_parent_of(path),
+        folder=path,
+        on_open=lambda _, run_id: RunFiles(path).write_json("mlflow.json", {"run_id": run_id}),
     )
-    if parent:
-        RunFiles(path).write_json("mlflow.json", {"run_id": parent})
-    tracking = Tracking(store=store, parent=parent)
+    tracking = Tracking(store=store, parent=parent.run_id)
     errors: dict[str, str] = {}
     early: RunStatus | None = "FAILED"
     try:
@@ -250,6 +254,9 @@ def _run_tracked(
         early = None
     finally:
         budget.note()
+        parent.settle()  # it may not have answered before
+        parent.close()
+        tracking = replace(tracking, parent=parent.run_id)
         is_cut = stop.signal is not None or (budget.is_over and not errors)
         _record_outcomes(plan, path, tracking, "KILLED" if is_cut else early)
     stop.check()
@@ -438,8 +445,17 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
         tracking: its MLflow run.
         early: how the sweep ended if not by itself.
     """
+    is_reached, names = (
+        True,
+        trial_names([p.changes for p in plan.points], {p.name: p.config for p in plan.points}),
+    )
     for point in plan.points:
-        _record_outcome(point, _trial_path(path, point), tracking, early or "FAILED")
+        place = _trial_path(path, point)
+        _record_stop(place)
+        # once the store is out of reach, each further trial would wait for it
+        is_reached = is_reached and _record_outcome(
+            place, replace(tracking, name=names[point.name]), early or "FAILED"
+        )
     became: Counter[Status] = Counter(status_of(_trial_path(path, point)) for point in plan.points)
     is_done = became["finished"] + became["stopped"] == len(plan.points)
     status: RunStatus = "FINISHED" if is_done else early or "FAILED"
@@ -454,18 +470,30 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
         logger.warning("%s; `fedray resume %s` continues with the trials that are missing", how, shown(path))
 
 
-def _record_outcome(point: Point, place: Path, tracking: Tracking, cut: RunStatus) -> None:
-    """Record the outcome of a trial that could not; `cut` is the outcome of an interrupted one."""
-    files, status = RunFiles(place), status_of(place)
-    if status == "finished":
-        mend(files, config_of(files), tracking)  # PBT may have changed the point's
-        return
-    if status == "stopped" and files.read_json("result.json") is None and (rounds := files.rounds()):
+def _record_stop(place: Path) -> None:
+    """Write the result of a trial that the scheduler stopped, unless it is there."""
+    files = RunFiles(place)
+    if (
+        status_of(place) == "stopped"
+        and files.read_json("result.json") is None
+        and (rounds := files.rounds())
+    ):
         last = rounds[-1]
         files.write_json("result.json", {**last["metrics"], "rounds": last["round"], "status": "stopped"})
-    known = files.read_json("mlflow.json") if status != "missing" else None
-    if known and not known.get("is_complete") and tracking.store is not None:
-        finish_parent(tracking.store, known["run_id"], "KILLED" if status == "stopped" else cut)
+
+
+def _record_outcome(place: Path, tracking: Tracking, cut: RunStatus) -> bool:
+    """Bring MLflow up to a trial's files; `cut` is the outcome of an interrupted one.
+
+    Returns:
+        Whether MLflow has everything now.
+    """
+    became = status_of(place)
+    if became == "missing":
+        return True
+    files = RunFiles(place)
+    # PBT may have changed the point's config
+    return mend(files, config_of(files), tracking, cut if became == "failed" else None)
 
 
 def _lacks_outcome(plan: Sweep, path: Path) -> bool:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedray.errors import ConfigError, RunError
 from fedray.report.reading import store_of
@@ -56,9 +57,12 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
         own = RunFiles(place)
         known = own.read_json("mlflow.json") or {}
         name = str(tree.get("name", place.name))
-        parent = parent_run(
-            store, place.name, {"sweep": name}, shown_params(tree), resume=known.get("run_id")
-        )
+        about: dict[str, Any] = {
+            "tags": {"sweep": name},
+            "params": shown_params(tree),
+            "resume": known.get("run_id"),
+        }
+        parent = parent_run(store, place.name, **about, folder=place)
         if parent is None:
             raise RunError(f"{place}: {store.problem or 'MLflow did not take it'}")
         own.write_json("mlflow.json", {"run_id": parent})
@@ -76,5 +80,7 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
             status = "KILLED"  # as the sweep itself says it
         became = Counter(status_of(files.path) for files in runs)
         became["missing"] = len(missing)
-        finish_sweep(store, parent, status, place, became)
+        if not finish_sweep(store, parent, status, place, became):
+            raise RunError(f"{place}: MLflow did not take the outcome of the sweep; sync it again")
+        own.write_json("mlflow.json", {"run_id": parent, "is_complete": True})
     return [Synced(place, parent, status, 0), *done]

@@ -14,14 +14,18 @@ from fedray.errors import ConfigError, RunError
 from fedray.report.reading import moved_store
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
+from fedray.tracking import store as stores
 from fedray.tracking.mlflow_run import PARENT, RunStatus
 from fedray.tracking.store import Store, prepare_store
-from fedray.tracking.tracked import Tracking, close_tracker, open_tracker
+from fedray.tracking.tracked import KNOWN, Tracking, close_tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
 """Timeout in seconds for the store: long, since the user asked for the transfer."""
+
+LEAVING_S = 5.0
+"""Seconds to wait for the process of a trial that has just ended."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +46,65 @@ class Synced:
 
 
 def sync_run(
-    files: RunFiles, config: RunConfig, tracking: Tracking, status: RunStatus | None = None
+    files: RunFiles,
+    config: RunConfig,
+    tracking: Tracking,
+    status: RunStatus | None = None,
+    *,
+    patience_s: float = 0.0,
 ) -> Synced:
-    """Bring MLflow up to a run's files; `status` is how it ended, None: as the files say.
+    """Bring MLflow up to a run's files.
+
+    Args:
+        files: of the run.
+        config: of the run.
+        tracking: where to track it.
+        status: how it ended; None: as the files say.
+        patience_s: seconds to wait for a process that is leaving the run.
 
     Raises:
         RunError: as `sync`.
     """
-    with Lock(files.path):
-        tracker = open_tracker(config, files, replace(tracking, answer_s=PATIENCE_S))
+    with Lock(files.path, patience_s=patience_s):
+        answer_s = PATIENCE_S if tracking.answer_s is None else tracking.answer_s
+        given = replace(tracking, answer_s=answer_s, is_running=False)
+        tracker = open_tracker(config, files, given)
         if tracking.parent is not None:
             tracker.tag({PARENT: tracking.parent})
         status = status or ended_as(files)
         close_tracker(tracker, config, files, status)
+        if tracker.is_complete and tracking.parent is not None:
+            files.write_json(KNOWN, {**(files.read_json(KNOWN) or {}), "parent": tracking.parent})
     if tracker.run_id is None or not tracker.is_complete:
         raise RunError(f"{files.path}: {'; '.join(tracker.warnings) or 'MLflow did not take it'}")
     return Synced(files.path, tracker.run_id, status, tracker.points)
 
 
-def mend(files: RunFiles, config: RunConfig, tracking: Tracking) -> None:
-    """Bring MLflow up to a finished run's files, if it lacks any; a failure is a warning."""
-    known = files.read_json("mlflow.json") or {}
-    if config.tracking.uri == "none" or known.get("is_complete"):
-        return
+def mend(files: RunFiles, config: RunConfig, tracking: Tracking, status: RunStatus | None = None) -> bool:
+    """Bring MLflow up to the files of a run that has ended, if it lacks any; a failure is a warning.
+
+    Args:
+        files: of the run.
+        config: of the run.
+        tracking: where it is tracked.
+        status: how it ended; None: as the files say.
+
+    Returns:
+        Whether MLflow has everything now.
+    """
+    known = files.read_json(KNOWN) or {}
+    is_attached = tracking.parent is None or known.get("parent") == tracking.parent
+    if config.tracking.uri == "none" or (known.get("is_complete") and is_attached):
+        return True
     try:
         where = moved_store(config.tracking.uri, files.path, known.get("run_id"))
         store = tracking.store or store_for(config, where, None)
-        sync_run(files, config, replace(tracking, store=store))
+        given = replace(tracking, store=store, answer_s=stores.ANSWER_S)
+        sync_run(files, config, given, status, patience_s=LEAVING_S)
     except RunError as error:
         logger.warning("%s", error)
+        return False
+    return True
 
 
 def ended_as(files: RunFiles) -> RunStatus:

@@ -1,20 +1,16 @@
-"""A run as MLflow sees it: one parent for a sweep, one child for each trial, one batch of metrics a round.
+"""A run as MLflow sees it: one parent for a sweep, one child for each trial, its metrics round by round.
 
-Each trial opens an `MLflowTracker` on the driver's `Store`. A run's own files are written elsewhere and are
-always complete: tracking never stops a run. A separate thread makes all calls to MLflow, so that a server
-which fails or does not answer costs a few seconds at the start and at the end, and nothing in between.
+Each trial opens an `MLflowTracker` on the driver's `Store`. A run's own files are the truth and are written
+elsewhere; tracking never stops a run, and a run never waits for a round to arrive. A thread sends what the
+store lacks, in order, and again after an outage (`sender`). Each point arrives once, also if an answer was
+lost (`sent`).
 
 Nothing here touches MLflow's global state (active run): client and run id are explicit.
 """
 
-import hashlib
 import logging
 import math
-import posixpath
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -25,8 +21,11 @@ from torch import nn
 
 from fedray.config.trees import flat_text
 from fedray.tracking import store as stores
-from fedray.tracking.lane import Lane
 from fedray.tracking.logged_model import log_model, save_module
+from fedray.tracking.points import MOST_IN_A_CALL, Group, Points
+from fedray.tracking.sender import Refused, Sender
+from fedray.tracking.sent import SENT, SentPoints
+from fedray.tracking.shipping import files_of, name_of
 from fedray.tracking.store import (
     Store,
     client_of,
@@ -34,8 +33,10 @@ from fedray.tracking.store import (
     import_quietly,
     named,
     one_line,
+    open_experiment,
     opening_s,
     reach,
+    refusals,
 )
 from fedray.types import RoundReport
 
@@ -46,16 +47,21 @@ SHIPPED_BYTES_PER_S = 1e6
 
 PARENT = "mlflow.parentRunId"
 """MLflow's tag for the run that another belongs to."""
+MARK = "fedray.mark"
+"""Tag by which a run is found whose creation was not answered."""
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+OnOpen = Callable[[str, str], None]
+"""Called in the thread with the ids of the experiment and the run once the store has the run."""
 
-_NAME_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH = 250, 6000, 5000, 100  # MLflow's limits
+_PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH = 6000, 5000, 100  # MLflow's limits
 
 
 class MLflowTracker:
-    """One run in MLflow. Where the store tracks nothing, or stops answering, every method does nothing.
+    """One run in MLflow. Where nothing is tracked, every method does nothing.
 
-    The first call that fails leaves one warning and ends the tracking of this run.
+    While the store fails, calls wait in a queue; the first failure leaves a warning, which is dropped if the
+    store takes everything before the end. Rounds that wait together are sent together.
 
     Args:
         store: from `prepare_store`.
@@ -66,13 +72,14 @@ class MLflowTracker:
         parent_run_id: the sweep that the run belongs to.
         resume: id of a run to continue instead of starting one, if the store has it; if it is deleted, it is
             restored. Its params and tags stay, missing ones are added, and no point is logged twice.
-        answer_s: how long to wait for the store at the start and at the end, in seconds; None: ANSWER_S.
+        answer_s: how long to wait for an answer at the start and at the end, in seconds; None: ANSWER_S.
+        folder: directory where points are noted before they are sent; None: nowhere.
+        on_open: see `OnOpen`.
+        is_running: whether the run has rounds to come, so that MLflow shows it as RUNNING.
 
     Attributes:
         run_id: None until MLflow has given one.
-        warnings: warnings on the run, for its readers.
         is_complete: whether the run has ended and the store has taken everything.
-        points: how many metric values were logged.
     """
 
     def __init__(
@@ -85,49 +92,65 @@ class MLflowTracker:
         parent_run_id: str | None = None,
         resume: str | None = None,
         answer_s: float | None = None,
+        folder: Path | None = None,
+        on_open: OnOpen | None = None,
+        is_running: bool = True,
     ) -> None:
         self.run_id: str | None = None
-        self.is_complete, self.points = False, 0
-        self._wait_s = answer_s
-        self.warnings: list[str] = [] if store.problem is None else [store.problem]
-        self._uri, self._is_on = store.uri, store.experiment_id is not None
-        self._steps: dict[str, set[int]] = {}
-        self._lane = Lane() if self._is_on else None
-        if not self._is_on:
+        self.is_complete = False
+        self._told: list[str] = []
+        self._store, self._uri, self._wait_s = store, store.uri, answer_s
+        self._outage: str | None = store.problem
+        self._sender: Sender | None = None
+        self._points: Points | None = None
+        if store.uri == "none":
             return
         import_mlflow(self._uri)
         if parent_run_id is not None:
             tags = {**tags, PARENT: parent_run_id}
-        opened = self._submit(lambda: self._open(store.experiment_id, run_name, params, tags, resume))
-        self._await(opened, answer_s or opening_s(self._uri))
+        self._sent = SentPoints(folder / SENT if folder is not None else None)
+        self._is_uncertain = not self._sent.is_new and resume is None
+        self._on_open, self._is_running = on_open, is_running
+        self._points = Points(self._send, self._steps_of, self._sent)
+        self._sender = Sender(self._on_failure, self._on_answer)
+        self._resume = resume
+        self._sender.add(partial(self._open, run_name, params, tags))
+        if store.problem is None:
+            limit_s = answer_s or opening_s(self._uri)
+            problem = self._sender.wait(limit_s, limit_s, grace_s=0.0)
+            if problem is not None and self._outage is None:
+                self._on_failure(ConnectionError(problem))
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings on the run, for its readers."""
+        return self._told if self._outage is None or self.is_complete else [*self._told, self._outage]
+
+    @property
+    def points(self) -> int:
+        """How many metric values were logged."""
+        return 0 if self._points is None else self._points.count
 
     def log_round(self, report: RoundReport) -> None:
-        """Hand over the finite metrics of a round as one batch, with the round as step. Does not wait."""
-        if not self._is_on:
+        """Queue the finite metrics of a round, with the round as step. Does not wait."""
+        if self._sender is None or self._points is None:
             return
-        from mlflow.entities import Metric
-
-        now_ms, step = time.time_ns() // 1_000_000, report.round
-        finite = {_name(key): value for key, value in report.metrics.items() if math.isfinite(value)}
-        # MLflow keys its metrics by time too: a value logged twice appears twice
-        new = {key: value for key, value in finite.items() if step not in self._steps.get(key, ())}
-        batch = [Metric(key, float(value), now_ms, step) for key, value in new.items()]
-        if batch:
-            self.points += len(batch)
-            for key in new:
-                self._steps.setdefault(key, set()).add(step)
-            self._submit(lambda: self._client.log_batch(self.run_id, metrics=batch, synchronous=True))
+        metrics = {name_of(key): float(v) for key, v in report.metrics.items() if math.isfinite(v)}
+        keys = list(metrics)
+        for start in range(0, len(keys), MOST_IN_A_CALL):
+            part = {key: metrics[key] for key in keys[start : start + MOST_IN_A_CALL]}
+            if self._points.add(Group(report.round, part)):
+                self._call(self._points.send)
 
     def log_inputs(self, inputs: Sequence[Any]) -> None:
         """Name the data sets of the run. Does not wait."""
-        if self._is_on and inputs:
-            self._submit(lambda: self._client.log_inputs(self.run_id, datasets=list(inputs)))
+        if inputs:
+            self._call(lambda: self._client.log_inputs(self.run_id, datasets=list(inputs)))
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags, new ones and others. Does not wait."""
         for key, value in tags.items():
-            if self._is_on:
-                self._submit(partial(self._set_tag, _name(key), value[:_TAG_LENGTH]))
+            self._call(partial(self._set_tag, name_of(key), value[:_TAG_LENGTH]))
 
     def finish(
         self,
@@ -135,7 +158,10 @@ class MLflowTracker:
         artifacts: Sequence[Path] = (),
         model: Callable[[], nn.Module] | None = None,
     ) -> None:
-        """Ship the artifacts and the model, and end the run.
+        """End the run, and ship the artifacts and the model.
+
+        Waits as long as the store answers, each time within ANSWER_S, but at most END_S and the time of the
+        artifacts.
 
         Args:
             status: how it ended.
@@ -143,35 +169,46 @@ class MLflowTracker:
             model: called only for a tracked run; `mlflow.pytorch.load_model` loads the module from
                 `runs:/<run_id>/model`.
         """
-        if self._is_on:
-            self._end(status, artifacts, model)
+        if self._sender is not None:
+            self._end(self._sender, status, artifacts, model)
         self.close()
 
     def _end(
-        self, status: RunStatus, artifacts: Sequence[Path], model: Callable[[], nn.Module] | None
+        self,
+        sender: Sender,
+        status: RunStatus,
+        artifacts: Sequence[Path],
+        model: Callable[[], nn.Module] | None,
     ) -> None:
         with TemporaryDirectory() as folder:
             saved = Path(folder, "model")
+            self._call(partial(self._terminate, status))
             if model is not None:
                 import_quietly("mlflow.pyfunc", "mlflow.pytorch")
-                self._await(self._submit(partial(self._save_model, model(), saved)), self._answer_s)
-            shipped_bytes = 0
-            for file, to in _files(artifacts):
-                shipped_bytes += file.stat().st_size
-                self._submit(partial(self._ship, file, to))
-            if saved.is_dir():
-                shipped_bytes += sum(file.stat().st_size for file, _ in _files([saved]))
-                self._submit(partial(self._log_model, saved))
-            ended = self._submit(lambda: self._client.set_terminated(self.run_id, status))
-            self._await(ended, self._answer_s + shipped_bytes / SHIPPED_BYTES_PER_S)
-            self.is_complete = self._is_on
+                self._call(partial(self._save_model, model, saved))
+            shipped_bytes = sum(file.stat().st_size for file, _ in files_of(artifacts))
+            for file, to in files_of(artifacts):
+                self._call(partial(self._ship, file, to))
+            if model is not None:
+                self._call(partial(self._log_model, saved))
+            most_s = stores.END_S if self._wait_s is None else 10 * self._wait_s
+            problem = sender.wait(self._answer_s, most_s + shipped_bytes / SHIPPED_BYTES_PER_S)
+            self.is_complete = problem is None and not sender.refused
+            if problem is not None and self._outage is None:
+                self._on_failure(ConnectionError(problem))
+            if self.is_complete:
+                self._sent.remove()
+
+    def settle(self) -> None:
+        """Wait until the store has taken what was queued, as at the end of a run."""
+        if self._sender is not None:
+            self._sender.wait(self._answer_s, stores.END_S)
 
     def close(self) -> None:
         """Stop tracking, and leave the run in MLflow as it is."""
-        self._is_on = False
-        if self._lane is not None:
-            self._lane.close()
-            self._lane = None
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
 
     @property
     def _answer_s(self) -> float:
@@ -183,21 +220,43 @@ class MLflowTracker:
 
     # ── calls of the thread ──────────────────────────────────────────────────────────────────────────────
 
+    def _call(self, call: Callable[[], object]) -> None:
+        """Queue a call that may be repeated."""
+        if self._sender is not None:
+            self._sender.add(partial(self._made, call))
+
+    def _made(self, call: Callable[[], object]) -> None:
+        if self.run_id is None:
+            return  # it could not be opened, which was told
+        reach(self._uri)
+        with refusals():
+            call()
+
     def _open(
         self,
-        experiment_id: str | None,
         run_name: str,
         params: Mapping[str, object] | None,
         tags: Mapping[str, str],
-        resume: str | None,
     ) -> None:
-        run = None if resume is None else self._find(resume)
-        if run is not None:
-            self._reopen(run, params or {}, tags)
-        elif params is not None:
-            self._create(experiment_id, run_name, params, tags)
-        else:
-            raise ConnectionError(f"has no run {resume}")
+        reach(self._uri)
+        experiment_id = self._store.experiment_id or open_experiment(self._uri, self._store.experiment)
+        found = self._find(self._resume) if self._resume is not None else None
+        if found is None and self._is_uncertain:
+            found = next(iter(self._marked(experiment_id)), None)
+        if found is None and params is None:
+            raise Refused(f"has no run {self._resume}")
+        if found is None:
+            was_uncertain, self._is_uncertain = self._is_uncertain, True
+            found = self._create(experiment_id, run_name, tags)
+            self._is_uncertain = was_uncertain  # the store has answered
+        self._resume = str(found.info.run_id)  # if a later request fails, this run is found again
+        self._reopen(found, params or {}, tags)
+        assert self._points is not None
+        # with steps; `run.data.metrics` has values only
+        self._points.latest = {metric.key: int(metric.step) for metric in found.data._metric_objs}
+        self.run_id = str(found.info.run_id)
+        if self._on_open is not None and self._sender is not None:
+            self._sender.unless_closed(partial(self._on_open, str(found.info.experiment_id), self.run_id))
 
     def _find(self, run_id: str) -> Any:
         """Return a run of the store, a deleted one too; None if it has none of this id."""
@@ -210,81 +269,99 @@ class MLflowTracker:
                 return None
             raise
 
-    def _create(
-        self, experiment_id: str | None, run_name: str, params: Mapping[str, object], tags: Mapping[str, str]
-    ) -> None:
-        tags = {_name(key): value[:_TAG_LENGTH] for key, value in tags.items()}
-        run_id = self._client.create_run(experiment_id, tags=tags, run_name=run_name).info.run_id
-        self._log_params(run_id, params)
-        self.run_id = run_id
+    def _marked(self, experiment_id: str) -> list[Any]:
+        """Return the runs that carry this run's mark, the oldest first."""
+        found = self._client.search_runs([experiment_id], f"tags.`{MARK}` = '{self._sent.mark}'")
+        return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def _create(self, experiment_id: str, run_name: str, tags: Mapping[str, str]) -> Any:
+        own = {name_of(key): value[:_TAG_LENGTH] for key, value in tags.items()} | {MARK: self._sent.mark}
+        return self._client.create_run(experiment_id, tags=own, run_name=run_name)
 
     def _log_params(self, run_id: str, params: Mapping[str, object], known: Sequence[str] = ()) -> None:
         from mlflow.entities import Param
 
-        named = {_name(key): value[:_PARAM_LENGTH] for key, value in flat_text(params).items()}
+        named = {name_of(key): value[:_PARAM_LENGTH] for key, value in flat_text(params).items()}
         rows = [Param(key, value) for key, value in named.items() if key not in known]
         for start in range(0, len(rows), _PARAMS_PER_BATCH):
             batch = rows[start : start + _PARAMS_PER_BATCH]
             self._client.log_batch(run_id, params=batch, synchronous=True)
+            self._beat()
 
     def _reopen(self, run: Any, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Add the params and tags that a run lacks."""
         run_id, client = run.info.run_id, self._client
         if run.info.lifecycle_stage == "deleted":
             client.restore_run(run_id)
-        self._steps = {
-            key: {point.step for point in client.get_metric_history(run_id, key)} for key in run.data.metrics
-        }
         self._log_params(run_id, params, list(run.data.params))
         for key, value in tags.items():
-            if key != PARENT and _name(key) not in run.data.tags:
-                client.set_tag(run_id, _name(key), value[:_TAG_LENGTH])
-        client.update_run(run_id, status="RUNNING")
-        self.run_id = run_id
+            if key != PARENT and name_of(key) not in run.data.tags:
+                client.set_tag(run_id, name_of(key), value[:_TAG_LENGTH])
+                self._beat()
+        if self._is_running and run.info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+
+    def _send(self, rows: Sequence[tuple[int, str, float, int]]) -> None:
+        """Log points given as step, key, value and time in milliseconds."""
+        from mlflow.entities import Metric
+
+        if self._sender is None:
+            raise ConnectionError("the run has ended")
+        batch = [Metric(key, value, time_ms, step) for step, key, value, time_ms in rows]
+        with refusals():
+            self._client.log_batch(self.run_id, metrics=batch, synchronous=True)
+        self._beat()
+
+    def _steps_of(self, key: str) -> set[int]:
+        found = {int(point.step) for point in self._client.get_metric_history(self.run_id, key)}
+        self._beat()
+        return found
 
     def _set_tag(self, key: str, value: str) -> None:
         self._client.set_tag(self.run_id, key, value)
 
-    def _save_model(self, module: nn.Module, folder: Path) -> None:
-        """Save a module as MLflow keeps it; leave no folder if that fails."""
+    def _terminate(self, status: RunStatus) -> None:
+        if self._is_uncertain:  # its creation may have been carried out twice
+            run = self._find(str(self.run_id))
+            for other in self._marked(run.info.experiment_id):
+                if other.info.run_id != self.run_id:
+                    self._client.delete_run(other.info.run_id)
+        self._client.set_terminated(self.run_id, status)
+
+    def _save_model(self, model: Callable[[], nn.Module], folder: Path) -> None:
         try:
-            save_module(module, folder, self.run_id)
+            save_module(model(), folder, self.run_id)
         except Exception as error:
             self._warn(f"MLflow gets no model, for it cannot be saved: {one_line(str(error))}")
             rmtree(folder, ignore_errors=True)
 
     def _log_model(self, folder: Path) -> None:
-        log_model(self._client, str(self.run_id), folder)
+        if folder.is_dir():
+            log_model(self._client, str(self.run_id), folder, self._beat)
 
     def _ship(self, file: Path, to: str | None) -> None:
         self._client.log_artifact(self.run_id, str(file), to)
 
-    # ── what becomes of them ─────────────────────────────────────────────────────────────────────────────
+    # ── outages ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _submit(self, call: Callable[[], object]) -> Future[None]:
-        """Queue a call for the thread; it is made if the ones before it have all gone well."""
+    def _beat(self) -> None:
+        if self._sender is not None:
+            self._sender.beat()
 
-        def guarded() -> None:
-            if self._is_on:
-                try:
-                    reach(self._uri)
-                    call()
-                except Exception as error:
-                    self._give_up(str(error))
+    def _on_failure(self, error: Exception) -> None:
+        reason = f"MLflow {named(self._uri, error)}"
+        if isinstance(error, Refused):
+            self._warn(reason)
+            return
+        text = f"{reason}; what it lacks is sent when it answers again"
+        (logger.warning if self._outage is None else logger.info)(text)
+        self._outage = self._outage or text
 
-        assert self._lane is not None
-        return self._lane.submit(guarded)
-
-    def _await(self, future: Future[None], seconds: float) -> None:
-        if not wait([future], seconds).done:
-            self._give_up(f"did not answer within {seconds:.0f} s")
-
-    def _give_up(self, reason: str) -> None:
-        if self._is_on:
-            self._is_on = False
-            self._warn(f"MLflow {named(self._uri, reason)}; tracking is off for the rest of this run")
+    def _on_answer(self) -> None:
+        logger.info("MLflow (%s) answers again", self._uri)
 
     def _warn(self, text: str) -> None:
-        self.warnings.append(text)
+        self._told.append(text)
         logger.warning(text)
 
 
@@ -294,12 +371,13 @@ def parent_run(
     tags: Mapping[str, str],
     params: Mapping[str, object],
     resume: str | None = None,
+    folder: Path | None = None,
 ) -> str | None:
     """Start the run that a sweep's trials belong to, or continue it; return its id.
 
-    None where nothing is tracked.
+    None where nothing is tracked, and where the store does not answer.
     """
-    tracker = MLflowTracker(store, run_name=name, params=params, tags=tags, resume=resume)
+    tracker = MLflowTracker(store, run_name=name, params=params, tags=tags, resume=resume, folder=folder)
     tracker.close()
     return tracker.run_id
 
@@ -311,6 +389,7 @@ def finish_parent(
     artifacts: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
     report: RoundReport | None = None,
+    folder: Path | None = None,
 ) -> bool:
     """End a run in MLflow, with artifacts, and with tags and metrics of its outcome.
 
@@ -319,30 +398,11 @@ def finish_parent(
     """
     if run_id is None:
         return False
-    tracker = MLflowTracker(store, run_name="", params=None, tags={}, resume=run_id)
+    tracker = MLflowTracker(
+        store, run_name="", params=None, tags={}, resume=run_id, folder=folder, is_running=False
+    )
     tracker.tag(tags or {})
     if report is not None:
         tracker.log_round(report)
     tracker.finish(status, artifacts)
     return tracker.is_complete
-
-
-def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
-    """Yield each file with the folder where it goes among the artifacts, None for the top."""
-    for path in paths:
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    yield file, file.parent.relative_to(path.parent).as_posix()
-        elif path.is_file():
-            yield path, None
-
-
-def _name(key: str) -> str:
-    """Return `key` if MLflow accepts it as a name; otherwise an accepted name that no other key gets."""
-    clean = re.sub(r"[^\w.\- :/]", "_", key)
-    norm = posixpath.normpath(clean)
-    if clean == key and norm == key != "." and not key.startswith(("/", "..")) and len(key) <= _NAME_LENGTH:
-        return key
-    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-    return f"{re.sub(r'^[.]+|/', '_', clean)[: _NAME_LENGTH - 9]}-{digest}"

@@ -6,6 +6,7 @@ touches MLflow's global state (tracking URI, active run).
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +16,24 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fedray.config.uri import SQLITE, check_uri, database_of, sqlite_uri, without_password
-from fedray.tracking.lane import THREAD, Lane
+from fedray.config.uri import SQLITE, check_uri, database_of, sqlite_uri, take_login, without_password
 from fedray.tracking.moved import ARTIFACTS, follow
+from fedray.tracking.sender import THREAD, Refused, Sender
 
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
 """Timeout in seconds for connecting at the start and for flushing at the end."""
+END_S = 120.0
+"""The longest wait in seconds at the end of a run, while the store answers."""
 OPEN_S = 60.0
 """Timeout in seconds for creating or opening an SQLite file; it takes about a second on an idle machine."""
-PROBE_S = 3.0
-"""Timeout in seconds for a server's first answer."""
+REQUEST = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+"""MLflow's settings for a server, unless the user has set them. MLflow itself would repeat each request for
+minutes, also one that was carried out; we ask the store before we repeat one."""
+
+LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: a password in tracking.uri is not kept"
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,15 @@ class Store:
 
     Args:
         uri: as MLflow takes it, with an absolute path; `none` tracks nothing.
-        experiment_id: None where nothing is tracked.
-        problem: why nothing is tracked although it was asked for.
+        experiment_id: None where nothing is tracked, or where the store is out of reach.
+        problem: why the store could not be prepared.
+        experiment: name of the experiment.
     """
 
     uri: str
     experiment_id: str | None = None
     problem: str | None = None
+    experiment: str = ""
 
 
 def prepare_store(uri: str, experiment: str) -> Store:
@@ -55,35 +64,38 @@ def prepare_store(uri: str, experiment: str) -> Store:
         experiment: name of the experiment that holds the runs.
 
     Returns:
-        The store; if it could not be prepared, a store that tracks nothing and names its `problem`.
+        The store; if it could not be prepared, it names its `problem`, and runs try to open it again.
 
     Raises:
         ConfigError: as `check_uri`.
     """
     if check_uri(uri) == "none":
         return Store(uri)
-    artifacts = None
     if uri.startswith(SQLITE):
-        database = database_of(uri).expanduser().resolve()
-        uri, artifacts = sqlite_uri(database), (database.parent / ARTIFACTS).as_uri()
+        uri = sqlite_uri(database_of(uri).expanduser().resolve())
+    uri = take_login(uri)
     import_mlflow(uri)
-    lane, limit_s = Lane(), opening_s(uri)
-    try:
-        experiment_id = lane.submit(lambda: _open_experiment(uri, experiment, artifacts)).result(limit_s)
-    except Exception as error:
-        reason = f"did not answer within {limit_s:.0f} s" if isinstance(error, TimeoutError) else str(error)
-        problem = f"MLflow {named(uri, reason)}; runs are kept in their own files only"
-        logger.warning(problem)
-        return Store(uri, problem=problem)
-    finally:
-        lane.close()
-    return Store(uri, experiment_id)
+    found: list[str] = []
+    errors: list[Exception] = []
+    sender, limit_s = Sender(errors.append, lambda: None), opening_s(uri)
+    sender.add(lambda: found.append(open_experiment(uri, experiment, create=True)))
+    problem = sender.wait(limit_s, limit_s, grace_s=0.0)
+    sender.close()
+    if problem is None:
+        return Store(uri, found[0], experiment=experiment)
+    reason = named(uri, errors[0] if errors else problem)
+    problem = f"MLflow {reason}; runs are kept in their own files, and sent when it answers"
+    logger.warning(problem)
+    return Store(uri, problem=problem, experiment=experiment)
 
 
 def import_mlflow(uri: str) -> None:
     """Import MLflow, which takes seconds, unless `uri` is none; keep it quiet in our threads."""
     if uri == "none":
         return
+    if not uri.startswith(SQLITE):
+        for name, value in (REQUEST | QUIET).items():
+            os.environ.setdefault(name, value)
     import_quietly("mlflow.store.tracking.sqlalchemy_store" if uri.startswith(SQLITE) else "mlflow")
     for name in ("mlflow.store.db.utils", "mlflow.pytorch", "urllib3.connectionpool"):
         logging.getLogger(name).addFilter(_is_not_ours)
@@ -104,40 +116,48 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
 
 
 def opening_s(uri: str) -> float:
+    """Return for how many seconds a run waits for the store at its start."""
     return OPEN_S if uri.startswith(SQLITE) else ANSWER_S
 
 
 def client_of(uri: str) -> Any:
+    """Return MLflow's client of a store."""
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn MLflow's error for a call that it will never take into Refused."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code == "INVALID_PARAMETER_VALUE":
+            raise Refused(str(error)) from error
+        raise
+
+
 def reach(uri: str) -> None:
-    """Check that the store answers; MLflow itself would retry a dead server for four minutes.
+    """Check that a database file is there; MLflow would create it.
 
     Raises:
-        ConnectionError: if it is not.
+        ConnectionError: if it is not, as for a trial on another machine.
     """
+    if uri.startswith(SQLITE) and not database_of(uri).is_file():
+        raise ConnectionError("is not on this machine; trials on several machines need a server")
+
+
+def open_experiment(uri: str, name: str, *, create: bool = False) -> str:
+    """Return the id of the experiment; create it if it is missing, and the database with `create`."""
+    artifacts = None
     if uri.startswith(SQLITE):
-        if not database_of(uri).is_file():
-            # or a trial on another machine would quietly create another database there
-            raise ConnectionError("is not on this machine; trials on several machines need a server")
-        return
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    probe = {"max_retries": 0, "raise_on_status": False, "timeout": PROBE_S}
-    status = http_request(get_default_host_creds(uri), "/health", "GET", **probe).status_code
-    if status >= 500:
-        raise ConnectionError(f"answers with status {status}")
-
-
-def _open_experiment(uri: str, name: str, artifacts: str | None) -> str:
-    """Return the id of the experiment; create it if it is missing."""
-    if artifacts is not None:
-        _create_database(database_of(uri), artifacts)
-        follow(database_of(uri))
+        artifacts = (database_of(uri).parent / ARTIFACTS).as_uri()
+        if create:
+            _create_database(database_of(uri), artifacts)
+            follow(database_of(uri))
     reach(uri)
     client = client_of(uri)
     found = client.get_experiment_by_name(name)
@@ -198,9 +218,21 @@ def _no_syncs(path: Path) -> Iterator[None]:
         event.remove(Engine, "connect", connected)
 
 
-def named(uri: str, reason: str) -> str:
+def named(uri: str, reason: object) -> str:
     """Name a store and its problem, in one line and without the password that a URI may hold."""
-    return f"({without_password(uri)}) {one_line(without_password(uri, reason))}"
+    text = without_password(uri, _short(str(reason)))
+    hint = f"; {LOGIN}" if "401" in text or "not authenticated" in text else ""
+    return f"({without_password(uri)}) {one_line(text)}{hint}"
+
+
+def _short(text: str) -> str:
+    """Return the reason in one of the long messages of MLflow's HTTP client, or the message itself."""
+    if found := re.search(r"too many (\d+) error responses", text):
+        return f"answers with status {found[1]}"
+    if "failed with timeout exception" in text or "Read timed out" in text:
+        return "does not answer in time"
+    lost = ("NewConnectionError", "Connection refused", "RemoteDisconnected", "Connection aborted")
+    return "cannot be reached" if any(word in text for word in lost) else text
 
 
 def one_line(text: str) -> str:

@@ -14,14 +14,19 @@ from fedray.report.reading import moved_store
 from fedray.storage.directory import LOCK
 from fedray.storage.final_model import load_module
 from fedray.storage.run_files import RunFiles
+from fedray.tracking.also import Beside
 from fedray.tracking.data_inputs import DATA, dataset_inputs
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared, run_tags
+from fedray.tracking.sent import SENT
 from fedray.tracking.shown import run_name, shown_params
 from fedray.tracking.store import Store, prepare_store
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
+
+KNOWN = "mlflow.json"
+"""File in a directory: its run in MLflow, the run's parent, and whether MLflow has everything."""
 
 
 @dataclass
@@ -33,24 +38,34 @@ class Tracking:
         parent: MLflow's run id of the sweep.
         name: name of the run in MLflow.
         answer_s: seconds to wait for the store; None: as `MLflowTracker`.
+        is_running: whether the run has rounds to come.
     """
 
     store: Store | None = None
     parent: str | None = None
     name: str | None = None
     answer_s: float | None = None
+    is_running: bool = True
 
 
 def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLflowTracker:
     """Return a run's tracker: of this directory's MLflow run if the store has one, else of a new one.
 
-    Rounds that the store lacks are logged now: an earlier process could not deliver them.
+    Rounds that the store lacks are queued now: an earlier process could not deliver them.
     """
-    known = files.read_json("mlflow.json") or {}
+    known = files.read_json(KNOWN) or {}
     store = tracking.store
     if store is None:
         at = moved_store(config.tracking.uri, files.path, known.get("run_id"))
         store = prepare_store(at, config.tracking.experiment)
+    if known.pop("is_complete", False):
+        files.write_json(KNOWN, known)
+
+    def opened(experiment_id: str, run_id: str) -> None:
+        found = {"uri": store.uri, "experiment_id": experiment_id, "run_id": run_id}
+        parent = tracking.parent if known.get("run_id") != run_id else known.get("parent")
+        files.write_json(KNOWN, found if parent is None else found | {"parent": parent})
+
     tracker = MLflowTracker(
         store,
         run_name=tracking.name or run_name(config),
@@ -65,17 +80,32 @@ def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLfl
         parent_run_id=tracking.parent,
         resume=known.get("run_id"),
         answer_s=tracking.answer_s,
+        folder=files.path,
+        on_open=opened,
+        is_running=tracking.is_running,
     )
-    if tracker.run_id:
-        # the config's address, which is absolute and may hold a password that the config holds too
-        uri = config.tracking.uri if store.uri.startswith("http") and tracking.store is None else store.uri
-        where = {"uri": uri, "experiment_id": store.experiment_id}
-        files.write_json("mlflow.json", {**where, "run_id": tracker.run_id})
-        if (data := files.read_json(DATA)) is not None:
-            tracker.log_inputs(dataset_inputs(data))
-        for line in files.rounds():
-            tracker.log_round(as_report(line))
+    if (data := files.read_json(DATA)) is not None:
+        tracker.log_inputs(dataset_inputs(data) if store.uri != "none" else [])
+    for line in files.rounds():
+        tracker.log_round(as_report(line))
     return tracker
+
+
+def open_beside(config: RunConfig, files: RunFiles) -> Beside:
+    """Return the further trackers of a run, filled with its rounds so far."""
+    rounds = map(as_report, files.rounds()) if config.tracking.also else ()
+    return Beside(config.tracking.also, files.path, config.to_tree(), rounds)
+
+
+def close_beside(beside: Beside | None, files: RunFiles, status: RunStatus) -> None:
+    """End the further trackers of a run, if it came to have any."""
+    if beside is None:
+        return
+    result = (files.read_json("result.json") or {}) if status == "FINISHED" else {}
+    tags = {"weights_sha256": str(result["weights_sha256"])} if "weights_sha256" in result else {}
+    beside.finish(status, final(result) if result else None, tags)
+    with suppress(RunError):  # the disk may have failed
+        files.warn(beside.warnings)
 
 
 def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, status: RunStatus) -> None:
@@ -86,14 +116,14 @@ def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, st
         result = files.read_json("result.json") or {}
         tracker.log_round(final(result))
         tracker.tag({"weights_sha256": str(result.get("weights_sha256"))})
-        skipped = {"checkpoints", "mlflow.json", LOCK}
+        skipped = {"checkpoints", KNOWN, SENT, LOCK, *config.tracking.also}
         artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
         model = lambda: load_module(config, files)  # noqa: E731
     tracker.finish(status, artifacts, model)
     with suppress(RunError):  # the disk may have failed
         files.warn(tracker.warnings)
         if tracker.is_complete:
-            files.write_json("mlflow.json", {**(files.read_json("mlflow.json") or {}), "is_complete": True})
+            files.write_json(KNOWN, {**(files.read_json(KNOWN) or {}), "is_complete": True})
         elif tracker.warnings:
             logger.warning("`fedray sync %s` brings MLflow up to this run's files", shown(files.path))
 

@@ -132,6 +132,7 @@ NOT_IN_THE_RESULT = {
     "clients.resources.labels": {"tier": "fast"},
     "tracking.uri": "none",
     "tracking.experiment": "other",
+    "tracking.also": ["tensorboard"],
     "data.root": "/",
     "checkpoint_every": 3,
 }

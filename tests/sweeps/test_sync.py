@@ -102,14 +102,14 @@ def lost(uri: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
         fedray.run(config(uri), out="r", on_round=busy_from(2, uri, other))
     run = the_run(uri)
-    assert run.info.status == "RUNNING" and len(points(uri, run)) < 4 * len(run.data.metrics)
+    assert run.info.status == "RUNNING" and "test/accuracy" not in run.data.metrics
     return in_tmp / "r"
 
 
 def test_a_busy_store_is_brought_up_to_the_files(
     lost: Path, uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "tracking is off for the rest of this run" in (lost / "warnings.txt").read_text()
+    assert "what it lacks is sent when it answers again" in (lost / "warnings.txt").read_text()
     said = [record.getMessage() for record in caplog.get_records("setup")]
     assert said[-1] == "`fedray sync r` brings MLflow up to this run's files"
     before = tiny.figures(lost)

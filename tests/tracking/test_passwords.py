@@ -1,0 +1,119 @@
+"""A password in `tracking.uri` is written nowhere: neither to files, nor to a server, nor to a terminal."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedray
+from fedray.config.run_config import RunConfig
+from fedray.config.uri import PASSWORD, USER, check_uri, take_login
+from fedray.errors import ConfigError
+from fedray.sweeps.sync import sync
+from fedray.tracking.store import prepare_store
+from tests.experiment import tiny
+from tests.tracking.servers import Proxy, mlflow_server
+
+SECRET = "s3cr3t-pass/word"
+QUOTED = "s3cr3t-pass%2Fword"
+
+
+@pytest.fixture(autouse=True)
+def no_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (USER, PASSWORD):
+        monkeypatch.setenv(name, "")  # restored at the end
+
+
+def test_a_login_goes_to_the_variables_of_mlflow() -> None:
+    assert take_login(f"https://me:{QUOTED}@host:99/prefix") == "https://host:99/prefix"
+    assert (os.environ[USER], os.environ[PASSWORD]) == ("me", SECRET)
+    config = tiny.config({"tracking.uri": f"http://you:{QUOTED}@host"})
+    assert config.tracking.uri == "http://host" and "s3cr3t" not in repr(config)
+    assert os.environ[USER] == "you"
+    assert RunConfig.from_tree(config.to_tree()).tracking.uri == "http://host"
+    for uri in ("none", "sqlite:///a@b.db", "http://host/a@b"):
+        assert take_login(uri) == uri
+
+
+@pytest.mark.parametrize("uri", ["http://token@host", "http://:secret@host", "http://me:@host"])
+def test_half_a_login_is_refused_without_showing_it(uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"give both, or set {USER}") as caught:
+        check_uri(uri)
+    assert "secret" not in str(caught.value) and "token@" not in str(caught.value)
+
+
+def holds_secret(folder: Path) -> list[str]:
+    words = (b"s3cr3t",)
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        if path.is_file() and any(word in path.read_bytes() for word in words)
+    ]
+
+
+def address(proxy: Proxy) -> str:
+    return proxy.uri.replace("http://", f"http://me:{QUOTED}@")
+
+
+PLAN = """
+base:
+  rounds: 1
+  model: mlp
+  data: {{name: digits}}
+  clients: {{population: 6, cohort: 3, actors: 0}}
+  method: {{name: fedavg, batch_size: 50}}
+  tracking: {{uri: "{uri}"}}
+space: {{seed: {{grid: [0, 1]}}}}
+"""
+
+
+CAPTURED: Any = {"capture_output": True, "text": True, "timeout": 280, "check": False}
+
+
+@pytest.mark.slow
+def test_neither_a_sweep_nor_its_store_nor_the_terminal_shows_it(tmp_path: Path) -> None:
+    """The server is there for the sweep, and gone for a second one, whose messages name it."""
+    (tmp_path / "server").mkdir()
+    (tmp_path / "sweep").mkdir()
+    with mlflow_server(tmp_path / "server") as server:
+        proxy = Proxy(server)
+        for name, state in (("well", "well"), ("gone", "gone")):
+            proxy.state = state  # type: ignore[assignment]
+            plan = tmp_path / "plan.yaml"
+            plan.write_text(PLAN.format(uri=address(proxy)))
+            command = [sys.executable, "-m", "fedray.cli", "sweep", str(plan), "--out", name]
+            done = subprocess.run(
+                command, cwd=tmp_path / "sweep", capture_output=True, text=True, timeout=280
+            )
+            assert done.returncode == 0, done.stderr
+            assert "s3cr3t" not in done.stdout + done.stderr
+        proxy.mend()
+        command = [sys.executable, "-m", "fedray.cli", "sync", "gone"]
+        done = subprocess.run(command, cwd=tmp_path / "sweep", **CAPTURED)
+        assert done.returncode == 0 and "s3cr3t" not in done.stdout + done.stderr, done.stderr
+        assert holds_secret(tmp_path / "sweep") == holds_secret(tmp_path / "server") == []
+        assert proxy.logins >= {"me:" + SECRET}
+        from mlflow import MlflowClient
+
+        client = MlflowClient(server)
+        found = client.search_runs([client.get_experiment_by_name("fedray").experiment_id])
+        assert len(found) == 6
+        assert {run.info.status for run in found} == {"FINISHED"}
+        proxy.shutdown()
+        proxy.server_close()
+
+
+def test_a_login_that_is_missing_is_named(in_tmp: Path) -> None:
+    proxy = Proxy("http://127.0.0.1:1")
+    proxy.state = "401"
+    store = prepare_store(proxy.uri, "x")
+    assert store.problem is not None and f"set {USER} and {PASSWORD}" in store.problem
+    history: Any = fedray.run(tiny.config({"tracking.uri": proxy.uri, "rounds": 1}), out="r")
+    assert history.result["status"] == "finished"
+    with pytest.raises(fedray.FedrayError, match=f"set {USER} and {PASSWORD}"):
+        sync("r")
+    proxy.shutdown()
+    proxy.server_close()
