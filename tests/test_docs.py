@@ -220,7 +220,7 @@ def test_what_a_page_names_is_there(page: Path):
         "data.partition.alfa",
         "clients.cohorts",
         "tune.metrics",
-        "fedray runs x.yaml",
+        "fedray runss x.yaml",
         "fedray run x.yaml --outt y",
         "python -m rllib_pruner.trains",
         "fedray agent trains x.yaml",

@@ -10,9 +10,10 @@ for torch.
 # `--help` lists them in this order
 from fedray.cli import new, running, hand, watching, reports, tables, agents  # isort: skip
 from fedray.cli.agents import AGENT_COMMANDS
+from fedray.cli.completion import LISTING
 from fedray.cli.console import err, out
 from fedray.cli.entry import app, collect_rarely, main
-from fedray.cli.tables import LISTING, listing
+from fedray.cli.tables import listing
 from fedray.experiment.progress import LINES
 
 __all__ = [

@@ -11,7 +11,19 @@ from rich.console import Console, ConsoleDimensions
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["columns_of", "err", "escape", "number", "out", "say", "say_json", "short", "table"]
+__all__ = [
+    "columns_of",
+    "err",
+    "escape",
+    "number",
+    "out",
+    "progress_console",
+    "say",
+    "say_json",
+    "say_path",
+    "short",
+    "table",
+]
 
 
 class _Console(Console):
@@ -78,6 +90,17 @@ def _placed(text: str, width: int, left: bool) -> str:
 def number(value: float) -> str:
     """Write a number with three digits, whole from a hundred on."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def progress_console() -> Console:
+    """Return where progress is shown: stderr, or nowhere."""
+    return Console(quiet=True) if out.quiet else err
+
+
+def say_path(path: Path) -> None:
+    """Write the path of what was made, if everything else is left out."""
+    if out.quiet:
+        sys.stdout.write(f"{short(path)}\n")
 
 
 def say_json(value: Any) -> None:

@@ -5,17 +5,34 @@ import gc
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
+from fedray.cli.completion import completed_key, completed_name
+from fedray.cli.console import out
 from rllib_pruner.commands import run_app
+
+ANYWHERE = ("-v", "--verbose", "-q", "--quiet")
+"""Options that may stand before and after the name of a command."""
+
+
+class _Group(typer.core.TyperGroup):
+    """The commands of fedray."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        moved = [arg for arg in args[:end] if arg in ANYWHERE]
+        rest = [arg for arg in args[:end] if arg not in ANYWHERE]
+        return super().parse_args(ctx, [*moved, *rest, *args[end:]])
+
 
 app = typer.Typer(
     name="fedray",
+    cls=_Group,
     help="Federated learning with model pruning on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -23,12 +40,15 @@ File = Annotated[
     Path, typer.Argument(help="A YAML file: `base:` (and `space:`, `tune:`), or one run's config.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. method.lr=0.1 seed=1")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="e.g. method.lr=0.1 seed=1", autocompletion=completed_key),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="An empty or new directory; default: the next under runs/.")
 ]
-Name = Annotated[str | None, typer.Argument(help="Show one of them with all its options.")]
+Name = Annotated[
+    str | None, typer.Argument(help="Show one of them with all its options.", autocompletion=completed_name)
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and nothing else.")]
 Import = Annotated[
     list[Path] | None,
@@ -36,10 +56,25 @@ Import = Annotated[
 ]
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"fedray {version('fedray')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every round.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the directory of a run, sweep or report only.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
+    out.quiet = quiet
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("fedray").setLevel(logging.INFO if verbose else logging.WARNING)
 

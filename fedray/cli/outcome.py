@@ -8,13 +8,21 @@ from typing import Any
 
 import typer
 
-from fedray.cli.console import err, escape, out, short
+from fedray.cli.console import err, escape, out, say_json, say_path, short
 
 SHOWN = 8
 """Trials whose early ends are printed, at most."""
 
 
-def say_run(path: Path) -> None:
+def say_run(history: Any, json: bool = False) -> None:
+    """Say how a run ended; as JSON: `path` and every final metric by name."""
+    from fedray.overview.summary import plain
+
+    path = history.path
+    if json:
+        say_json({"path": str(path), **plain(history.result)})
+        return
+    say_path(path)
     from fedray.report.reading import load_run
     from fedray.report.series import label_runs
     from fedray.report.table import comparison, render_table
@@ -25,7 +33,41 @@ def say_run(path: Path) -> None:
     out.print(f"Files: {short(path)}   Pictures: fedray report {short(path)}{tracked(path, 'MLflow')}")
 
 
-def say_sweep(result: Any) -> None:
+def say_sweep(result: Any, json: bool = False) -> None:
+    """Say how a sweep ended, and write its report; as JSON: its best point, and each trial."""
+    if json:
+        out.quiet = True
+    else:
+        say_path(result.path)
+    try:
+        _say_sweep(result)
+    finally:
+        if json:
+            say_json(_sweep_json(result))
+
+
+def _sweep_json(result: Any) -> dict[str, Any]:
+    from fedray.overview.summary import plain, summary
+
+    best = result.best
+    tree = {
+        "path": str(result.path),
+        "metric": result.metric,
+        "best": None
+        if best is None
+        else {"trials": [t.point.name for t in best.trials], "mean": best.mean, "half": best.half},
+        "trials": [
+            {"status": t.status, "error": t.error}
+            if t.status == "missing"
+            else {**summary(t.path).to_json(), "status": t.status, "error": t.error}
+            for t in result.trials
+        ],
+    }
+    written: dict[str, Any] = plain(tree)
+    return written
+
+
+def _say_sweep(result: Any) -> None:
     from fedray.report.reading import find_runs, load_run
     from fedray.report.series import label_runs
     from fedray.report.table import comparison, render_table

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedray.cli.console import out, short
-from fedray.cli.entry import app
+from fedray.cli.console import out, say_json, say_path, short
+from fedray.cli.entry import Json, app
 from fedray.cli.outcome import say_address, tracked
 from fedray.errors import ConfigError
 
@@ -20,15 +20,23 @@ def report(
     target: Annotated[
         float | None, typer.Option(help="Also report when each run reached this validation accuracy.")
     ] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw figures, or write tables only.")] = True,
+    json: Json = False,
 ) -> None:
     """Draw figures and tables from the files of runs."""
+    from fedray.overview.summary import plain
     from fedray.report.reading import find_runs, load_run
     from fedray.report.series import label_runs
     from fedray.report.table import comparison, render_table, write_report
 
     runs = label_runs([load_run(path) for path in find_runs(directories)])
-    out.print(render_table(comparison(runs, target=target), out.width))
-    written = write_report(directories, out_dir, target=target)
+    frame = comparison(runs, target=target)
+    written = write_report(directories, out_dir, target=target, pictures=pictures)
+    if json:
+        rows, files = frame.to_dict("records"), [str(path) for path in written.files]
+        return say_json(plain({"path": str(written.path), "files": files, "settings": rows}))
+    say_path(written.path)
+    out.print(render_table(frame, out.width))
     for path in written.files:
         out.print(f"  {short(path)}")
     if any(tracked(path, "") for path in directories):

@@ -5,14 +5,16 @@ from typing import Annotated
 
 import typer
 
-from fedray.cli.console import err, out, short
-from fedray.cli.entry import File, Import, Out, Overrides, app, import_all, imports_override
+from fedray.cli.console import err, out, progress_console, short
+from fedray.cli.entry import File, Import, Json, Out, Overrides, app, import_all, imports_override
 from fedray.cli.outcome import say_run, say_sweep
 from fedray.experiment.progress import Checking, RunProgress, SweepProgress
 
 
 @app.command()
-def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
+def run(
+    file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None, json: Json = False
+) -> None:
     """Make one run: of a config, or of the `base:` of a sweep."""
     from fedray.config.run_config import RunConfig
     from fedray.experiment.run import run as make
@@ -22,25 +24,28 @@ def run(file: File, overrides: Overrides = None, out_dir: Out = None, imports: I
         name = short(file)
         text = f"{name} is a sweep: this runs its base only; `fedray sweep {name}` tries its points"
         err.print(text, highlight=False, soft_wrap=True)
-    with RunProgress(config.rounds, err) as progress:
+    with RunProgress(config.rounds, progress_console()) as progress:
         history = make(config, out=out_dir, on_round=progress.show)
-    say_run(history.path)
+    say_run(history, json)
 
 
 @app.command()
-def sweep(file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None) -> None:
+def sweep(
+    file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None, json: Json = False
+) -> None:
     """Try all points of a file's `space:`, with Ray Tune."""
     from fedray.sweeps.space import Sweep
     from fedray.sweeps.sweep import sweep as make
 
-    with Checking(err) as checking:
+    with Checking(progress_console()) as checking:
         changes = [*(overrides or []), *imports_override(file, imports)]
         plan = Sweep.load(file, changes, on_point=checking.show)
-    out.print(f"{len(plan.points)} trials of up to {plan.rounds} rounds; starting Ray …")
+    say = err if json else out
+    say.print(f"{len(plan.points)} trials of up to {plan.rounds} rounds; starting Ray …")
     rounds = {point.name: point.config.rounds for point in plan.points}
-    with SweepProgress(rounds, err) as progress:
+    with SweepProgress(rounds, progress_console()) as progress:
         result = make(plan, out=out_dir, on_round=progress.show)
-    say_sweep(result)
+    say_sweep(result, json)
 
 
 @app.command()
@@ -54,6 +59,7 @@ def resume(
         ),
     ] = None,
     imports: Import = None,
+    json: Json = False,
 ) -> None:
     """Resume an interrupted run or sweep, or give a run more rounds."""
     import_all(imports)
@@ -65,27 +71,27 @@ def resume(
 
     directory, changes = local_path(directory), overrides or []
     if (directory / "sweep.yaml").is_file():
-        _resume_sweep(directory, changes)
+        _resume_sweep(directory, changes, json)
         return
     files = RunFiles.open(directory)
     _, config = resumed_config(files, changes)
-    if finished_result(files, config) is not None:
+    if finished_result(files, config) is not None and not json:
         more = f"fedray resume {short(directory)} rounds=N"
         out.print(f"{short(directory)} is finished: nothing was run. More rounds: {more}", soft_wrap=True)
-    with RunProgress(config.rounds, err) as progress:
+    with RunProgress(config.rounds, progress_console()) as progress:
         history = go_on(directory, changes, on_round=progress.show)
-    say_run(history.path)
+    say_run(history, json)
 
 
-def _resume_sweep(directory: Path, changes: list[str]) -> None:
+def _resume_sweep(directory: Path, changes: list[str], json: bool) -> None:
     from fedray.sweeps.sweep import load_sweep, resume_sweep
 
-    with Checking(err) as checking:
+    with Checking(progress_console()) as checking:
         plan = load_sweep(directory, checking.show, changes)
     rounds = {point.name: point.config.rounds for point in plan.points}
-    with SweepProgress(rounds, err) as progress:
+    with SweepProgress(rounds, progress_console()) as progress:
         result = resume_sweep(directory, plan, on_round=progress.show)
-    say_sweep(result)
+    say_sweep(result, json)
 
 
 @app.command()

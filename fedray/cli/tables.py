@@ -4,11 +4,11 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedray.cli.completion import read_listing
 from fedray.cli.console import escape, out
 from fedray.cli.console import table as new_table
 from fedray.cli.entry import Import, Name, app, import_all
@@ -31,7 +31,7 @@ def methods(
         import_all(imports)
         listed = listing()
     else:  # the file saves the import of torch, which takes seconds
-        listed = json.loads(LISTING.read_text(encoding="utf-8"))
+        listed = read_listing()
     table = new_table("method", "what it is", "source", "needs")
     for row in listed["methods"]:
         table.add_row(*row)
@@ -39,19 +39,27 @@ def methods(
     out.print(f"Every method has: {listed['common']}\nIn full: fedray methods NAME")
 
 
-LISTING = Path(__file__).parents[1] / "methods" / "listing.json"
-"""The list of methods, as `make docs` writes it."""
-
-
 def listing() -> dict[str, Any]:
-    """Return the rows of the list of methods, and the options that every method has."""
+    """Return the rows of the list of methods, the options of every method, and the words of completion."""
     from dataclasses import fields
 
+    from fedray.config.run_config import RunConfig
+    from fedray.config.tables import OPTIONS, TABLES
+    from fedray.config.trees import flatten
     from fedray.federation.method import Method
     from fedray.methods import METHODS
 
     rows = [[name, _title(kind), kind.citation, _needs(kind) or "—"] for name, kind in METHODS.items()]
-    return {"methods": rows, "common": ", ".join(f"{f.name}={f.default}" for f in fields(Method))}
+    open_sections = ("clients.devices", "clients.resources.by_device")
+    keys = dict.fromkeys(flatten(RunConfig().to_tree(), lambda key: key not in open_sections))
+    for section, table in OPTIONS.items():
+        keys |= dict.fromkeys(f"{section}.{f.name}" for kind in table.values() for f in fields(kind))
+    return {
+        "methods": rows,
+        "common": ", ".join(f"{f.name}={f.default}" for f in fields(Method)),
+        "keys": sorted(keys),
+        "choices": {key: sorted(table) for key, table in TABLES.items()},
+    }
 
 
 @app.command()

@@ -7,6 +7,8 @@ that says so; a mean is only taken over runs that all have the number; a compari
 whose other settings agree.
 """
 
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedray.durable import local_path, replace
+from fedray.durable import local_path, read_mapping, replace
 from fedray.errors import ConfigError
 from fedray.report.reading import RunData, find_runs, load_run
 from fedray.report.series import Flat, Setting, settings
@@ -378,7 +380,7 @@ class Report:
 
     Args:
         path: the folder.
-        files: the pictures (PNG), `table.md` and `table.csv`.
+        files: the pictures (PNG), `table.md`, `table.csv`, and `report.json`: which directories it is about.
     """
 
     path: Path
@@ -386,19 +388,25 @@ class Report:
 
 
 def write_report(
-    paths: Sequence[str | Path], out: str | Path | None = None, *, target: float | None = None
+    paths: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    target: float | None = None,
+    pictures: bool = True,
 ) -> Report:
     """Write the figures and tables of runs and sweeps.
 
-    Files of an earlier report in the same folder are replaced; others are left alone.
+    Files of an earlier report on the same directories are replaced; others are left alone.
 
     Args:
         paths: directories of runs and sweeps.
-        out: the folder; by default `report` in the one directory given, or beside the first of several.
+        out: the folder; by default `report` in the one directory given, or beside the first of several the
+            first of `report`, `report-2`, … that holds no report on other directories.
         target: as for `comparison`; figures of accuracy get a line there.
+        pictures: whether to draw figures.
 
     Raises:
-        ConfigError: if there is no run, or the folder cannot be written.
+        ConfigError: if there is no run, or the folder cannot be written, or holds another report.
         RunError: if a file of a run is damaged.
     """
     from fedray.report import figures
@@ -406,9 +414,12 @@ def write_report(
     runs = [load_run(path) for path in find_runs(paths)]
     frame = comparison(runs, target)
     folder = local_path(out) if out is not None else _default_folder(paths)
-    contents: dict[str, bytes] = figures.draw(settings(runs), target)
+    if out is not None and _is_of_others(folder, paths):
+        raise ConfigError(f"{folder} holds another report, on {_subject(folder)}; choose another with --out")
+    contents: dict[str, bytes] = figures.draw(settings(runs), target) if pictures else {}
     contents["table.md"] = f"{to_markdown(frame)}{LEGEND}".encode()
     contents["table.csv"] = frame.to_csv(index=False).encode()
+    contents[SUBJECT] = (json.dumps({"directories": _directories(folder, paths)}, indent=2) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in set(figures.NAMES) - set(contents):
@@ -424,4 +435,35 @@ def write_report(
 
 def _default_folder(paths: Sequence[str | Path]) -> Path:
     first = local_path(paths[0])
-    return first / "report" if len(paths) == 1 else first.parent / "report"
+    if len(paths) == 1 and not _is_of_others(first / "report", paths):
+        return first / "report"
+    above, number = first if len(paths) == 1 else first.parent, 1
+    while _is_of_others(folder := above / (f"report-{number}" if number > 1 else "report"), paths):
+        number += 1
+    return folder
+
+
+SUBJECT = "report.json"
+"""File in the folder of a report: the directories that it is about, from the folder."""
+
+
+def _directories(folder: Path, paths: Sequence[str | Path]) -> list[str]:
+    return [os.path.relpath(local_path(path).resolve(), folder.resolve()) for path in paths]
+
+
+def _is_of_others(folder: Path, paths: Sequence[str | Path]) -> bool:
+    """Tell whether a folder holds a report on other directories; a report without a note is on its own."""
+    if not folder.is_dir():
+        return False
+    known = read_mapping(folder / SUBJECT)
+    if known is None:
+        return (folder / "table.md").exists() and not (
+            len(paths) == 1 and folder.parent.resolve() == local_path(paths[0]).resolve()
+        )
+    return known.get("directories") != _directories(folder, paths)
+
+
+def _subject(folder: Path) -> str:
+    """Return what the report in a folder is about."""
+    known = read_mapping(folder / SUBJECT) or {}
+    return ", ".join(map(str, known.get("directories", []))) or "other directories"

@@ -292,7 +292,7 @@ def test_a_report_is_pictures_and_tables_and_touches_nothing_else(two):
     report = write_report([two], target=0.8)
     assert report.path == two / "report"
     pictures = [name for name in figures.NAMES if name != DECISIONS]  # nobody decides in these
-    assert [path.name for path in report.files] == [*pictures, "table.md", "table.csv"]
+    assert [path.name for path in report.files] == [*pictures, "table.md", "table.csv", "report.json"]
     for path in report.files[:5]:
         image = imread(path)
         assert image.shape[:2] == (650, 1001)
@@ -322,9 +322,10 @@ def test_where_a_report_goes(two, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "draw", lambda settings, target: {})
     assert write_report([two / "d0"]).path == two / "d0" / "report"
     assert write_report([two / "d0", two / "p"]).path == two / "report"
+    assert write_report([two / "d0", two / "p"]).path == two / "report"  # its own
     assert write_report([two], tmp_path / "x" / "y").path == tmp_path / "x" / "y"
     monkeypatch.chdir(two)
-    assert write_report(["d0", "d1"]).path == two / "report"
+    assert write_report(["d0", "d1"]).path == two / "report-2"  # the first holds another one
     assert find_runs([two]) == [two / "d0", two / "d1", two / "p"]
 
 
@@ -338,7 +339,7 @@ def test_a_folder_that_cannot_be_written_is_named(two, tmp_path, monkeypatch):
 def test_runs_without_any_round_still_have_a_table(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").write_text("seed: 0\n")
-    assert [path.name for path in write_report([tmp_path]).files] == ["table.md", "table.csv"]
+    assert [path.name for path in write_report([tmp_path]).files] == ["table.md", "table.csv", "report.json"]
 
 
 def test_reading_a_report_loads_neither_torch_nor_a_server():
