@@ -19,6 +19,7 @@ from fedray.config.docstrings import summary
 from fedray.config.run_config import RunConfig
 from fedray.config.schedulers import SCHEDULERS
 from fedray.config.schema import file_schema
+from fedray.config.searches import SEARCHES
 from fedray.config.tables import OPTIONS
 from fedray.config.trees import CHOICES, Tree
 from fedray.config.tune_config import VERBS, TuneConfig
@@ -31,7 +32,7 @@ from fedray.storage import run_files
 from rllib_pruner.config import TrainConfig
 
 FOLDER = Path(__file__).parent
-TUNE_CHOICES = ("scheduler",)
+TUNE_CHOICES = ("scheduler", "search")
 """Keys of `tune` that choose an entry of a table."""
 LARGE = 2**53
 """The page leaves out larger bounds: they are limits of the machine's numbers."""
@@ -58,12 +59,15 @@ SPACE = """
 
 A key with dots → one verb and its list, e.g. `method.lr: {loguniform: [0.01, 1]}`. Grids are combined with
 each other; the other verbs are drawn `tune.num_samples` times for each combination, by `tune.seed`. All
-points are drawn and checked before any process starts.
+points are drawn and checked before any process starts. `tune.search` finds points in other ways
+([sweeps.md](sweeps.md)).
 """
 
 SWEEP_FILES = {
     "sweep.yaml": "the base, the drawn points and `tune`, with a checksum",
     "best.yaml": "the config of the best point by the mean over its seeds, as `fedray run` takes it",
+    "pareto.json": "the Pareto set of a sweep with `tune.objectives`: trials, changes, means and intervals",
+    "points.jsonl": "of a sweep that searches: each suggested point and each result the searcher was told",
     "best.json": "its trials and final metrics, means over its seeds",
     "trials/<point>/": "the directory of a run, for each point",
     "judged.jsonl": "the reports that the scheduler judged, in their order; `resume` judges them again",
@@ -90,6 +94,7 @@ def config_page() -> str:
         _table(("verb", "draws"), ((f"`{verb}`", text) for verb, text in VERBS.items())),
         _section("tune", TuneConfig, _tune_defaults()),
         _choice("tune.scheduler", "name", SCHEDULERS),
+        _choice("tune.search", "name", SEARCHES),
         _files(),
     ]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -282,7 +287,8 @@ def _type(part: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(part.get('items', {}))}"
     if kind == "object":
-        return f"name → {_type(part.get('additionalProperties', {}))}"
+        values = part.get("additionalProperties", {})
+        return f"name → {'value' if values is True else _type(values)}"
     words = {
         "integer": "whole number",
         "number": "number",

@@ -28,7 +28,8 @@ from fedray.config.run_config import Config, Section, TrackingConfig
 from fedray.config.trees import Tree
 from fedray.config.tune_config import TuneConfig
 from fedray.errors import ConfigError
-from fedray.sweeps.space import check_samples, expand, opened, refuse_shared
+from fedray.sweeps.drawing import expand
+from fedray.sweeps.space import check_samples, opened, refuse_shared
 from fedray.types import PositiveInt, Seed
 from rllib_pruner.algorithms import ALGORITHMS, DQN, PPO
 from rllib_pruner.processes import PROCESSES, Process
@@ -157,7 +158,11 @@ class Plan:
         return cls(Path(path).stem, trials, tune.concurrent, tune.max_failures)
 
 
-COMPARING = ("metric", "mode", "scheduler", "grace_rounds", "reduction", "stop", "time_budget_s")
+SEARCHING = ("search", "objectives", "constraints", "points_to_evaluate", "repeat")
+COMPARING = (
+    *("metric", "mode", "scheduler", "grace_rounds", "reduction", "stop", "time_budget_s"),
+    *SEARCHING,
+)
 """Keys of `tune` that a training does not read."""
 
 

@@ -35,6 +35,10 @@ RUN_FILES = {
     "sweep.yaml",
     "best.yaml",
     "best.json",
+    "pareto.json",
+    "points.jsonl",
+    "spent.json",
+    "judged.jsonl",
     "rounds.jsonl",
     "data.json",
     "stopped.json",
@@ -120,6 +124,8 @@ def keys() -> frozenset[str]:
     from pydantic import BaseModel
 
     from fedray.config.run_config import RunConfig
+    from fedray.config.schedulers import SCHEDULERS
+    from fedray.config.searches import SEARCHES
     from fedray.config.tune_config import TuneConfig
     from rllib_pruner.config import TrainConfig
 
@@ -132,7 +138,13 @@ def keys() -> frozenset[str]:
 
     found = {*walk(RunConfig, ""), *walk(TuneConfig, "tune."), *walk(TrainConfig, "")}
     found |= {f"{section}.{key}" for section, key in CHOICES.items()}
-    tables: dict[str, dict[str, Any]] = {"clients.sampler": SAMPLERS, "clients.uplink": CODECS}
+    found |= {"tune.scheduler.name", "tune.search.name"}
+    tables: dict[str, Any] = {
+        "clients.sampler": SAMPLERS,
+        "clients.uplink": CODECS,
+        "tune.scheduler": SCHEDULERS,
+        "tune.search": SEARCHES,
+    }
     for section, table in tables.items():
         found |= {f"{section}.{field.name}" for kind in table.values() for field in fields(cast(Any, kind))}
     found |= {f"method.{field.name}" for method in METHODS.values() for field in fields(method)}

@@ -47,9 +47,11 @@ RAY = {
     "fedray.sweeps.tune",
     "fedray.sweeps.hyperband",
     "fedray.sweeps.pbt",
+    "fedray.sweeps.searchers",  # Tune's wrappers of Optuna and HyperOpt
+    "fedray.sweeps.suggester",
     "fedray.sweeps.reports",
     "fedray.sweeps.schedulers",
-    "fedray.sweeps.space",  # the verbs of a sweep's space are Tune's own
+    "fedray.sweeps.drawing",  # the verbs of a sweep's space are Tune's own
     "fedray.policies.trained",  # RLlib's module of a trained agent
 }
 HEAVY = {"torchvision", "sklearn", "matplotlib", "mlflow", "pyarrow", "ray", "pandas"}

@@ -90,6 +90,7 @@ def _say_sweep(result: Any) -> None:
         spread = "" if seeds == 1 else f" ± {best.half:.2g} over {seeds} seeds"
         text = f"Best {result.metric}: {best.mean:.4g}{spread}, of {best.trials[0].point.name}"
         out.print(f"{text}: fedray run {short(result.path)}/best.yaml", highlight=False, soft_wrap=True)
+    _say_search(result)
     for text in _ends(result):
         out.print(text, highlight=False, soft_wrap=True)
     say_address([result.path])
@@ -101,6 +102,30 @@ def _say_sweep(result: Any) -> None:
         path = short(result.path)
         err.print(f"`fedray resume {path}` resumes them from their checkpoints", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _say_search(result: Any) -> None:
+    """Print the Pareto set, and why a search ended early."""
+    if result.objectives:
+        out.print(_pareto(result))
+    if result.note is not None:
+        err.print(f"The search ended early: {escape(result.note)}", highlight=False, soft_wrap=True)
+
+
+def _pareto(result: Any) -> Any:
+    """Return the Pareto set as a table: a row for each point, a column for each objective."""
+    from rich.table import Table
+
+    table = Table(title=f"Pareto set, also in {short(result.path)}/pareto.json", title_justify="left")
+    table.add_column("point", overflow="fold")
+    for name, way in result.objectives.items():
+        table.add_column(f"{name} ({way})", justify="right")
+    for point in result.pareto:
+        spreads = [point.spread(name) for name in result.objectives]
+        one = len(point.trials) == 1
+        cells = [f"{mean:.4g}" if one else f"{mean:.4g} ± {half:.2g}" for mean, half in spreads]
+        table.add_row(escape(point.trials[0].point.name), *cells)
+    return table
 
 
 def _ends(result: Any) -> list[str]:

@@ -41,9 +41,9 @@ def sweep(
         changes = [*(overrides or []), *imports_override(file, imports)]
         plan = Sweep.load(file, changes, on_point=checking.show)
     say = err if json else out
-    say.print(f"{len(plan.points)} trials of up to {plan.rounds} rounds; starting Ray …")
-    rounds = {point.name: point.config.rounds for point in plan.points}
-    with SweepProgress(rounds, progress_console()) as progress:
+    how = f", suggested by {plan.tune.search.name}" if plan.sample else ""
+    say.print(f"{plan.most} trials of up to {plan.rounds} rounds{how}; starting Ray …")
+    with SweepProgress(plan.lengths, progress_console()) as progress:
         result = make(plan, out=out_dir, on_round=progress.show)
     say_sweep(result, json)
 
@@ -88,8 +88,7 @@ def _resume_sweep(directory: Path, changes: list[str], json: bool) -> None:
 
     with Checking(progress_console()) as checking:
         plan = load_sweep(directory, checking.show, changes)
-    rounds = {point.name: point.config.rounds for point in plan.points}
-    with SweepProgress(rounds, progress_console()) as progress:
+    with SweepProgress(plan.lengths, progress_console()) as progress:
         result = resume_sweep(directory, plan, on_round=progress.show)
     say_sweep(result, json)
 

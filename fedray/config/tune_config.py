@@ -6,19 +6,30 @@ Nothing here loads Ray: every check comes before a process starts.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import lcm
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from fedray.config import aims
+from fedray.config.aims import Constraint
 from fedray.config.choice import Choice
 from fedray.config.messages import Where, explain, line
 from fedray.config.run_config import RunConfig, Section
 from fedray.config.schedulers import FLAT, SCHEDULER, Fifo, Scheduler, having
+from fedray.config.searches import SEARCH, Search
 from fedray.config.stop_rules import ROUND, round_problems, sense, target_problems
 from fedray.config.trees import Tree
 from fedray.errors import ConfigError, nearest, unknown
 from fedray.federation.accounts import TOTALS
-from fedray.types import METRICS, Direction, NonNegativeInt, PositiveFloat, PositiveInt, direction_of
+from fedray.types import (
+    METRICS,
+    Direction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    direction_of,
+)
 
 COMPARABLE = (*(name for name in METRICS if not name.startswith("test/")), *(f"total/{n}" for n in TOTALS))
 """Metrics that every run reports. A method's own are added by `Method.metric_names`."""
@@ -51,15 +62,21 @@ class TuneConfig(Section):
             A method's own metric needs it.
         scheduler: which trials run on: a name, or a mapping with `name` and options.
         concurrent: trials at once; null: one per CPU of the cluster.
-        num_samples: draws of the random verbs for each point of the grids.
+        num_samples: points that a searcher tries; with `grid`, draws of the random verbs for each
+            combination.
         max_failures: restarts of a failed trial from its checkpoint, at most.
         grace_rounds: the option of `asha` and `median`, in short.
         reduction: the option of `asha` and `hyperband`, in short.
-        seed: seed of the random verbs.
+        seed: seed of the random verbs and of the searcher.
         stop: metric, or `round` → target; a trial that reaches any of them ends there, as finished. Totals
             and `round` reach theirs from below.
         time_budget_s: seconds for all trials, those of `resume` included. No trial begins after them, and the
             running ones end after their rounds, with checkpoints; null: no limit.
+        search: how points are found: a name, or a mapping with `name` and options.
+        objectives: metric → `max` or `min`, null for its own direction: the sweep ends with the Pareto set.
+        constraints: metric → limit (`<= 0.1`, `>= 0.8`) that the best point and the Pareto set must keep.
+        points_to_evaluate: points that are tried first; each gives every key of `space`.
+        repeat: seeds with which each point runs; it is judged by the mean over them.
     """
 
     metric: str = "val/accuracy"
@@ -73,11 +90,37 @@ class TuneConfig(Section):
     seed: int = Field(default=0, ge=0, le=2**32 - 1)  # NumPy's RandomState takes no more
     stop: Mapping[str, float] = Field(default_factory=dict)
     time_budget_s: PositiveFloat | None = None
+    search: Annotated[Choice[Search], SEARCH] = Field(default_factory=SEARCH.default)
+    objectives: dict[str, Direction | None] = Field(default_factory=dict)
+    constraints: dict[str, str] = Field(default_factory=dict)
+    points_to_evaluate: tuple[dict[str, Any], ...] = ()
+    repeat: tuple[Seed, ...] = ()
 
     @property
     def direction(self) -> Direction:
         """Whether more of the metric is better: the given mode, else the metric's own direction."""
-        return self.mode or direction_of(self.metric) or "max"
+        return self.mode or self.objectives.get(self.metric) or direction_of(self.metric) or "max"
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Each metric that a searcher learns from → whether more of it is better."""
+        return aims.directions(self.objectives) if self.objectives else {self.metric: self.direction}
+
+    @property
+    def limits(self) -> tuple[Constraint, ...]:
+        """The constraints."""
+        found = (aims.constraint(metric, text) for metric, text in self.constraints.items())
+        return tuple(limit for limit in found if limit is not None)
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether points are suggested while the sweep runs."""
+        return self.search.options.package is not None
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The metrics that a point's result must have: those of the objectives and the constraints."""
+        return tuple(dict.fromkeys([*self.directions, *self.constraints]))
 
     def direction_of(self, metric: str) -> Direction | None:
         """Return the better direction of a metric; of a method's own one, only if it is the compared one."""
@@ -93,8 +136,8 @@ class TuneConfig(Section):
 
     @property
     def compares(self) -> bool:
-        """Whether the metric has to be known: it was given, or a scheduler compares trials by it."""
-        return not isinstance(self.rules, Fifo) or "metric" in self.model_fields_set
+        """Whether the metric has to be known: it was given, or a scheduler or a searcher compares by it."""
+        return not isinstance(self.rules, Fifo) or self.is_searching or "metric" in self.model_fields_set
 
 
 def tune_config(options: Tree, where: Where) -> TuneConfig:
@@ -107,6 +150,8 @@ def tune_config(options: Tree, where: Where) -> TuneConfig:
         config = TuneConfig.model_validate(options, strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, TuneConfig, where, prefix=("tune",))) from None
+    if config.objectives and "metric" not in config.model_fields_set:
+        config.__dict__["metric"] = next(iter(config.objectives))
     problems = [line(key, text, where) for key, text in _problems(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -115,10 +160,13 @@ def tune_config(options: Tree, where: Where) -> TuneConfig:
 
 def _problems(config: TuneConfig) -> Iterator[tuple[str, str]]:
     """Yield the problems of the section that do not depend on the points."""
-    if config.metric not in COMPARABLE and not config.metric.startswith(OWN):
-        yield "tune.metric", unknown("metric", config.metric, COMPARABLE)
+    unknowns = [(key, name) for key, name in _named(config) if not _may_be(name)]
+    for key, name in unknowns:
+        yield key, unknown("metric", name, COMPARABLE)
+    if unknowns:
         return
-    own = direction_of(config.metric)
+    yield from aims.problems(config)
+    own = direction_of(config.metric) or config.objectives.get(config.metric)
     if own is None and config.mode is None and config.compares:
         yield (
             "tune.mode",
@@ -149,6 +197,19 @@ def _target_problems(config: TuneConfig, metric: str) -> Iterator[tuple[str, str
         yield key, f"{metric} has no direction that fedray knows; give a target of another metric"
 
 
+def _named(config: TuneConfig) -> Iterator[tuple[str, str]]:
+    """Yield key and name of each metric that the section names."""
+    if not config.objectives or "metric" in config.model_fields_set:
+        yield "tune.metric", config.metric
+    for section in ("objectives", "constraints"):
+        for metric in getattr(config, section):
+            yield f"tune.{section}.{metric}", metric
+
+
+def _may_be(metric: str) -> bool:
+    return metric in COMPARABLE or metric.startswith(OWN)
+
+
 def _short_problems(config: TuneConfig, key: str) -> Iterator[tuple[str, str]]:
     """Yield the problem of an option that stands in `tune` itself."""
     chosen, owners = config.scheduler.name, " and ".join(having(key))
@@ -171,6 +232,9 @@ def comparison_problems(tune: TuneConfig, configs: Sequence[RunConfig]) -> list[
             found += round_problems(target, [config.rounds for config in configs], every)
         else:
             found += _every(f"tune.stop.{metric}", metric, configs)
+    for section in ("objectives", "constraints"):
+        for metric in getattr(tune, section):
+            found += _every(f"tune.{section}.{metric}", metric, configs)
     if tune.compares and getattr(tune.rules, "grace_rounds", None) is not None:
         found += _grace_problems(tune, configs)
     return found

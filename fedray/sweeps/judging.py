@@ -9,9 +9,10 @@ from fedray.config.schedulers import Asha, Fifo, HyperBand, Median, Pbt
 from fedray.config.tune_config import first_rung
 from fedray.durable import append, as_lines, scan_lines
 from fedray.storage.run_files import RunFiles
+from fedray.sweeps.drawing import mutations_of
 from fedray.sweeps.outcome import STOPPED, status_of
 from fedray.sweeps.perturbing import recorded
-from fedray.sweeps.space import Sweep, mutations_of
+from fedray.sweeps.space import Sweep
 from fedray.sweeps.tune import import_tune
 
 JUDGED = "judged.jsonl"
@@ -34,21 +35,22 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
     import_tune()
     from fedray.sweeps.schedulers import Journal, Judge
 
-    lasts = {point.name: point.config.rounds for point in plan.points}
-    places = {name: path / "trials" / name for name in lasts}
+    names = [point.name for point in plan.points]
+    places = {name: path / "trials" / name for name in names}
 
     def stopped(name: str, round: int) -> None:
-        if round < lasts[name] and status_of(places[name]) != "finished":
-            RunFiles(places[name]).write_json(STOPPED, {"round": round})
+        files = RunFiles(path / "trials" / name)  # a searcher suggests names that were not there at the start
+        if round < files.read_config()["rounds"] and status_of(files.path) != "finished":
+            files.write_json(STOPPED, {"round": round})
 
     judge = Judge(
         _rule(plan, path),
-        list(lasts),
+        names,
         plan.tune.metric,
         plan.tune.direction,
         Journal(path / JUDGED),
         on_stop=stopped,
-        is_finished=lambda name: status_of(places[name]) in ("finished", "stopped"),
+        is_finished=lambda name: status_of(path / "trials" / name) in ("finished", "stopped"),
         is_ending=is_ending,
     )
     begun = {name: place for name, place in places.items() if (place / "config.yaml").exists()}
@@ -61,7 +63,7 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
 
 def _rule(plan: Sweep, path: Path) -> Any:
     """Return the rule that the options describe."""
-    tune, configs = plan.tune, [point.config for point in plan.points]
+    tune, configs = plan.tune, plan.configs
     from fedray.sweeps.hyperband import HyperBandRule
     from fedray.sweeps.schedulers import AshaRule, MedianRule
 

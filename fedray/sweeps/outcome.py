@@ -3,7 +3,8 @@
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedray.comparing import worth
 from fedray.config import yaml_text
+from fedray.config.aims import Constraint
 from fedray.durable import on_disk, shown
 from fedray.durable import replace as replace_file
 from fedray.errors import FedrayError
 from fedray.experiment.forking import lineage
 from fedray.report.table import mean_and_interval, write_report
 from fedray.storage.run_files import RunFiles
+from fedray.sweeps.pareto import front
 from fedray.sweeps.space import Point
 from fedray.tracking.mlflow_run import RunStatus, finish_parent
 from fedray.tracking.store import Store
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BEST, NUMBERS = "best.yaml", "best.json"
-"""Files in the directory of a sweep: the config of its best point, and its metrics."""
+BEST, NUMBERS, PARETO = "best.yaml", "best.json", "pareto.json"
+"""Files in the directory of a sweep: the config of its best point, and its metrics; the Pareto set."""
 
 STOPPED = "stopped.json"
 """File in the directory of a trial that the scheduler stopped: after which round."""
@@ -71,6 +74,10 @@ class Best:
     mean: float
     half: float
 
+    def spread(self, metric: str) -> tuple[float, float]:
+        """Return mean and half of the 95 % interval of a metric over the seeds."""
+        return mean_and_interval([value for _, value in _values(self.trials, metric) if value is not None])
+
     def metrics(self) -> dict[str, float]:
         """Return the mean over the trials of each number that all their results have."""
         results = [RunFiles(trial.path).read_json("result.json") or {} for trial in self.trials]
@@ -88,6 +95,9 @@ class SweepResult:
         metric: the metric that compares them.
         direction: whether more of it is better.
         ended: why it ended before all trials; None: it did not.
+        objectives: metric → direction, of a sweep with several.
+        limits: that the best point and the Pareto set keep.
+        note: why a searcher ended early; None: it did not.
     """
 
     path: Path
@@ -95,6 +105,9 @@ class SweepResult:
     metric: str
     direction: Direction
     ended: str | None = None
+    objectives: Mapping[str, Direction] = field(default_factory=dict)
+    limits: tuple[Constraint, ...] = ()
+    note: str | None = None
 
     def __repr__(self) -> str:
         """Return one line: where the sweep is, its trials and its best point."""
@@ -126,23 +139,57 @@ class SweepResult:
     def best(self) -> "Best | None":
         """The best point by the mean of the sweep's metric over its seeds; None if no trial has the metric.
 
-        Points of which all trials have finished come before others. NaN is the worst value.
+        Points of which all trials have finished come before others, and those within the limits before all.
+        NaN is the worst value.
         """
-        points: dict[str, list[tuple[Trial, float | None]]] = {}
+        points = self._points()
+        whole = [one for one in points if self._has(one, self.metric)]
+        kept = [one for one in whole or points if self._keeps(one)] or whole or points
+        found = []
+        for some in kept:
+            seen = [(trial, value) for trial, value in _values(some, self.metric) if value is not None]
+            if seen:
+                spread = mean_and_interval([value for _, value in seen])
+                found.append(Best(tuple(trial for trial, _ in seen), *spread))
+        return max(found, key=lambda best: worth(best.mean, self.direction), default=None)
+
+    @property
+    def pareto(self) -> "tuple[Best, ...]":
+        """The points that no other is better than in one objective and as good as in the others, in order.
+
+        A point counts if all its trials have finished with finite objectives, and within the limits. Mean and
+        interval are those of `metric`; `Best.spread` gives those of each objective.
+        """
+        points = [
+            Best(tuple(one), *mean_and_interval([value or 0.0 for _, value in _values(one, self.metric)]))
+            for one in self._points()
+            if all(self._has(one, name) for name in self.objectives) and self._keeps(one)
+        ]
+        ways = list(self.objectives.values())
+        means = [[point.spread(name)[0] for name in self.objectives] for point in points]
+        kept = front(means, ways) if ways else []
+        return tuple(sorted((points[n] for n in kept), key=lambda p: -worth(p.mean, self.direction)))
+
+    def _points(self) -> list[list[Trial]]:
+        """Return the trials of each point, one for each seed."""
+        points: dict[str, list[Trial]] = {}
         for trial in self.trials:
-            result = RunFiles(trial.path).read_json("result.json") if trial.status == "finished" else None
-            value = (result or {}).get(self.metric)
             without_seed = {key: given for key, given in trial.point.changes.items() if key != "seed"}
             same = json.dumps(without_seed, sort_keys=True, default=str)
-            points.setdefault(same, []).append((trial, None if value is None else float(value)))
-        whole = [some for some in points.values() if all(value is not None for _, value in some)]
-        found = []
-        for some in whole or points.values():
-            seen = {trial.point.name: (trial, value) for trial, value in some if value is not None}
-            if seen:
-                values = [value for _, value in seen.values()]
-                found.append(Best(tuple(trial for trial, _ in seen.values()), *mean_and_interval(values)))
-        return max(found, key=lambda best: worth(best.mean, self.direction), default=None)
+            points.setdefault(same, []).append(trial)
+        return list(points.values())
+
+    def _has(self, trials: Sequence[Trial], metric: str) -> bool:
+        return all(value is not None for _, value in _values(trials, metric))
+
+    def _keeps(self, trials: Sequence[Trial]) -> bool:
+        """Tell whether the means of a point are within the limits."""
+        for limit in self.limits:
+            seen = [value for _, value in _values(trials, limit.metric)]
+            whole = [value for value in seen if value is not None]
+            if len(whole) < len(seen) or limit.violation(fmean(whole)) > 0:
+                return False
+        return True
 
     @property
     def failed(self) -> tuple[Trial, ...]:
@@ -155,6 +202,34 @@ class SweepResult:
         """Trials that the end of the sweep has cut, or kept from beginning; `resume` continues with them."""
         left = [trial for trial in self.trials if trial.status in ("failed", "missing")]
         return tuple(trial for trial in left if trial not in self.failed)
+
+
+def _values(trials: Sequence[Trial], metric: str) -> list[tuple[Trial, float | None]]:
+    """Return each trial once, with the metric of its result; None unless it has finished with one."""
+    found = {}
+    for trial in trials:
+        result = RunFiles(trial.path).read_json("result.json") if trial.status == "finished" else None
+        value = (result or {}).get(metric)
+        found[trial.point.name] = (trial, None if value is None else float(value))
+    return list(found.values())
+
+
+def record_pareto(path: Path, result: SweepResult) -> None:
+    """Write the Pareto set of a sweep with several objectives to `pareto.json`, best first by its metric."""
+    if not result.objectives:
+        return
+    points = []
+    for point in result.pareto:
+        spread = {name: point.spread(name) for name in result.objectives}
+        points.append(
+            {
+                "trials": [trial.point.name for trial in point.trials],
+                "changes": {k: v for k, v in point.trials[0].point.changes.items() if k != "seed"},
+                "means": {name: mean for name, (mean, _) in spread.items()},
+                "halves": {name: half if isfinite(half) else None for name, (_, half) in spread.items()},
+            }
+        )
+    RunFiles(path).write_json(PARETO, {"objectives": dict(result.objectives), "points": points})
 
 
 def record_best(path: Path, best: Best, metric: str) -> dict[str, Any]:
@@ -206,7 +281,7 @@ def finish_sweep(
     best = RunFiles(path).read_json(NUMBERS) or {}
     tags = {f"trials_{word}": str(became[word]) for word in get_args(Status)}
     tags |= {"best": ", ".join(best["trials"])} if best else {}
-    artifacts = [path / "sweep.yaml", path / BEST]
+    artifacts = [path / name for name in ("sweep.yaml", BEST, PARETO, "points.jsonl")]
     if parent is not None and became["finished"] + became["stopped"]:
         try:
             artifacts.append(sweep_report(path))
@@ -214,4 +289,7 @@ def finish_sweep(
             logger.warning("MLflow gets no report of the sweep: %s", error)
     # trials that have ended, as the step: a later best point then stands after an earlier one
     report = RoundReport(became["finished"] + became["stopped"], best.get("metrics", {}))
+    pareto = RunFiles(path).read_json(PARETO)
+    if pareto:
+        tags["pareto"] = ", ".join(trial for point in pareto["points"] for trial in point["trials"])
     return finish_parent(store, parent, status, artifacts, tags, report, path)

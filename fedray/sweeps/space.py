@@ -14,23 +14,21 @@ All points, random ones too, are drawn here and validated before any process is 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import lcm
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedray.config import yaml_text
 from fedray.config.messages import Where, line, shortened
-from fedray.config.overrides import SECTIONS, base_of, origin, override_tree, parse_overrides
+from fedray.config.overrides import base_of, origin, override_tree, parse_overrides
 from fedray.config.pbt_rules import pbt_problems
 from fedray.config.run_config import RunConfig
-from fedray.config.schedulers import SCHEDULER, Pbt
+from fedray.config.schedulers import Pbt
+from fedray.config.searches import Grid
 from fedray.config.trees import CHOICES, Tree
-from fedray.config.tune_config import VERBS, TuneConfig, comparison_problems, tune_config
-from fedray.errors import ConfigError, unknown
-from fedray.experiment.cluster import import_ray
+from fedray.config.tune_config import TuneConfig, comparison_problems, tune_config
+from fedray.errors import ConfigError
+from fedray.sweeps.drawing import check_drawable, extremes, mutations_of, points_of, random_points, verb_of
 
 SHARED = {
     "tracking": "all trials are tracked in one store, as children of one run",
@@ -60,13 +58,15 @@ class Sweep:
         name: name of the sweep's file.
         tree: the file with overrides applied, as `sweep.yaml` stores it.
         tune: how the points are run.
-        points: the trials.
+        points: the trials; of a sweep that searches, those that were suggested so far.
+        sample: of a sweep that searches: configs at the ends of the space.
     """
 
     name: str
     tree: Tree
     tune: TuneConfig
     points: tuple[Point, ...]
+    sample: tuple[RunConfig, ...] = ()
 
     @classmethod
     def load(
@@ -118,7 +118,9 @@ class Sweep:
         refuse_shared(space, where)
         check_samples(given | space, tune, where)
         tree = {"base": base, "space": space, "tune": options}
-        return cls.of(name, tree, tune, expand(space, tune, where), where, on_point)
+        if tune.is_searching:
+            return cls.searching(name, tree, tune, where, on_point)
+        return cls.of(name, tree, tune, points_of(space, tune, where), where, on_point)
 
     @classmethod
     def of(
@@ -148,51 +150,109 @@ class Sweep:
         width = max(2, len(str(len(changes))))
         for number, change in enumerate(changes):
             try:
-                config = RunConfig.from_tree(override_tree(tree["base"], change), where)
+                points.append(point_of(tree["base"], change, number, width, where))
             except ConfigError as error:
                 for problem in str(error).splitlines():
                     problems.setdefault(problem, []).append(_label(change))
-            else:
-                change = _located(change, [config])
-                points.append(Point(_slug(f"{number:0{width}d}-{_label(change)}"), change, config))
             if on_point is not None:
                 on_point(number + 1, len(changes))
         if problems:
             raise ConfigError("\n".join(_of_points(*item, len(changes)) for item in problems.items()))
         configs = [point.config for point in points]
-        incomparable = [line(key, text, where) for key, text in comparison_problems(tune, configs)]
-        incomparable += _population_problems(tune, points, where)
-        if incomparable:
-            raise ConfigError("\n".join(incomparable))
+        _check_comparison(tune, configs, where, _population_problems(tune, points, where))
         return cls(name, tree | {"base": _located(tree["base"], configs)}, tune, tuple(points))
+
+    @classmethod
+    def searching(
+        cls, name: str, tree: Tree, tune: TuneConfig, where: Where, on_point: OnPoint | None = None
+    ) -> "Sweep":
+        """Return a sweep whose points are suggested while it runs, after a trial of the ends of its space.
+
+        The arguments are those of `of`.
+
+        Raises:
+            ConfigError: with every problem of a verb, a first point, or a value with which no point can run.
+        """
+        space: Tree = dict(tree.get("space") or {})
+        check_drawable(space, tune, where)
+        contexts = random_points(space, CONTEXTS, tune, where)
+        tried = [[dict(point)] for point in tune.points_to_evaluate]
+        for key, spec in space.items():
+            verb, arguments = verb_of(key, spec, where)
+            tried += [[{**point, key: value} for point in contexts] for value in extremes(verb, arguments)]
+        configs, problems = [], dict[str, list[str]]()
+        for number, changes in enumerate(tried):
+            found, faults = _first_valid(tree["base"], changes, where)
+            configs += found
+            for fault in faults:
+                problems.setdefault(fault, []).append(_label(changes[0]))
+            if on_point is not None:
+                on_point(number + 1, len(tried))
+        if problems:
+            raise ConfigError("\n".join(_of_points(*item, len(tried)) for item in problems.items()))
+        _check_comparison(tune, configs, where)
+        located = {key: _located(spec, configs, key, is_verb=True) for key, spec in space.items()}
+        whole = {"base": _located(tree["base"], configs), "space": located}
+        return cls(name, tree | whole, tune, (), tuple(configs))
+
+    @property
+    def configs(self) -> list[RunConfig]:
+        """The configs that stand for the sweep's trials: of its points, and at the ends of its space."""
+        return [*(point.config for point in self.points), *self.sample]
+
+    @property
+    def most(self) -> int:
+        """Number of trials of the whole sweep, at most."""
+        return self.tune.num_samples * max(1, len(self.tune.repeat)) if self.sample else len(self.points)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Name of each trial → its rounds, at most; a number stands for one that is not suggested yet."""
+        known = {point.name: point.config.rounds for point in self.points}
+        return known | {str(number): self.rounds for number in range(len(known), self.most)}
 
     @property
     def rounds(self) -> int:
         """Rounds of the longest trial."""
-        return max(point.config.rounds for point in self.points)
+        return max(config.rounds for config in self.configs)
 
 
-def expand(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> list[Tree]:
-    """Return the points of a space: the product of its grids, random verbs are drawn in each.
+CONTEXTS = 4
+"""Random points in which a value of `space` is tried; it is refused if it can run in none."""
+
+
+def point_of(
+    base: Mapping[str, Any], change: Mapping[str, Any], number: int, width: int, where: Where
+) -> Point:
+    """Return the validated point with this number, which its name begins with, in `width` digits.
 
     Raises:
-        ConfigError: for a verb that there is not, or arguments it does not take.
+        ConfigError: with every problem found.
     """
-    grids: dict[str, list[Any]] = {}
-    domains: dict[str, Any] = {}
-    for key, spec in space.items():
-        verb, arguments = _verb(key, spec, where)
-        if verb == "grid":
-            grids[key] = arguments
-        else:
-            domains[key] = _domain(key, verb, arguments, where)
-    random = np.random.RandomState(tune.seed)
-    points = []
-    for _ in range(tune.num_samples if domains else 1):
-        for values in product(*grids.values()):
-            drawn = {key: _plain(domain.sample(random_state=random)) for key, domain in domains.items()}
-            points.append(dict(zip(grids, values, strict=True)) | drawn)
-    return points
+    config = RunConfig.from_tree(override_tree(base, change), where)
+    change = _located(change, [config])
+    return Point(_slug(f"{number:0{width}d}-{_label(change)}"), change, config)
+
+
+def _first_valid(
+    base: Mapping[str, Any], changes: Sequence[Tree], where: Where
+) -> tuple[list[RunConfig], list[str]]:
+    """Return the config of the first change that can run, or else the problems of the first."""
+    problems: list[str] = []
+    for change in changes:
+        try:
+            return [RunConfig.from_tree(override_tree(base, change), where)], []
+        except ConfigError as error:
+            problems = problems or str(error).splitlines()
+    return [], problems
+
+
+def _check_comparison(
+    tune: TuneConfig, configs: Sequence[RunConfig], where: Where, more: Sequence[str] = ()
+) -> None:
+    problems = [line(key, text, where) for key, text in comparison_problems(tune, configs)] + list(more)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _population_problems(tune: TuneConfig, points: Sequence[Point], where: Where) -> list[str]:
@@ -206,21 +266,6 @@ def _population_problems(tune: TuneConfig, points: Sequence[Point], where: Where
     if not problems:
         mutations_of(tune.rules, where)
     return problems
-
-
-def mutations_of(options: Pbt, where: Where) -> dict[str, Any]:
-    """Return Tune's domain, or the list of values, of each option that PBT perturbs.
-
-    Raises:
-        ConfigError: for a verb that there is not, or arguments it does not take.
-    """
-    found: dict[str, Any] = {}
-    for key, spec in options.mutations.items():
-        dotted = f"{SCHEDULER.section}.mutations.{key}"
-        verb, arguments = _verb(key, spec, where, dotted)
-        is_list = verb in ("grid", "choice")
-        found[key] = list(arguments) if is_list else _domain(key, verb, arguments, where, dotted)
-    return found
 
 
 def refuse_shared(space: Mapping[str, Any], where: Where) -> None:
@@ -244,6 +289,8 @@ def check_samples(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> N
     Raises:
         ConfigError: with each such setting.
     """
+    if not isinstance(tune.search.options, Grid):
+        return
     if any(isinstance(spec, Mapping) and "grid" not in spec for spec in space.values()):
         return
     problems = []
@@ -258,8 +305,19 @@ def check_samples(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> N
         raise ConfigError("\n".join(problems))
 
 
-def _located(tree: Mapping[str, Any], configs: Sequence[RunConfig], above: str = "") -> Tree:
-    """Return a tree of dotted keys with absolute paths, as its configs have them."""
+def _located(
+    tree: Mapping[str, Any], configs: Sequence[RunConfig], above: str = "", *, is_verb: bool = False
+) -> Tree:
+    """Return a tree of dotted keys with absolute paths, as its configs have them.
+
+    Args:
+        tree: keys and values, or a verb and its list.
+        configs: tell which values are paths.
+        above: what stands before the keys; for a verb, the key that it draws.
+        is_verb: whether it is a verb.
+    """
+    if is_verb:
+        return {verb: [_absolute(value, configs, above) for value in given] for verb, given in tree.items()}
     return {key: _absolute(value, configs, above + key) for key, value in tree.items()}
 
 
@@ -326,55 +384,6 @@ def _of_points(problem: str, labels: Sequence[str], points: int) -> str:
     return f"{problem} [{labels[0]}{more}]"
 
 
-def _verb(key: str, spec: Any, where: Where, dotted: str = "") -> tuple[str, list[Any]]:
-    """Return the verb and its list; `dotted` is the key for messages, by default in `space`."""
-    dotted = dotted or f"space.{key}"
-    inner = _dotted(key, spec)
-    if inner:
-        text = f"got {shortened(spec)}; write the key with its dots: {', '.join(inner)}"
-        raise ConfigError(line(dotted, text, where))
-    if not isinstance(spec, Mapping) or len(spec) != 1:
-        example = shortened(spec) if isinstance(spec, list) and spec else "[1, 2]"
-        text = f"got {shortened(spec)}; write one verb and its list, e.g. {{grid: {example}}}"
-        raise ConfigError(line(dotted, text, where))
-    ((verb, arguments),) = spec.items()
-    if verb not in VERBS:
-        raise ConfigError(line(dotted, unknown("verb", str(verb), VERBS), where))
-    if not isinstance(arguments, list) or not arguments:
-        text = f"got {shortened(arguments)}; must be a list with something in it"
-        raise ConfigError(line(f"{dotted}.{verb}", text, where))
-    return verb, arguments
-
-
-def _dotted(key: str, spec: Any) -> list[str]:
-    """Return the entries of a key of `space` that is a section, as `sweep.yaml` stores them."""
-    found = []
-    for name, inner in spec.items() if isinstance(spec, Mapping) and not set(spec) & set(VERBS) else ():
-        dotted = f"{key}.{name}"
-        if isinstance(inner, Mapping) and len(inner) == 1 and set(inner) <= set(VERBS):
-            ((verb, arguments),) = inner.items()
-            found.append(f"{dotted}: {{{verb}: {shortened(arguments)}}}")
-        elif isinstance(inner, Mapping):
-            found += _dotted(dotted, inner)
-        elif isinstance(inner, list) and inner and key in SECTIONS:
-            found.append(f"{dotted}: {{grid: {shortened(inner)}}}")
-    return found
-
-
-def _domain(key: str, verb: str, arguments: list[Any], where: Where, dotted: str = "") -> Any:
-    """Return the domain of Tune, after one trial draw."""
-    import_ray()
-    from ray import tune
-
-    try:
-        domain = getattr(tune, verb)(*([arguments] if verb == "choice" else arguments))
-        domain.sample(random_state=np.random.RandomState(0))  # some arguments are refused only here
-    except Exception as error:
-        text = f"got {shortened(arguments)}; {verb} does not take that: {error}"
-        raise ConfigError(line(f"{dotted or f'space.{key}'}.{verb}", text, where)) from None
-    return domain
-
-
 def _label(changes: Mapping[str, Any]) -> str:
     """Name a point by its changes: `staged,threshold=0.5,seed=1`."""
     parts = []
@@ -399,7 +408,3 @@ def _short(value: Any) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", text)[:100]
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

@@ -42,12 +42,15 @@ from fedray.sweeps.outcome import (
     Trial,
     finish_sweep,
     record_best,
+    record_pareto,
     status_of,
 )
 from fedray.sweeps.perturbing import fork_if_due
 from fedray.sweeps.reports import Reports
+from fedray.sweeps.searchers import proposer
 from fedray.sweeps.space import OnPoint, Point, Sweep
 from fedray.sweeps.stopping import Budget
+from fedray.sweeps.suggesting import Suggestions, Trees, is_open, now, search_ended
 from fedray.sweeps.tune import fit, import_tune, room
 from fedray.tracking.catching_up import config_of, mend
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
@@ -88,7 +91,7 @@ def sweep(
     path = None if out is None else local_path(out)
     if path is not None:
         check_free(path)
-    check_data(_configs(plan))
+    check_data(plan.configs)
     start_ray(partial(_import_all, plan))
     _check_rooms(plan)
     if path is None:
@@ -150,7 +153,10 @@ def load_sweep(path: str | Path, on_point: OnPoint | None = None, overrides: Seq
         )
     tree["tune"] = {**(tree.get("tune") or {}), **{key.removeprefix("tune."): v for key, v in given.items()}}
     where = origin(str(written), given)
-    return Sweep.of(name, tree, tune_config(dict(tree["tune"]), where), changes, where, on_point)
+    tune = tune_config(dict(tree["tune"]), where)
+    if tune.is_searching:
+        return now(Sweep.searching(name, tree, tune, where, on_point), local_path(path))
+    return Sweep.of(name, tree, tune, changes, where, on_point)
 
 
 def resume_sweep(
@@ -166,7 +172,7 @@ def resume_sweep(
     place = local_path(path)
     plan = plan or load_sweep(place)
     with Lock(place, "sweep"):
-        if Budget(place, plan.tune.time_budget_s).left_s <= 0 and _waiting(plan, place):
+        if Budget(place, plan.tune.time_budget_s).left_s <= 0 and _is_left(plan, place):
             spent = Budget(place, None).spent_s
             raise ConfigError(
                 f"tune.time_budget_s: the trials of {shown(place)} have run {spent:.0f} s of "
@@ -180,17 +186,22 @@ def resume_sweep(
 
 
 def _waiting(plan: Sweep, path: Path) -> list[Point]:
-    """Return the points that are neither finished nor stopped."""
+    """Return the points, of those that are known, that are neither finished nor stopped."""
     done = ("finished", "stopped")
     return [point for point in plan.points if status_of(_trial_path(path, point)) not in done]
 
 
+def _is_left(plan: Sweep, path: Path) -> bool:
+    """Tell whether there are trials to run, or points to be suggested."""
+    return bool(_waiting(plan, path)) or is_open(plan, path)
+
+
 def _written(plan: Sweep) -> Tree:
     """Return the content of `sweep.yaml`: the points as drawn, with absolute paths."""
-    imports = dict.fromkeys(str(path) for point in plan.points for path in point.config.imports)
-    paths: Tree = {"tracking.uri": plan.points[0].config.tracking.uri}
+    imports = dict.fromkeys(str(path) for config in plan.configs for path in config.imports)
+    paths: Tree = {"tracking.uri": plan.configs[0].tracking.uri}
     base = override_tree(plan.tree["base"], paths | ({"imports": list(imports)} if imports else {}))
-    points = [dict(point.changes) for point in plan.points]
+    points = [] if plan.sample else [dict(point.changes) for point in plan.points]
     return plan.tree | {"base": base, "name": plan.name, "points": points}
 
 
@@ -201,11 +212,12 @@ def _run_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepRes
         waiting = _waiting(plan, path)
         errors = (
             _run_tracked(plan, waiting, path, on_round, stop, judge, budget)
-            if waiting or _lacks_outcome(plan, path)
+            if _is_left(plan, path) or _lacks_outcome(plan, path)
             else {}
         )
+    plan = now(plan, path)
     result = _result(plan, path, errors)
-    if budget.is_over and _waiting(plan, path):
+    if budget.is_over and _is_left(plan, path):
         result = replace(result, ended=f"the time budget of {plan.tune.time_budget_s:g} s is spent")
     return result
 
@@ -216,7 +228,10 @@ def _result(plan: Sweep, path: Path, errors: Mapping[str, str]) -> SweepResult:
         Trial(p, _trial_path(path, p), status_of(_trial_path(path, p)), errors.get(p.name))
         for p in plan.points
     ]
-    return SweepResult(path, tuple(trials), plan.tune.metric, plan.tune.direction)
+    tune = plan.tune
+    several = tune.directions if tune.objectives else {}
+    note = search_ended(path)
+    return SweepResult(path, tuple(trials), tune.metric, tune.direction, None, several, tune.limits, note)
 
 
 def _run_tracked(
@@ -229,11 +244,12 @@ def _run_tracked(
     budget: Budget,
 ) -> dict[str, str]:
     """Run the remaining points and record the sweep's outcome in MLflow; return errors by name."""
-    if waiting:
+    is_left = _is_left(plan, path)
+    if is_left:
         with stop.cuts():
             start_ray(partial(_import_all, plan))
             _check_rooms(replace(plan, points=tuple(waiting)))
-    where = plan.points[0].config.tracking
+    where = plan.configs[0].tracking
     store = prepare_store(moved_store(where.uri, path, _parent_of(path)), where.experiment)
     parent = MLflowTracker(
         store,
@@ -249,7 +265,7 @@ def _run_tracked(
     early: RunStatus | None = "FAILED"
     try:
         stop.check()
-        if waiting:
+        if is_left:
             errors = _fit(plan, waiting, path, tracking, on_round, stop, judge, budget)
         early = None
     finally:
@@ -274,32 +290,73 @@ def _fit(
     budget: Budget,
 ) -> dict[str, str]:
     """Run the points as Tune trials; return the errors by name."""
-    cpus, concurrent = _shares(plan, len(points))
+    running = replace(plan, points=tuple(points))
+    cpus, concurrent = _shares(plan, running.most)
+    trees = Trees(path, plan.tree["base"], {point.name: point.config.to_tree() for point in points})
     job = _Job(
-        trees={point.name: point.config.to_tree() for point in points},
+        trees=trees,
         sources=plugins.sources(),
-        entries=_entries([point.config for point in points]),
-        names=trial_names([p.changes for p in plan.points], {p.name: p.config for p in points}),
+        entries=_entries(running.configs),
+        names=trees.each(partial(_shown_name, _changes(plan))),
         path=path,
         cpus=cpus,
         tracking=tracking,
         tune=plan.tune,
-        needed_by=first_rung(plan.tune, _configs(plan)) if judge is not None else None,
+        needed_by=first_rung(plan.tune, plan.configs) if judge is not None else None,
     )
+    search = None
+    if plan.sample:
+        from fedray.sweeps.suggester import Suggester
+
+        suggestions = Suggestions(
+            plan, path, proposer(plan.tune, plan.tree["space"]), partial(_check_point, cpus)
+        )
+        search = Suggester(suggestions, lambda: stop.signal is not None or budget.is_over)
     return fit(
         partial(_trial, job),
-        {point.name: _trial_path(path, point) for point in points},
-        {point.name: room(actors_for(point.config, cpus)) for point in points},
+        trees.each(lambda name, _: path / "trials" / name),
+        trees.each(partial(_room, cpus)),
         path / ".tune",
         concurrent=concurrent,
         max_failures=plan.tune.max_failures,
         stop=stop,
         scheduler=judge,
+        search=search,
         is_over=budget.check,
         on_result=on_round,
         # a user's modules may keep state from trial to trial; the package keeps none
         reuse=not job.sources and all(plugins.home(entry) is None for entry in job.entries.values()),
     )
+
+
+def _check_point(cpus: float, point: Point) -> None:
+    """Check what a config alone does not tell of a suggested point: its data and the room for its actors.
+
+    Raises:
+        ConfigError, DataError: if it cannot run.
+    """
+    check_data([point.config])
+    if point.config.clients.actors != 0:
+        check_room(groups_for(point.config, cpus), f"trial {point.name}")
+
+
+def _changes(plan: Sweep) -> list[Mapping[str, Any]]:
+    """Return changes of which the keys are those that tell the trials apart."""
+    if not plan.sample:
+        return [point.changes for point in plan.points]
+    lists = {key: next(iter(spec.values())) for key, spec in plan.tree["space"].items()}
+    seeds: list[Mapping[str, Any]] = [{"seed": seed} for seed in plan.tune.repeat]
+    return [*({key: value} for key, values in lists.items() for value in values), *seeds]
+
+
+def _shown_name(changes: Sequence[Mapping[str, Any]], name: str, tree: Tree) -> str:
+    """Return the name of a trial in MLflow."""
+    return trial_names(changes, {name: RunConfig.from_tree(tree, name)})[name]
+
+
+def _room(cpus: float, name: str, tree: Tree) -> Any:
+    """Return the placement group of a trial."""
+    return room(actors_for(RunConfig.from_tree(tree, name), cpus))
 
 
 @dataclass(frozen=True)
@@ -401,7 +458,7 @@ def _tables() -> dict[str, Any]:
 
 def _import_all(plan: Sweep) -> None:
     """Import the libraries of a sweep, which takes seconds."""
-    import_mlflow(plan.points[0].config.tracking.uri)
+    import_mlflow(plan.configs[0].tracking.uri)
     import_tune()
 
 
@@ -418,14 +475,11 @@ def _check_rooms(plan: Sweep) -> None:
     Raises:
         ConfigError: with the first such point.
     """
-    cpus, _ = _shares(plan, len(plan.points))
-    for point in plan.points:
-        if point.config.clients.actors != 0:
-            check_room(groups_for(point.config, cpus), f"trial {point.name}")
-
-
-def _configs(plan: Sweep) -> list[RunConfig]:
-    return [point.config for point in plan.points]
+    cpus, _ = _shares(plan, plan.most)
+    named = [(f"trial {point.name}", point.config) for point in plan.points]
+    for name, config in [*named, *(("a point of space", config) for config in plan.sample)]:
+        if config.clients.actors != 0:
+            check_room(groups_for(config, cpus), name)
 
 
 # ── files of a sweep
@@ -445,9 +499,10 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
         tracking: its MLflow run.
         early: how the sweep ended if not by itself.
     """
+    plan = now(plan, path)
     is_reached, names = (
         True,
-        trial_names([p.changes for p in plan.points], {p.name: p.config for p in plan.points}),
+        trial_names(_changes(plan), {p.name: p.config for p in plan.points}),
     )
     for point in plan.points:
         place = _trial_path(path, point)
@@ -457,11 +512,12 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
             place, replace(tracking, name=names[point.name]), early or "FAILED"
         )
     became: Counter[Status] = Counter(status_of(_trial_path(path, point)) for point in plan.points)
-    is_done = became["finished"] + became["stopped"] == len(plan.points)
+    is_done = became["finished"] + became["stopped"] == len(plan.points) and not is_open(plan, path)
     status: RunStatus = "FINISHED" if is_done else early or "FAILED"
-    best = _result(plan, path, {}).best
-    if best is not None:
-        record_best(path, best, plan.tune.metric)
+    result = _result(plan, path, {})
+    if result.best is not None:
+        record_best(path, result.best, plan.tune.metric)
+        record_pareto(path, result)
     assert tracking.store is not None
     if finish_sweep(tracking.store, tracking.parent, status, path, became):
         RunFiles(path).write_json("mlflow.json", {"run_id": tracking.parent, "is_complete": True})
@@ -498,7 +554,7 @@ def _record_outcome(place: Path, tracking: Tracking, cut: RunStatus) -> bool:
 
 def _lacks_outcome(plan: Sweep, path: Path) -> bool:
     """Tell whether MLflow may lack the outcome of a sweep whose points are all done."""
-    if plan.points[0].config.tracking.uri == "none":
+    if plan.configs[0].tracking.uri == "none":
         return False
     places = [path, *(_trial_path(path, point) for point in plan.points)]
     return not all((RunFiles(place).read_json("mlflow.json") or {}).get("is_complete") for place in places)

@@ -46,6 +46,7 @@ def fit(
     max_failures: int,
     stop: Stop,
     scheduler: Any = None,
+    search: Any = None,
     on_result: OnResult | None = None,
     reuse: bool = False,
     is_over: Callable[[int], bool] = lambda running: False,
@@ -61,6 +62,8 @@ def fit(
         max_failures: how often a failed trial is retried.
         stop: whether a signal has come.
         scheduler: Tune's; None runs every trial to the end.
+        search: a searcher of Tune's that suggests the names of trials; None: all names of `places`. Then
+            `places` and `rooms` are only asked for names that it suggested.
         on_result: called with each report.
         reuse: whether a trial may run in the process of an earlier one, which saves its start. A body that
             leaves state behind in its process must not.
@@ -81,8 +84,10 @@ def fit(
     ending = _stopper(stop, is_over, folder.parent)
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda sample: rooms[sample["name"]]),
-        param_space={"name": tune.grid_search(list(places))},
-        tune_config=tune.TuneConfig(scheduler=scheduler, **_limit(scheduler, concurrent), reuse_actors=reuse),
+        param_space={} if search is not None else {"name": tune.grid_search(list(places))},
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler, **_limit(scheduler, concurrent, search), reuse_actors=reuse
+        ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
@@ -105,11 +110,13 @@ def fit(
     }
 
 
-def _limit(scheduler: Any, concurrent: int | None) -> dict[str, Any]:
+def _limit(scheduler: Any, concurrent: int | None, search: Any) -> dict[str, Any]:
     """Return the arguments that limit how many trials run at once.
 
     Tune's limit counts paused trials too, so that the first ones would wait for others that cannot start.
     """
+    if search is not None:  # it says itself when there are no more samples
+        return {"search_alg": search, "num_samples": -1, "max_concurrent_trials": concurrent}
     if not getattr(scheduler, "pauses", False):
         return {"max_concurrent_trials": concurrent}
     from ray.tune.search import BasicVariantGenerator

@@ -213,7 +213,7 @@ def test_a_digest_does_not_depend_on_how_the_config_was_written():
 def test_every_file_loads_and_all_its_points_are_valid(path):
     assert base_of({}, path) == {}
     RunConfig.load(path)
-    assert len(Sweep.load(path).points) > 1
+    assert len(Sweep.load(path).configs) > 1
 
 
 @pytest.mark.parametrize("path", TUNE_CONFIGS, ids=lambda path: path.stem)

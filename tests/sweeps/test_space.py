@@ -10,7 +10,8 @@ from fedray.config.tune_config import VERBS, TuneConfig, tune_config
 from fedray.errors import ConfigError
 from fedray.methods.snip import SNIP
 from fedray.methods.staged import Staged
-from fedray.sweeps.space import Sweep, expand
+from fedray.sweeps.drawing import expand
+from fedray.sweeps.space import Sweep
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ tune: 3
 tune (x.yaml): got 3; must be a mapping of keys to values
 
 tune: {metrc: val/loss}
-tune.metrc (x.yaml): unknown; did you mean 'metric'? Keys here: concurrent, grace_rounds, …
+tune.metrc (x.yaml): unknown; did you mean 'metric'? Keys here: concurrent, constraints, …
 
 tune: {metric: val/acuracy}
 tune.metric (x.yaml): unknown metric 'val/acuracy'; did you mean 'val/accuracy'? Known: bytes/down, …

@@ -1,0 +1,51 @@
+"""The searcher that Tune asks for trials: it hands `Suggestions` on."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from fedray.sweeps.suggesting import Suggestions
+
+
+class Suggester(Searcher):  # type: ignore[misc]  # Ray has no types
+    """Hands points to Tune, and the ends of trials to the searcher.
+
+    Args:
+        suggestions: the points.
+        is_ending: tells whether the sweep is ending: then no point is drawn, and an interrupted trial is no
+            result.
+    """
+
+    def __init__(self, suggestions: Suggestions, is_ending: Callable[[], bool]) -> None:
+        super().__init__()
+        self.suggestions, self.is_ending = suggestions, is_ending
+        self.names: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next trial's name; None for now, or that there is no other."""
+        if self.is_ending():
+            return None
+        point = self.suggestions.next()
+        if point is None:
+            return Searcher.FINISHED
+        self.names[trial_id] = point.name
+        return {"name": point.name}
+
+    def on_trial_result(self, trial_id: str, result: Any) -> None:
+        """Do nothing: a searcher learns from the ends of trials."""
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Tell the searcher, by the files of the trial."""
+        if not self.is_ending():
+            self.suggestions.ended(self.names[trial_id], error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: `points.jsonl` has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """Pickle as a searcher without points: Tune pickles it, and does not read it."""
+        return Searcher, ()
