@@ -203,7 +203,8 @@ def picture(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    from fedray.report.canvas import GREY, PALETTE
+    from fedray.report.canvas import GREY
+    from fedray.report.colours import COLOURS
 
     axes = [name for name in AXES if name in found and len(found[name]) > 1]
     figure = Figure(figsize=(9, 4.4), dpi=80)
@@ -216,8 +217,8 @@ def picture(found: dict[str, Any], path: Path) -> None:
         ]
         runs = [Run(**each) for each in found[name]]
         for label, values, color in (
-            ("seconds", [run.seconds for run in runs], PALETTE[0]),
-            ("memory", [run.bytes for run in runs], PALETTE[1]),
+            ("seconds", [run.seconds for run in runs], COLOURS["staged"][0]),
+            ("memory", [run.bytes for run in runs], COLOURS["snip"][0]),
         ):
             plot.plot(
                 x, [value / values[0] for value in values], "o-", color=color, label=label, markersize=3

@@ -20,6 +20,9 @@ def report(
     target: Annotated[
         float | None, typer.Option(help="Also report when each run reached this validation accuracy.")
     ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="png (default), svg or pdf; may be repeated.")
+    ] = None,
     pictures: Annotated[bool, typer.Option(help="Draw figures, or write tables only.")] = True,
     json: Json = False,
 ) -> None:
@@ -31,7 +34,9 @@ def report(
 
     runs = label_runs([load_run(path) for path in find_runs(directories)])
     frame = comparison(runs, target=target)
-    written = write_report(directories, out_dir, target=target, pictures=pictures)
+    written = write_report(
+        directories, out_dir, target=target, pictures=pictures, formats=formats or ("png",)
+    )
     if json:
         rows, files = frame.to_dict("records"), [str(path) for path in written.files]
         return say_json(plain({"path": str(written.path), "files": files, "settings": rows}))

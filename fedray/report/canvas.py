@@ -1,6 +1,6 @@
 """The canvas of a report's figures: figure and axes, lines and their labels, units and footnotes.
 
-A setting has the same colour and stroke in all figures. pyplot's global state is not used.
+A setting has the same colour, stroke and mark in all figures of a report (`colours`). pyplot is not used.
 """
 
 import io
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log10
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,18 +20,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
+from fedray.errors import ConfigError, unknown
+from fedray.report.colours import Ink, Stroke
 from fedray.report.series import Setting
 
 Floats = NDArray[np.float64]
 
 SIZE_INCHES, DPI = (7.7, 5.0), 130  # 1001 × 650 pixels
-MAX_NAMED = 14
+MAX_NAMED = 60
+LINE_INCHES = 0.155  # of a name, where the figure grows with their number
 LABEL_WIDTH, LABEL_LINES = 28, 2  # characters, lines
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito, "Color universal design", 2008, without the yellow, which is lost on white."""
 BLACK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#cfcfcf"
-Stroke = Literal["-"] | tuple[float, tuple[float, float]]
-STROKES: tuple[Stroke, ...] = ("-", (0, (3.5, 1.2)), (0, (1.2, 1.0)))
+Format = Literal["png", "svg", "pdf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+PLAIN = Ink(PALE, "-", "None")
+"""Lines without a name."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,18 @@ class Look:
     """How a setting is drawn; `name` is None for those in grey."""
 
     setting: Setting
-    color: str = PALE
-    stroke: Stroke = "-"
+    ink: Ink = PLAIN
     name: str | None = None
+
+    @property
+    def color(self) -> str:
+        """The colour of the line."""
+        return self.ink.colour
+
+    @property
+    def stroke(self) -> Stroke:
+        """The stroke of the line."""
+        return self.ink.stroke
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,12 @@ class Curve:
     high: Floats
 
 
-def paper() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white")
+def paper(looks: Sequence[Look] = ()) -> tuple[Figure, Axes]:
+    """Return a figure that has room for the names of the looks."""
+    lines = sum(look.name.count("\n") + 1.2 for look in looks if look.name is not None)
+    width, height = SIZE_INCHES
+    size = (width, max(height, LINE_INCHES * (lines + 1) / 0.86))
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.085, 0.115, 0.875, 0.86))
     for side in ("top", "right"):
@@ -84,8 +103,11 @@ def log_axis(axes: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def key_of_lines(figure: Figure, axes: Axes, curves: Sequence[Curve]) -> None:
-    """Label the lines at the right, the highest end first, each as near its end as there is room."""
+def key_of_lines(figure: Figure, axes: Axes, curves: Sequence[Curve], *, marks: bool = True) -> None:
+    """Label the lines at the right, the highest end first, each as near its end as there is room.
+
+    Places are shares of the figure, since formats differ in their pixels.
+    """
     named = sorted((c for c in curves if c.look.name is not None), key=lambda c: -c.mean[-1])
     looks = [(c.look.name or "", c.look) for c in named]
     if len(curves) > len(named):
@@ -107,10 +129,21 @@ def key_of_lines(figure: Figure, axes: Axes, curves: Sequence[Curve]) -> None:
     downs = spread(wanted, [box.height + 3 for box in boxes], tall)
     for (_, look), text, down in zip(looks, texts, downs, strict=True):
         y = top - down
-        text.set_position((left + swatch, y))
-        ends = ([left, left + swatch - 8], [y, y])
+        text.set_transform(figure.transFigure)
+        text.set_position(((left + swatch) / width, y / height))
+        xs = [at / width for at in (left, left + (swatch - 8) / 2, left + swatch - 8)]
         figure.add_artist(
-            Line2D(*ends, color=look.color, linestyle=look.stroke, linewidth=2, transform=pixels)
+            Line2D(
+                xs,
+                [y / height] * 3,
+                color=look.color,
+                linestyle=look.stroke,
+                linewidth=1.8,
+                marker=look.ink.mark if marks else "None",
+                markevery=[1],
+                markersize=5,
+                transform=figure.transFigure,
+            )
         )
 
 
@@ -142,13 +175,13 @@ def widen_left(figure: Figure, axes: Axes) -> None:
 
 
 def footnote(figure: Figure, axes: Axes, curves: Sequence[Curve], *more: str) -> None:
-    """Explain bands and open circles, if the figure has any."""
+    """Explain bands and open marks, if the figure has any."""
     named = [c.look.setting for c in curves if c.look.name is not None]
     parts = list(more)
     if any(len(setting.runs) > 1 for setting in named):
         parts.append("line: mean over seeds · band: smallest to largest")
     if any(setting.status != "finished" for setting in named):
-        parts.append("open circle: did not make all rounds")
+        parts.append("open mark at the end: did not make all rounds")
     if parts:
         write_footnote(figure, axes, " · ".join(parts))
 
@@ -176,7 +209,22 @@ def time_unit(most: float) -> tuple[float, str]:
     return next(((size, name) for size, name in units if most >= 2 * size), (1.0, "seconds"))
 
 
-def png(figure: Figure) -> bytes:
+def formats_of(names: Sequence[str]) -> list[Format]:
+    """Return the formats of these names, each once.
+
+    Raises:
+        ConfigError: for a name that is not in FORMATS.
+    """
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"--format: {unknown('format', name, FORMATS)}")
+    return [format for format in FORMATS if format in names]
+
+
+def written(figure: Figure, format: Format = "png") -> bytes:
+    """Return a figure as a file; the same figure gives the same bytes."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI)
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[format]
+    with rc_context({"svg.hashsalt": "fedray", "pdf.fonttype": 42}):
+        figure.savefig(data, format=format, dpi=DPI, metadata=undated)
     return data.getvalue()

@@ -31,7 +31,7 @@ def draw_decisions(looks: Sequence[Look]) -> Figure | None:
     A hollow one marks a decision that was carried out in part only.
     """
     curves: list[Curve] = []
-    figure, axes = paper()
+    figure, axes = paper(looks)
     for look in looks:
         if look.name is not None:
             runs = [run for run in look.setting.runs if FACTOR in run.rounds][:MOST_RUNS]
@@ -46,7 +46,7 @@ def draw_decisions(looks: Sequence[Look]) -> Figure | None:
     axes.set_ylabel("density (share of prunable weights kept)")
     marks = "▼ pruned · ▲ restored · ● held · hollow: carried out in part · a line per seed"
     footnote(figure, axes, [], marks)
-    key_of_lines(figure, axes, curves)
+    key_of_lines(figure, axes, curves, marks=False)
     return figure
 
 

@@ -1,11 +1,12 @@
 """The figures of a report: one line, or one strip, per setting.
 
-A setting has the same colour and stroke in all figures; FedAvg beside others is black. Up to `MAX_NAMED` are
-drawn in colour (FedAvg and those of the best final accuracy), further lines in grey.
+A setting has the same colour, stroke and mark in all figures, and the settings of a method share its colour.
+Up to `MAX_NAMED` are drawn in colour (FedAvg and those of the best final accuracy), further lines in grey.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
@@ -14,15 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedray.report.canvas import (
-    BLACK,
     GREY,
     LABEL_LINES,
     LABEL_WIDTH,
     MAX_NAMED,
-    PALETTE,
-    STROKES,
     Curve,
     Floats,
+    Format,
     Look,
     byte_unit,
     footnote,
@@ -30,11 +29,12 @@ from fedray.report.canvas import (
     log_axis,
     paper,
     plain_rounds,
-    png,
     time_unit,
     widen_left,
     write_footnote,
+    written,
 )
+from fedray.report.colours import inks
 from fedray.report.decision_figure import DECISIONS, draw_decisions
 from fedray.report.series import Setting
 
@@ -47,12 +47,15 @@ NAMES = (BY_ROUND, BY_BYTES, BY_TIME, DENSITY, CLIENTS, DECISIONS)
 """Files that a report may contain."""
 
 
-def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, bytes]:
-    """Return file name (of NAMES) → PNG, for each figure that the runs have data for.
+def draw(
+    settings: Sequence[Setting], target: float | None = None, formats: Sequence[Format] = ("png",)
+) -> dict[str, bytes]:
+    """Return file name → content, for each figure that the runs have data for.
 
     Args:
         settings: the settings to compare.
         target: a validation accuracy in (0, 1] to mark.
+        formats: of the files; names are those of NAMES with the suffix of the format.
     """
     looks = looks_of(settings)
     pictures = {
@@ -63,7 +66,12 @@ def draw(settings: Sequence[Setting], target: float | None = None) -> dict[str, 
         CLIENTS: _clients(looks),
         DECISIONS: draw_decisions(looks),
     }
-    return {name: png(figure) for name, figure in pictures.items() if figure is not None}
+    return {
+        f"{Path(name).stem}.{format}": written(figure, format)
+        for name, figure in pictures.items()
+        if figure is not None
+        for format in formats
+    }
 
 
 def by_bytes(settings: Sequence[Setting]) -> bytes | None:
@@ -71,7 +79,7 @@ def by_bytes(settings: Sequence[Setting]) -> bytes | None:
     figure = _accuracy(
         looks_of(settings), "total/bytes/up", "uploaded by all clients so far", byte_unit, None
     )
-    return None if figure is None else png(figure)
+    return None if figure is None else written(figure)
 
 
 def looks_of(settings: Sequence[Setting]) -> list[Look]:
@@ -89,18 +97,13 @@ def looks_of(settings: Sequence[Setting]) -> list[Look]:
         short = _name(setting)
         return short if often[short] == 1 else _name(setting, cut=False)
 
-    references = not all(setting.is_fedavg for setting in settings) or len(settings) == 1
-    looks, dense, others = [], 0, 0
-    for setting in settings:
-        if setting not in named:
-            looks.append(Look(setting))
-        elif setting.is_fedavg and references:
-            looks.append(Look(setting, BLACK, STROKES[dense % len(STROKES)], name(setting)))
-            dense += 1
-        else:
-            turn, color = divmod(others, len(PALETTE))
-            looks.append(Look(setting, PALETTE[color], STROKES[turn % len(STROKES)], name(setting)))
-            others += 1
+    drawn = [setting for setting in settings if setting in named]
+    methods = [str(setting.flat.get("method.name", "")) for setting in drawn]
+    ink = dict(zip(map(id, drawn), inks(methods), strict=True))
+    looks = [
+        Look(setting, ink[id(setting)], name(setting)) if id(setting) in ink else Look(setting)
+        for setting in settings
+    ]
     return sorted(looks, key=lambda look: look.name is not None)
 
 
@@ -139,7 +142,7 @@ def _accuracy(
     curves = [c for look in looks if (c := curve_of(look, metric, "val/accuracy")) is not None]
     if not curves:
         return None
-    figure, axes = paper()
+    figure, axes = paper(looks)
     ends = [float(c.x[-1]) for c in curves]
     divisor, unit = unit_of(max(ends))
     done = [float(c.x[-1]) for c in curves if c.look.setting.status == "finished"] or ends
@@ -171,7 +174,7 @@ def _density(looks: Sequence[Look]) -> Figure | None:
     curves = [c for look in looks if (c := curve_of(look, "round", "density/global")) is not None]
     if not curves:
         return None
-    figure, axes = paper()
+    figure, axes = paper(looks)
     for number, curve in enumerate(reversed(curves)):  # lines of equal density: the upper ones are thinner
         width = 2.8 - 1.4 * number / max(1, len(curves) - 1)
         _line(axes, curve, curve.x, width=width, order=2 + number / len(curves), steps="steps-post")
@@ -256,13 +259,25 @@ def _line(
     if named:
         done = look.setting.status == "finished"
         face = look.color if done else "white"
+        some = np.flatnonzero(drawn)[:-1]
+        step = max(1, len(some) // 6)
+        some = some[len(look.name or "") % step :: step]  # names differ in length: fewer marks on each other
+        axes.plot(
+            x[some],
+            curve.mean[some],
+            look.ink.mark,
+            color=look.color,
+            markersize=3.6,
+            markeredgewidth=0.5,
+            zorder=order,
+        )
         axes.plot(
             x[-1],
             curve.mean[-1],
-            "o",
+            look.ink.mark,
             color=look.color,
             markerfacecolor=face,
-            markersize=4.5,
+            markersize=5.5,
             zorder=order + 1,
         )
 
@@ -281,7 +296,7 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
             strips.append((look, np.sort(np.concatenate(found))))
     if not strips:
         return None
-    figure, axes = paper()
+    figure, axes = paper([look for look, _ in strips for _ in range(2)])
     half = 0.3
     for row, (look, values) in enumerate(strips):
         p5, p25, p50, p75, p95 = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
@@ -290,7 +305,9 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
         axes.scatter(values, row + height, s=9, color=look.color, alpha=_opacity(len(values)), linewidth=0)
         axes.plot([p5, p95], [row, row], color=look.color, linewidth=1.4, zorder=3)
         axes.plot([p25, p75], [row, row], color=look.color, linewidth=7, solid_capstyle="butt", zorder=4)
-        axes.plot(p50, row, "o", color=look.color, markerfacecolor="white", markersize=6.5, zorder=5)
+        axes.plot(
+            p50, row, look.ink.mark, color=look.color, markerfacecolor="white", markersize=6.5, zorder=5
+        )
     kinds = [_examples_of(look.setting) for look, _ in strips]
     same = len(set(kinds)) == 1
     names = [
@@ -308,7 +325,7 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
     axes.set_xlabel(f"accuracy of the final model on a client's own {on} (share of examples)")
     widen_left(figure, axes)
     write_footnote(
-        figure, axes, "point: a client · circle: median · bar: middle half · line: 5th to 95th percentile"
+        figure, axes, "point: a client · open mark: median · bar: middle half · line: 5th to 95th percentile"
     )
     return figure
 

@@ -380,7 +380,7 @@ class Report:
 
     Args:
         path: the folder.
-        files: the pictures (PNG), `table.md`, `table.csv`, and `report.json`: which directories it is about.
+        files: the pictures, `table.md`, `table.csv`, and `report.json`: which directories it is about.
     """
 
     path: Path
@@ -393,6 +393,7 @@ def write_report(
     *,
     target: float | None = None,
     pictures: bool = True,
+    formats: Sequence[str] = ("png",),
 ) -> Report:
     """Write the figures and tables of runs and sweeps.
 
@@ -404,25 +405,29 @@ def write_report(
             first of `report`, `report-2`, … that holds no report on other directories.
         target: as for `comparison`; figures of accuracy get a line there.
         pictures: whether to draw figures.
+        formats: of the figures: `png`, `svg`, `pdf`.
 
     Raises:
-        ConfigError: if there is no run, or the folder cannot be written, or holds another report.
+        ConfigError: if a format is unknown, there is no run, or the folder cannot be written, or holds
+            another report.
         RunError: if a file of a run is damaged.
     """
-    from fedray.report import figures
+    from fedray.report import canvas, figures
 
+    chosen = canvas.formats_of(formats)
     runs = [load_run(path) for path in find_runs(paths)]
     frame = comparison(runs, target)
     folder = local_path(out) if out is not None else _default_folder(paths)
     if out is not None and _is_of_others(folder, paths):
         raise ConfigError(f"{folder} holds another report, on {_subject(folder)}; choose another with --out")
-    contents: dict[str, bytes] = figures.draw(settings(runs), target) if pictures else {}
+    contents: dict[str, bytes] = figures.draw(settings(runs), target, chosen) if pictures else {}
     contents["table.md"] = f"{to_markdown(frame)}{LEGEND}".encode()
     contents["table.csv"] = frame.to_csv(index=False).encode()
     contents[SUBJECT] = (json.dumps({"directories": _directories(folder, paths)}, indent=2) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in set(figures.NAMES) - set(contents):
+        every = {f"{Path(name).stem}.{format}" for name in figures.NAMES for format in canvas.FORMATS}
+        for name in every - set(contents):
             (folder / name).unlink(missing_ok=True)  # of an earlier report, on other runs
         for name, data in contents.items():
             replace(folder / name, data)

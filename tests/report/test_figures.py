@@ -1,17 +1,22 @@
 """What is drawn, and how; numbers are worked out by hand."""
 
 import json
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from fedray.errors import ConfigError
+from fedray.methods import METHODS
 from fedray.report import canvas, figures
+from fedray.report.colours import COLOURS, alike, distance, inks
 from fedray.report.decision_figure import DECISIONS
 from fedray.report.reading import load_run
 from fedray.report.series import settings
+from fedray.report.table import write_report
 from tests.report.rundirs import lines_of, staged, write_run
 
 
@@ -52,7 +57,53 @@ def test_fedavg_is_black_and_the_best_have_colours(tmp_path):
     assert [look.setting.label for look in looks[:4]] == [f"staged threshold={n}" for n in range(4)]
     assert len(looks) - len(named) == 4
     assert named[0].name == "fedavg" and named[0].color == canvas.BLACK
-    assert len({(look.color, look.stroke) for look in named}) == canvas.MAX_NAMED
+    assert len({look.ink for look in named}) == canvas.MAX_NAMED
+
+
+def test_shipped_methods_have_colours_that_differ():
+    assert set(COLOURS) == set(METHODS)
+    colours = [colour for colour, _ in COLOURS.values()]
+    assert min(distance(a, b) for a, b in combinations(colours, 2)) > 0.08
+    assert len({mark for _, mark in COLOURS.values()}) == len(COLOURS)  # also in grey
+    assert distance("#000000", "#ffffff") == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 13, 60, 400])
+@pytest.mark.parametrize("methods", [["fedavg"], ["staged", "mine"], ["a", "b", "snip"], [*METHODS]], ids=len)
+def test_no_two_settings_look_alike_whatever_their_number(methods, count):
+    drawn = inks(methods[number % len(methods)] for number in range(count))
+    assert not [pair for pair in combinations(drawn, 2) if alike(*pair)]
+    assert len(set(drawn)) == count
+
+
+def test_a_method_has_its_colour_in_every_picture(tmp_path):
+    one = write_run(tmp_path / "a", {"method": {"name": "snip"}})
+    other = write_run(tmp_path / "b", {"method": {"name": "mine"}})
+    dense = write_run(tmp_path / "c")
+
+    def inks_of(*paths):
+        looks = figures.looks_of(settings_of(*paths))
+        return {look.setting.flat["method.name"]: look.ink for look in looks}
+
+    alone = inks_of(one) | inks_of(other)
+    together = inks_of(dense, other, one)
+    assert together == alone | {"fedavg": together["fedavg"]}
+
+
+def test_formats(tmp_path):
+    run = write_run(tmp_path / "a", accuracies=(0.1, 0.5))
+    drawn = figures.draw(settings_of(run), None, ("png", "svg", "pdf"))
+    heads = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert {name.rpartition(".")[2] for name in drawn} == set(heads)
+    assert all(data.startswith(heads[name.rpartition(".")[2]]) for name, data in drawn.items())
+    assert figures.draw(settings_of(run), None, ("png", "svg", "pdf")) == drawn  # the same bytes
+    first = write_report([run], tmp_path / "r", formats=("svg", "pdf"))
+    assert {path.suffix for path in first.files} == {".svg", ".pdf", ".md", ".csv"}
+    again = write_report([run], tmp_path / "r")
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {path.name for path in again.files}
+    with pytest.raises(ConfigError, match=r"^--format: unknown format 'pgn'; did you mean 'png'"):
+        write_report([run], tmp_path / "other", formats=("pgn",))
+    assert not (tmp_path / "other").exists()
 
 
 def test_density_of_clients_is_drawn_only_where_it_is_their_own(tmp_path):

@@ -319,7 +319,7 @@ def test_a_second_report_replaces_its_own_files_only(two):
 
 
 def test_where_a_report_goes(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "draw", lambda settings, target: {})
+    monkeypatch.setattr(figures, "draw", lambda *_: {})
     assert write_report([two / "d0"]).path == two / "d0" / "report"
     assert write_report([two / "d0", two / "p"]).path == two / "report"
     assert write_report([two / "d0", two / "p"]).path == two / "report"  # its own
@@ -330,7 +330,7 @@ def test_where_a_report_goes(two, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_named(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "draw", lambda settings, target: {})
+    monkeypatch.setattr(figures, "draw", lambda *_: {})
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file: cannot be written: .*--out"):
         write_report([two], tmp_path / "file")
