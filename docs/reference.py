@@ -77,7 +77,7 @@ SWEEP_FILES = {
     "trials/<point>/lineage.jsonl": "PBT's forks: round, parent, changed options, own costs before",
     "trials/<point>/before-…/": "the trial's own rounds and checkpoints before a fork",
     "trials/<point>/error.txt": "why the trial failed, with its traceback",
-    "report/": "figures (PNG; `fedray report --format svg`, `pdf`), `table.md` and `table.csv`; `fedray report` writes them anew",
+    "report/": "figures (PNG, SVG, PDF), `table.md` and `table.csv`; `fedray report` writes them anew",
 }
 
 

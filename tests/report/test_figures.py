@@ -98,7 +98,7 @@ def test_formats(tmp_path):
     assert all(data.startswith(heads[name.rpartition(".")[2]]) for name, data in drawn.items())
     assert figures.draw(settings_of(run), None, ("png", "svg", "pdf")) == drawn  # the same bytes
     first = write_report([run], tmp_path / "r", formats=("svg", "pdf"))
-    assert {path.suffix for path in first.files} == {".svg", ".pdf", ".md", ".csv"}
+    assert {path.suffix for path in first.files} == {".svg", ".pdf", ".md", ".csv", ".json"}
     again = write_report([run], tmp_path / "r")
     assert {path.name for path in (tmp_path / "r").iterdir()} == {path.name for path in again.files}
     with pytest.raises(ConfigError, match=r"^--format: unknown format 'pgn'; did you mean 'png'"):
