@@ -13,7 +13,8 @@ from fedray.experiment.cluster import start_ray
 from fedray.experiment.interrupt import Stop, signals
 from fedray.storage.directory import Lock, check_free, take
 from fedray.sweeps.tune import end_if_asked, fit
-from fedray.tracking.mlflow_run import RunStatus, finish_parent, parent_run
+from fedray.tracking.mlflow_run import RunStatus
+from fedray.tracking.parent import finish_parent, parent_run
 from fedray.tracking.sent import SENT
 from fedray.tracking.store import Store, prepare_store
 from rllib_pruner.config import Plan

@@ -21,7 +21,8 @@ from fedray.report.table import mean_and_interval, write_report
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.pareto import front
 from fedray.sweeps.space import Point
-from fedray.tracking.mlflow_run import RunStatus, finish_parent
+from fedray.tracking.mlflow_run import RunStatus
+from fedray.tracking.parent import finish_parent
 from fedray.tracking.store import Store
 from fedray.types import Direction, RoundReport
 

@@ -13,7 +13,8 @@ from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import finish_sweep, status_of
 from fedray.sweeps.stopping import Budget
 from fedray.tracking.catching_up import Synced, config_of, store_for, sync_run
-from fedray.tracking.mlflow_run import RunStatus, parent_run
+from fedray.tracking.mlflow_run import RunStatus
+from fedray.tracking.parent import parent_run
 from fedray.tracking.shown import shown_params, trial_names
 from fedray.tracking.tracked import Tracking
 

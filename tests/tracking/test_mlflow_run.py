@@ -24,7 +24,8 @@ from fedray.config.uri import check_uri
 from fedray.errors import ConfigError
 from fedray.models import build_model
 from fedray.tracking import store as stores
-from fedray.tracking.mlflow_run import MLflowTracker, finish_parent, parent_run
+from fedray.tracking.mlflow_run import MLflowTracker
+from fedray.tracking.parent import finish_parent, parent_run
 from fedray.tracking.provenance import run_tags
 from fedray.tracking.shipping import name_of
 from fedray.tracking.store import Store, prepare_store
