@@ -56,6 +56,7 @@ def _sweep_json(result: Any) -> dict[str, Any]:
         "best": None
         if best is None
         else {"trials": [t.point.name for t in best.trials], "mean": best.mean, "half": best.half},
+        **({"pareto": _pareto_json(result)} if result.objectives else {}),
         "trials": [
             {"status": t.status, "error": t.error}
             if t.status == "missing"
@@ -65,6 +66,16 @@ def _sweep_json(result: Any) -> dict[str, Any]:
     }
     written: dict[str, Any] = plain(tree)
     return written
+
+
+def _pareto_json(result: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "trials": [trial.point.name for trial in point.trials],
+            "means": {name: point.spread(name)[0] for name in result.objectives},
+        }
+        for point in result.pareto
+    ]
 
 
 def _say_sweep(result: Any) -> None:
