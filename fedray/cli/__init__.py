@@ -8,7 +8,7 @@ for torch.
 """
 
 # `--help` lists them in this order
-from fedray.cli import new, running, hand, watching, reports, tables, agents  # isort: skip
+from fedray.cli import new, planning, running, hand, watching, reports, tables, agents  # isort: skip
 from fedray.cli.agents import AGENT_COMMANDS
 from fedray.cli.completion import LISTING
 from fedray.cli.console import err, out
@@ -29,6 +29,7 @@ __all__ = [
     "main",
     "new",
     "out",
+    "planning",
     "reports",
     "running",
     "tables",

@@ -1,0 +1,217 @@
+"""What a run or a sweep will take, before it starts: rounds, bytes, FLOPs, seconds, memory, disk.
+
+    configs → the first of each kind → three real rounds of it in a temporary folder → × rounds × trials
+
+Later rounds are taken to cost what these do on average. A method that prunes later costs less.
+"""
+
+import logging
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fedray.config.overrides import override_tree
+from fedray.config.run_config import RunConfig
+from fedray.experiment.placement import START_S, groups_for, in_trial
+from fedray.experiment.run import RUNS, run
+from fedray.types import RoundReport
+
+MEASURED = 3
+"""Rounds that are run: bytes and FLOPs are their means, seconds those of the fastest; the first warms up."""
+
+
+class _Enough(Exception):
+    """The rounds to measure are made."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The costs of the first rounds of a config.
+
+    Args:
+        setup_s: measured seconds until round 1, data and set-up included.
+        round_s: measured seconds of a round, its evaluation included.
+        setup: set-up's bytes up, bytes down and client FLOPs.
+        each: the same of a round.
+        disk_bytes: size of its directory, checkpoints included.
+        memory_bytes: peak memory of the process that trained.
+    """
+
+    setup_s: float
+    round_s: float
+    setup: tuple[float, float, float]
+    each: tuple[float, float, float]
+    disk_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run or a sweep will take; None where nothing was measured.
+
+    Args:
+        trials: how many.
+        rounds: of all trials.
+        concurrent: trials at once.
+        up_bytes: sent by clients, in all trials.
+        down_bytes: sent to clients.
+        flops: of the clients.
+        wall_s: seconds on this machine.
+        disk_bytes: of all directories.
+        memory_bytes: of a process that trains.
+        problems: what does not fit this machine.
+    """
+
+    trials: int
+    rounds: int
+    concurrent: int
+    up_bytes: float | None
+    down_bytes: float | None
+    flops: float | None
+    wall_s: float | None
+    disk_bytes: float | None
+    memory_bytes: float | None
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self)
+
+
+def plan(configs: Sequence[RunConfig], concurrent: int | None, *, sweeps: bool, measures: bool) -> Plan:
+    """Estimate what some configs take on this machine.
+
+    Args:
+        configs: one for each trial.
+        concurrent: trials at once; None: as many as there are CPUs.
+        sweeps: whether they run as trials of a sweep, on Ray.
+        measures: whether to run three rounds of the first config of each kind.
+
+    Raises:
+        ConfigError, DataError, ClientError, MethodError: as `run`, if a measured config cannot run.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = min(len(configs), concurrent or cpus) if sweeps else 1
+    found: dict[tuple[Any, ...], Measure] = {}
+    total, disk, trial_s = [0.0, 0.0, 0.0], 0.0, 0.0
+    for config in configs if measures else ():
+        kind = (config.method.name, config.model, config.data.name, config.clients.cohort)
+        if kind not in found:
+            found[kind] = measure(config)
+        one = found[kind]
+        total = [t + s + config.rounds * e for t, s, e in zip(total, one.setup, one.each, strict=True)]
+        disk += one.disk_bytes
+        trial_s += one.setup_s + config.rounds * one.round_s
+    memory = max((one.memory_bytes for one in found.values()), default=0)
+    wall_s = (trial_s / min(at_once, cpus) + START_S) if sweeps else trial_s
+    up, down, flops = total
+    return Plan(
+        trials=len(configs),
+        rounds=sum(config.rounds for config in configs),
+        concurrent=at_once,
+        up_bytes=up if found else None,
+        down_bytes=down if found else None,
+        flops=flops if found else None,
+        wall_s=wall_s if found else None,
+        disk_bytes=disk if found else None,
+        memory_bytes=memory if found else None,
+        problems=tuple(_problems(configs, cpus, at_once, memory, disk)),
+    )
+
+
+def measure(config: RunConfig) -> Measure:
+    """Run the first rounds of a config in this process, in a folder that is removed."""
+    tree = override_tree(config.to_tree(), {"clients.actors": 0, "tracking.uri": "none"})
+    times: list[float] = [time.perf_counter()]
+    seen: list[RoundReport] = []
+    wanted = min(MEASURED, config.rounds)
+
+    def on_round(report: RoundReport) -> None:
+        times.append(time.perf_counter())
+        seen.append(report)
+        if report.round == wanted:
+            raise _Enough
+
+    with tempfile.TemporaryDirectory(prefix="fedray-plan-") as folder, _silent():
+        with suppress(_Enough):
+            run(RunConfig.from_tree(tree), out=Path(folder) / "run", on_round=on_round)
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        newest = max((p.stat().st_size for p in Path(folder).rglob("checkpoints/*")), default=0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = 1000 * config.rounds  # of rounds.jsonl
+    return Measure(
+        setup_s=times[1] - times[0],
+        round_s=min(after - before for before, after in pairwise(times[1:])),
+        setup=_costs(seen[0]),
+        each=_mean([_costs(report) for report in seen[1:]]),
+        disk_bytes=size + newest + line,
+        memory_bytes=peak,
+    )
+
+
+def _mean(costs: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    up, down, flops = (sum(values) / len(costs) for values in zip(*costs, strict=True))
+    return up, down, flops
+
+
+def _costs(report: RoundReport) -> tuple[float, float, float]:
+    up, down, flops = (report.metrics.get(name, 0.0) for name in ("bytes/up", "bytes/down", "flops/clients"))
+    return up, down, flops
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the warning that the measured run was cut short to ourselves."""
+    logger = logging.getLogger("fedray")
+    before = logger.disabled, logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.disabled, level = before
+        logger.setLevel(level)
+
+
+def _problems(
+    configs: Sequence[RunConfig], cpus: int, at_once: int, memory: int, disk: float
+) -> Iterator[str]:
+    """Yield what does not fit this machine. A cluster (RAY_ADDRESS) checks its own CPUs when a run starts."""
+    actors = max(_actors(config, cpus / at_once) for config in configs)
+    if not os.environ.get("RAY_ADDRESS"):
+        need = max(_cpus(config, cpus / at_once) for config in configs)
+        if need > cpus + 1e-6:
+            yield f"client actors need {need:g} CPUs, and this machine has {cpus}: lower clients.actors"
+    if hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        need_bytes = memory * at_once * max(1, actors)
+        if need_bytes > have:
+            yield (
+                f"{at_once * max(1, actors)} processes need about {need_bytes / 2**30:.3g} GiB of memory, "
+                f"and this machine has {have / 2**30:.3g}: lower clients.actors or tune.concurrent"
+            )
+    here = RUNS if RUNS.exists() else Path()
+    free = shutil.disk_usage(here).free
+    if disk > free:
+        yield f"the directories need about {disk / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free here"
+
+
+def _actors(config: RunConfig, cpus: float) -> int:
+    """Return the processes in which the clients of a trial train."""
+    if config.clients.actors == 0 or in_trial(config, cpus):
+        return 1
+    return sum(group.actors for group in groups_for(config, cpus))
+
+
+def _cpus(config: RunConfig, cpus: float) -> float:
+    if config.clients.actors == 0 or in_trial(config, cpus):
+        return 0.0
+    return sum(group.actors * group.options.cpu for group in groups_for(config, cpus))
