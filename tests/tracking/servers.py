@@ -29,6 +29,15 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def answers(address: str) -> bool:
+    """Return whether a server says within 5 s that it is well."""
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def started(command: list[str], port: int, folder: Path) -> Iterator[str]:
     """Yield the address of a server that this command starts."""
@@ -36,13 +45,9 @@ def started(command: list[str], port: int, folder: Path) -> Iterator[str]:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         address = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(1200):
+            while not answers(address):
                 assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
-                try:
-                    urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
+                time.sleep(0.1)
             yield address
         finally:
             process.terminate()
