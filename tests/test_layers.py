@@ -44,6 +44,7 @@ RAY = {
     "fedray.federation.actor",
     "fedray.experiment.cluster",
     "fedray.sweeps.sweep",
+    "fedray.sweeps.trial",
     "fedray.sweeps.tune",
     "fedray.sweeps.hyperband",
     "fedray.sweeps.pbt",
