@@ -205,7 +205,7 @@ def test_the_commands_of_a_page_are_ones_that_can_be_run(page: Path, monkeypatch
         if verb == "run":
             shown.add(RunConfig.load(arguments[0], arguments[1:]).method.name)
         elif verb == "sweep":
-            shown |= {p.config.method.name for p in Sweep.load(arguments[0], arguments[1:]).points}
+            shown |= {c.method.name for c in Sweep.load(arguments[0], arguments[1:]).configs}
         else:
             assert verb in ("methods", "report")
     assert ("fedprox" if page is ADDING else page.stem) in shown

@@ -53,7 +53,7 @@ def test_a_command_that_is_shown_can_be_run(page, command, tables, monkeypatch):
     if verb == "run":
         RunConfig.load(file, overrides)
     else:
-        assert Sweep.load(file, overrides).points
+        assert Sweep.load(file, overrides).configs
 
 
 def _without_options(words: list[str]) -> tuple[list[str], list[str]]:
