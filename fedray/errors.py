@@ -9,8 +9,11 @@ FedrayError
 └── RunError            a run that cannot continue or be resumed
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_LOGIN = re.compile(r"""(\w:/{1,2})(?!/)[^\s'"/@]*:[^\s'"]*@""")
 
 
 class FedrayError(Exception):
@@ -18,7 +21,13 @@ class FedrayError(Exception):
 
 
 class ConfigError(FedrayError):
-    """A config, an override or a command line that cannot be run."""
+    """A config, an override or a command line that cannot be run.
+
+    Its message quotes what was given; a user and password in an address are left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_LOGIN.sub(r"\1", message))
 
 
 class DataError(FedrayError):

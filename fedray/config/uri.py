@@ -1,6 +1,7 @@
 """The address of an MLflow store: which ones are allowed, and the file that an SQLite address names."""
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -23,27 +24,23 @@ def check_uri(uri: str) -> str:
     Raises:
         ConfigError: if it does not, with the allowed forms.
     """
-    scheme, colon, _ = uri.partition(":")
     if uri == "none" or (uri.startswith(SQLITE) and _is_file(uri.removeprefix(SQLITE))):
         return uri
-    if scheme in ("http", "https") and _has_host(uri):
-        if not _has_whole_login(uri):
-            raise ConfigError(
-                f"tracking.uri: {without_password(uri)!r}: this address has a user without a password: "
-                f"give both, or set {USER} and {PASSWORD} and leave them out"
-            )
-        return uri
-    if scheme == "sqlite":
+    seen = without_password(uri)
+    scheme, colon, _ = seen.partition(":")
+    if scheme in ("http", "https"):
+        reason = _wrong_address(uri)
+        if not reason:
+            return uri
+    elif scheme == "sqlite":
         reason = "sqlite needs three slashes and the name of a file, without ? or %."
-    elif scheme in ("http", "https"):
-        reason = "this address has no host, or its port is not a number up to 65535."
     elif scheme == "file" or not colon:
         reason = "MLflow no longer keeps runs in plain folders; name an SQLite file in that folder"
-        reason += nearest(uri, ("none",))
+        reason += nearest(seen, ("none",))
     else:
         reason = f"unknown scheme {scheme!r}{nearest(scheme, ('none', 'sqlite', 'http', 'https'))}"
         reason += " For any other database, give the address of an MLflow server in front of it."
-    raise ConfigError(f"tracking.uri: {without_password(uri)!r}: {reason} Allowed: {_ALLOWED}")
+    raise ConfigError(f"tracking.uri: {seen!r}: {reason} Allowed: {_ALLOWED}")
 
 
 def absolute_uri(uri: str) -> str:
@@ -90,21 +87,34 @@ def _is_file(name: str) -> bool:
     return bool(name) and not name.endswith("/") and name != ":memory:" and not set(rest) & set("?%")
 
 
-def _has_host(uri: str) -> bool:
+def _wrong_address(uri: str) -> str:
+    """Return why the address of a server cannot be used; empty if it can."""
     try:
         parts = urlsplit(uri)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        has_host = bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
-        return False
-
-
-def _has_whole_login(uri: str) -> bool:
-    parts = urlsplit(uri)
-    return "@" not in parts.netloc or bool(parts.username and parts.password)
+        parts, has_host = urlsplit(""), False
+    if "@" in uri and "@" not in parts.netloc:
+        # most likely a / ? or # of a password, which would become a part of the path and be kept
+        return "this address has an @ but no login: in a user or password write / ? # @ as %2F %3F %23 %40."
+    if not has_host:
+        return "this address has no host, or its port is not a number up to 65535."
+    if "@" in parts.netloc and not (parts.username and parts.password):
+        both = f"give both, or set {USER} and {PASSWORD} and leave them out."
+        return f"this address has a user without a password: {both}"
+    return ""
 
 
 def without_password(uri: str, text: str | None = None) -> str:
     """Return a text without the user and password of an address; by default the address itself."""
-    user, at, _ = uri.partition("://")[2].partition("/")[0].rpartition("@")
     text = uri if text is None else text
-    return text.replace(user + at, "") if at else text
+    login = _login(uri)
+    return text.replace(login, "") if login else text
+
+
+def _login(uri: str) -> str:
+    """Return what stands before the host of an address, with its @; also if it is written wrongly."""
+    if re.match(r"(sqlite|file):/(?!/[^/])", uri) or ":" not in uri:
+        return ""  # a file
+    rest = uri.partition("://")[2] or re.sub(r"^https?:/*", "", uri)
+    return rest[: rest.rfind("@") + 1]

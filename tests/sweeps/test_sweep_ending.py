@@ -41,7 +41,7 @@ def fitting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fit], None]]:
     monkeypatch.setattr(sweeps, "_check_rooms", lambda plan: None)
 
     def set_it(fit: Fit) -> None:
-        def fitted(plan: Any, points: Any, path: Path, tracking: Tracking, on_round: Any, stop: Any) -> Any:
+        def fitted(plan: Any, points: Any, path: Path, tracking: Tracking, *_: Any) -> Any:
             return fit(points, path, tracking)
 
         monkeypatch.setattr(sweeps, "_fit", fitted)

@@ -203,19 +203,21 @@ def test_a_sweep_its_parent_and_its_trials(uri: str, in_tmp: Path) -> None:
     """From its files alone: one trial finished, one failed, one never began."""
     place = in_tmp / "s"
     (place / "trials").mkdir(parents=True)
-    sealed.write(place / "sweep.yaml", {"name": "some", "base": tiny.TREE, "points": [{}, {}, {}]})
+    points = [{"seed": seed} for seed in range(3)]
+    sealed.write(place / "sweep.yaml", {"name": "some", "base": tiny.TREE, "points": points})
     fedray.run(config("none"), out=place / "trials" / "00-a")
     with pytest.raises(fedray.FedrayError):
         broken = tiny.ending(1, fedray.FedrayError)
-        fedray.run(config("none"), out=place / "trials" / "01-b", on_round=broken)
+        second = tiny.config({"rounds": ROUNDS, "seed": 1})
+        fedray.run(second, out=place / "trials" / "01-b", on_round=broken)
     for added in (True, False):
         done = sync("s", uri)
         assert [synced.status for synced in done] == ["FAILED", "FINISHED", "FAILED"]
         assert [synced.points > 0 for synced in done[1:]] == [added, added]
     by_name = {run.info.run_name: run for run in runs(uri)}
-    assert set(by_name) == {"s", "00-a", "01-b"}
+    assert set(by_name) == {"s", "fedavg s0", "fedavg s1"}
     parent = by_name["s"].info.run_id
-    assert {by_name[name].data.tags["mlflow.parentRunId"] for name in ("00-a", "01-b")} == {parent}
+    assert {by_name[name].data.tags["mlflow.parentRunId"] for name in ("fedavg s0", "fedavg s1")} == {parent}
     assert by_name["s"].info.status == "FAILED"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import fedray
+from fedray.config.overrides import override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.config.uri import PASSWORD, USER, check_uri, take_login
 from fedray.errors import ConfigError
@@ -35,7 +36,7 @@ def test_a_login_goes_to_the_variables_of_mlflow() -> None:
     assert config.tracking.uri == "http://host" and "s3cr3t" not in repr(config)
     assert os.environ[USER] == "you"
     assert RunConfig.from_tree(config.to_tree()).tracking.uri == "http://host"
-    for uri in ("none", "sqlite:///a@b.db", "http://host/a@b"):
+    for uri in ("none", "sqlite:///a@b.db", "http://host/a"):
         assert take_login(uri) == uri
 
 
@@ -44,6 +45,56 @@ def test_half_a_login_is_refused_without_showing_it(uri: str) -> None:
     with pytest.raises(ConfigError, match=f"give both, or set {USER}") as caught:
         check_uri(uri)
     assert "secret" not in str(caught.value) and "token@" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", ["/", "?", "#", "/@", ""])
+@pytest.mark.parametrize(
+    "scheme", ["http://", "https://", "http:/", "http:", "", "postgresql://", "sqlite://"]
+)
+def test_an_address_that_is_refused_is_shown_without_its_login(scheme: str, mark: str) -> None:
+    uri = f"{scheme}me:s3{mark}cr3t@host:5000"
+    if mark == "" and scheme.startswith("http") and scheme.endswith("//"):
+        assert check_uri(uri) == uri
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_uri(uri)
+    assert "cr3t" not in str(caught.value) and "host:5000" in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["http://me:33/cr3t@host", "http://host:5000/a@b"])
+def test_an_at_sign_after_the_host_is_most_likely_a_password(uri: str) -> None:
+    with pytest.raises(ConfigError, match="as %2F %3F %23 %40") as caught:
+        check_uri(uri)
+    assert "cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking={uri}",
+        "tracking.uri=[{uri}]",
+        "tracking.uri:{uri}",
+        "rounds={uri}",
+        "tracking={{uri: 1, url: '{uri}'}}",
+        "tracking.also={uri}",
+        "tracking.experiment=[{uri}]",
+        "model={uri}",
+    ],
+)
+def test_an_address_in_the_wrong_place_is_shown_without_its_login(override: str) -> None:
+    given = override.format(uri="http://me:s3cr3t@host")
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_tree(override_tree(tiny.TREE, parse_overrides([given])))
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_message_keeps_what_is_no_login() -> None:
+    for text in (
+        "tracking.uri: 'sqlite:////data/a@b:c.db': no",
+        "http://host:5000/x, mail me@host",
+        "C:/a:b",
+    ):
+        assert str(ConfigError(text)) == text
 
 
 def holds_secret(folder: Path) -> list[str]:
