@@ -125,18 +125,25 @@ def _say_search(result: Any) -> None:
 
 def _pareto(result: Any) -> Any:
     """Return the Pareto set as a table: a row for each point, a column for each objective."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"Pareto set, also in {short(result.path)}/pareto.json", title_justify="left")
+    title = f"Pareto set, also in {short(result.path)}/pareto.json"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("point", overflow="fold")
     for name, way in result.objectives.items():
         table.add_column(f"{name} ({way})", justify="right")
     for point in result.pareto:
         spreads = [point.spread(name) for name in result.objectives]
         one = len(point.trials) == 1
-        cells = [f"{mean:.4g}" if one else f"{mean:.4g} ± {half:.2g}" for mean, half in spreads]
+        cells = [_figure(mean) if one else f"{_figure(mean)} ± {_figure(half, 2)}" for mean, half in spreads]
         table.add_row(escape(point.trials[0].point.name), *cells)
     return table
+
+
+def _figure(value: float, digits: int = 4) -> str:
+    """Return a number with some significant digits; a large one, e.g. of bytes, as a whole number."""
+    return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.{digits}g}"
 
 
 def _ends(result: Any) -> list[str]:
@@ -177,7 +184,7 @@ def say_address(directories: Sequence[Path]) -> None:
     if any((store_of(path) or "").startswith("sqlite:") for path in directories):
         address = comparison_address(LOCAL, directories)
         if address is not None:
-            out.print(f"It opens {escape(address)}", highlight=False, soft_wrap=True)
+            out.print(f"`fedray ui` opens {escape(address)}", highlight=False, soft_wrap=True)
 
 
 def tracked(path: Path, what: str) -> str:
