@@ -136,10 +136,10 @@ class Lock:
     ) -> None:
         with _guard:
             _held.pop(self._key, None)
-            if self._file is not None:
-                _forget_stop(self.path)
-                self._file.close()  # which ends the lock
-                self._file = None
+            file, self._file = self._file, None
+            if file is not None:
+                with file:  # its close ends the lock
+                    _forget_stop(self.path)
 
     def _try(self) -> str | None:
         """Take the lock, or return who has it."""
@@ -282,4 +282,5 @@ def is_asked_to_stop(path: Path) -> bool:
 
 def _forget_stop(path: Path) -> None:
     with suppress(OSError):
-        (path / STOP).unlink(missing_ok=True)
+        if (path / STOP).exists():
+            (path / STOP).unlink(missing_ok=True)

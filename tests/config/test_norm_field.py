@@ -74,6 +74,7 @@ def test_what_is_declared():
         "zero_policy": "regrow",
         "precision": "fp32",
         "server_data": 0.1,
+        "client_accuracy": "training examples",
     }
     tags = run_tags(method="frlp", dataset="digits", model="mlp", digest="0", **declared(config))
     assert (tags["norm"], tags["zero_policy"], tags["server_data"]) == ("average", "regrow", "0.1")

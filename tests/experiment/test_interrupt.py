@@ -151,6 +151,8 @@ def test_a_signal_while_files_are_written(
     write, hit = getattr(RunFiles, name), once(send)
 
     def written(self: RunFiles, *arguments: Any) -> Any:
+        if arguments[0] == "data.json":  # before the first round
+            return write(self, *arguments)
         if first:
             hit()
         result = write(self, *arguments)
