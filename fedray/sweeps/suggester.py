@@ -23,9 +23,9 @@ class Suggester(Searcher):  # type: ignore[misc]  # Ray has no types
         self.names: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial's name; None for now, or that there is no other."""
+        """Return the next trial's name, or that there is no other."""
         if self.is_ending():
-            return None
+            return Searcher.FINISHED  # with None, Tune would wait for a point for ever
         point = self.suggestions.next()
         if point is None:
             return Searcher.FINISHED

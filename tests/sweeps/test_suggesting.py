@@ -323,3 +323,12 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(plan, monkey
     monkeypatch.setattr("fedray.config.searches.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"optuna needs the package optuna: pip install 'fedray\[optuna\]'"):
         plan(TPE)
+
+
+def test_a_sweep_that_ends_says_that_there_are_no_more_points() -> None:
+    from ray.tune.search import Searcher
+
+    from fedray.sweeps.suggester import Suggester
+
+    suggester = Suggester(None, lambda: True)  # type: ignore[arg-type]  # it asks for no point
+    assert suggester.suggest("1") == Searcher.FINISHED  # Tune waits for ever for a searcher that has none now
