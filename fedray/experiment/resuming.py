@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedray.config.overrides import origin, override_tree, parse_overrides
-from fedray.config.run_config import RunConfig
+from fedray.config.run_config import SINCE, RunConfig
 from fedray.config.tables import TABLES
 from fedray.config.trees import INDECISIVE, Tree, decisive, flat_text
 from fedray.durable import shown
@@ -113,8 +113,11 @@ def check_rounds(found: Stored, config: RunConfig) -> None:
 
 
 def _differences(before: Tree, changed: Tree) -> Iterator[tuple[str, str, str]]:
-    """Yield each decisive key but rounds that differs, with both values as text."""
-    old, new = (flat_text(decisive(tree)) if tree else {} for tree in (before, changed))
+    """Yield each decisive key but rounds that differs, with both values as text.
+
+    A key that was added later has in older configs the value that all runs had before.
+    """
+    old, new = (flat_text(SINCE) | flat_text(decisive(tree)) if tree else {} for tree in (before, changed))
     for key in dict.fromkeys((*old, *new)):
         if key != "rounds" and old.get(key) != new.get(key):
             yield key, old.get(key, "absent"), new.get(key, "absent")

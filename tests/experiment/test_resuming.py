@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fedray.config import plugins
-from fedray.config.run_config import RunConfig
+from fedray.config.run_config import SINCE, RunConfig
 from fedray.errors import ConfigError, MethodError, RunError
-from fedray.experiment.resuming import check_rounds
+from fedray.experiment.resuming import _differences, check_rounds
 from fedray.experiment.run import resume, run
 from fedray.methods import METHODS
 from fedray.models import MODELS
@@ -493,3 +493,13 @@ def test_a_hole_in_the_rounds_is_never_passed_over(tmp_path):
         for use in (load_run, resume):
             with pytest.raises(RunError, match=r"rounds\.jsonl, line \d: "):
                 use(out)
+
+
+@pytest.mark.parametrize("dotted", SINCE)
+def test_a_run_that_was_begun_before_a_key_existed_has_its_old_value(dotted):
+    changed, before = tiny.config().to_tree(), tiny.config().to_tree()
+    section, _, key = dotted.rpartition(".")
+    del (before[section] if section else before)[key]
+    assert list(_differences(before, changed)) == []
+    (changed[section] if section else changed)[key] = "another"
+    assert [key for key, _, _ in _differences(before, changed)] != []
