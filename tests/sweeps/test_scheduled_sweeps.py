@@ -113,7 +113,11 @@ def test_a_trial_ends_at_its_target_and_can_be_the_best(ray_local, in_tmp, tune)
     from mlflow import MlflowClient
 
     runs = MlflowClient(uri).search_runs(["0", "1"])
-    finished = {trial.point.name for trial in made.trials if trial.status == "finished"}
+    finished = {
+        f"fedavg lr={trial.point.changes['method.lr']:g}"
+        for trial in made.trials
+        if trial.status == "finished"
+    }
     assert finished | {"sweep"} == {run.info.run_name for run in runs if run.info.status == "FINISHED"}
     again = resume_sweep(made.path)
     assert [trial.status for trial in again.trials] == [trial.status for trial in made.trials]
