@@ -1,7 +1,7 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli → rllib_pruner → fedray → sweeps → experiment → tracking → overview → storage → report → config →
-methods → policies → federation → training → pruning · costs · models · data → the ground floor
+cli → rllib_pruner → fedray → sweeps → experiment → tracking → overview → publishing → storage → report →
+config → methods → policies → federation → training → pruning · costs · models · data → the ground floor
 """
 
 import ast
@@ -30,6 +30,7 @@ FLOORS = (
     {"config"},
     {"report"},
     {"storage"},
+    {"publishing"},
     {"overview"},
     {"tracking"},
     {"experiment"},

@@ -1,0 +1,103 @@
+"""The manifest of a published directory: which objects make its current generation. One small object.
+
+manifest.json             files → size and SHA-256; the number and the id of this generation
+objects/<SHA-256>         the contents of a file, whatever its name
+claims/<id>.json          the process that publishes here
+"""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import PurePosixPath
+from typing import Any
+
+from fedray.errors import RunError
+from fedray.publishing.objects import Missing, Objects
+
+MANIFEST, CONTENTS, CLAIMS = "manifest.json", "objects", "claims"
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published file: its size in bytes and its SHA-256 (hex)."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One generation of a directory.
+
+    Args:
+        generation: counts from 1.
+        id: another one for each generation that any process wrote.
+        files: name, with slashes → its contents.
+    """
+
+    generation: int
+    id: str
+    files: Mapping[str, Entry]
+
+    def next(self, files: Mapping[str, Entry]) -> "Manifest":
+        """Return the next generation."""
+        return Manifest(self.generation + 1, secrets.token_hex(8), files)
+
+    @property
+    def contents(self) -> set[str]:
+        """The SHA-256 of all its objects."""
+        return {entry.sha256 for entry in self.files.values()}
+
+    def write(self) -> bytes:
+        """Return it as JSON, with the SHA-256 of the rest."""
+        tree = {
+            "format": FORMAT,
+            "generation": self.generation,
+            "id": self.id,
+            "files": {name: [entry.size, entry.sha256] for name, entry in sorted(self.files.items())},
+        }
+        return json.dumps({**tree, "sha256": _digest(tree)}, indent=1).encode()
+
+
+NOTHING = Manifest(0, "", {})
+"""Stands for a place where nothing is published."""
+
+
+def read(objects: Objects) -> Manifest:
+    """Read the current manifest of a place; `NOTHING` if there is none.
+
+    Raises:
+        StoreError: if the store does not give it.
+        RunError: if it is damaged, or of a later version of fedray.
+    """
+    try:
+        text = objects.get(MANIFEST)
+    except Missing:
+        return NOTHING
+    try:
+        tree = json.loads(text)
+        if tree["format"] > FORMAT:
+            raise RunError(f"{objects.place}: a later version of fedray wrote its {MANIFEST}")
+        if tree.pop("sha256") != _digest(tree):
+            raise ValueError("its SHA-256 is another one")
+        files = {name: Entry(int(size), str(digest)) for name, (size, digest) in tree["files"].items()}
+        found = Manifest(int(tree["generation"]), str(tree["id"]), files)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RunError(f"{objects.place}: {MANIFEST} is damaged: {error}") from None
+    for name in found.files:
+        if not _is_inside(name):
+            raise RunError(f"{objects.place}: {MANIFEST} names {name!r}, which is not below a directory")
+    return found
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
