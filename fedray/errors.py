@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-_LOGIN = re.compile(r"""(\w:/{1,2})(?!/)[^\s'"/@]*:[^\s'"]*@""")
+_LOGIN = re.compile(r"""(\w:/{1,2})(?!/)[^\s'"/@]*(?::|%3A)[^\s'"]*@""", re.IGNORECASE)
+_BARE_LOGIN = re.compile(r"""[^\s'"/@]+(?::(?!/)|%3A)[^\s'"]*@(?=\w)""", re.IGNORECASE)  # without http://
 
 
 class FedrayError(Exception):
@@ -27,7 +28,7 @@ class ConfigError(FedrayError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_LOGIN.sub(r"\1", message))
+        super().__init__(_BARE_LOGIN.sub("", _LOGIN.sub(r"\1", message)))
 
 
 class DataError(FedrayError):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedray.config import hints
 from fedray.config.trees import dotted_keys
+from fedray.config.uri import without_password
 from fedray.errors import nearest
 
 Where = str | Callable[[str], str]
@@ -72,13 +73,25 @@ def _lines(
 
 def line(key: str, text: str, where: Where) -> str:
     """Return the message for one key."""
-    return f"{key} ({where if isinstance(where, str) else where(key)}): {text}"
+    return f"{without_password(key)} ({where if isinstance(where, str) else where(key)}): {text}"
 
 
 def shortened(value: Any) -> str:
-    """Return the repr of a value, at most 60 characters of it."""
-    text = repr(value)
+    """Return the repr of a value, at most 60 characters of it, and without the logins in it."""
+    text = repr(_without_logins(value))
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _without_logins(value: Any) -> Any:
+    """Return a value of a config without the logins of the addresses in it."""
+    if isinstance(value, str):
+        shown = without_password(value)
+        return value if shown == value else f"…@{shown}"
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_logins, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        return {_without_logins(key): _without_logins(inner) for key, inner in value.items()}
+    return value
 
 
 def _unknown_key(path: Sequence[str], root: type[BaseModel], value: Any) -> str:

@@ -34,6 +34,8 @@ def check_uri(uri: str) -> str:
             return uri
     elif scheme == "sqlite":
         reason = "sqlite needs three slashes and the name of a file, without ? or %."
+    elif seen != uri and "://" not in uri:
+        reason = "the address of a server begins with http:// or https://."
     elif scheme == "file" or not colon:
         reason = "MLflow no longer keeps runs in plain folders; name an SQLite file in that folder"
         reason += nearest(seen, ("none",))
@@ -114,7 +116,9 @@ def without_password(uri: str, text: str | None = None) -> str:
 
 def _login(uri: str) -> str:
     """Return what stands before the host of an address, with its @; also if it is written wrongly."""
-    if re.match(r"(sqlite|file):/(?!/[^/])", uri) or ":" not in uri:
+    if re.match(r"(sqlite|file):/(?!/[^/])", uri):
         return ""  # a file
+    if not re.search(":|%3a", uri, re.IGNORECASE):
+        return uri[: uri.rfind("@") + 1] if "/" not in uri.partition("@")[0] else ""  # a/b@c is a file
     rest = uri.partition("://")[2] or re.sub(r"^https?:/*", "", uri)
     return rest[: rest.rfind("@") + 1]

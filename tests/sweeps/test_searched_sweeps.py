@@ -13,7 +13,10 @@ import pytest
 
 from fedray.config import yaml_text
 from fedray.config.overrides import override_tree
+from fedray.durable import scan_lines
+from fedray.experiment.forking import lineage
 from fedray.storage.run_files import RunFiles
+from fedray.sweeps.outcome import SweepResult
 from fedray.sweeps.space import Sweep
 from fedray.sweeps.suggesting import POINTS
 from fedray.sweeps.sweep import resume_sweep, sweep
@@ -33,13 +36,56 @@ def write(folder: Path, tune: dict[str, Any], **base: Any) -> Path:
     return folder / "some.yaml"
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / POINTS).read_text().splitlines()]
+def lines(path: Path, name: str = POINTS) -> list[dict[str, Any]]:
+    return scan_lines(path / name)[0] if (path / name).exists() else []
+
+
+def of_trials(made: SweepResult) -> list[tuple[str, Any, Any]]:
+    """Return of each trial its points, its weights, and whom it continued from."""
+    found = []
+    for trial in made.trials:
+        result = RunFiles(trial.path).read_json("result.json") or {}
+        forks = [(entry["round"], entry["from"], entry["changes"]) for entry in lineage(trial.path)]
+        found.append((trial.point.name, result["weights_sha256"], forks))
+    return found
+
+
+NSGA2 = {
+    "search": {"name": "optuna", "population_size": 2},
+    "objectives": {"val/accuracy": "max", "train/loss": "min"},
+    "num_samples": 6,
+    "concurrent": 1,
+}
+HYPEROPT = SEARCH | {"search": {"name": "hyperopt", "n_initial_points": 2}}
+PBT = {
+    "num_samples": 4,
+    "metric": "val/loss",
+    "concurrent": 2,
+    "scheduler": {
+        "name": "pbt",
+        "perturb_every": 4,
+        "quantile": 0.5,
+        "mutations": {"method.lr": {"loguniform": [0.001, 0.5]}},
+    },
+}
+KILLED = {
+    "tpe": (SEARCH, "trials/02-*/rounds.jsonl"),
+    "nsga2": (NSGA2, "trials/04-*/rounds.jsonl"),
+    "hyperopt": (HYPEROPT, "trials/02-*/rounds.jsonl"),
+    "pbt as it forks": (PBT, "perturbed.jsonl"),
+    "pbt after a fork": (PBT, "trials/*/lineage.jsonl"),
+    "pbt before a fork": (PBT, "trials/03-*/rounds.jsonl"),
+}
+"""Of each sweep: the file that appears right before its driver is killed."""
 
 
 @pytest.mark.slow
-def test_a_search_survives_sigkill_of_its_driver_as_if_undisturbed(tmp_path):
-    file = write(tmp_path, SEARCH, rounds=20)
+@pytest.mark.parametrize("case", KILLED)
+def test_a_sweep_survives_sigkill_of_its_driver_as_if_undisturbed(tmp_path, case):
+    tune, appears = KILLED[case]
+    if "search" in tune:
+        pytest.importorskip(tune["search"]["name"])
+    file = write(tmp_path, tune, rounds=20)
     whole = sweep(Sweep.load(file), out=tmp_path / "whole")
     path = tmp_path / "killed"
     code = f"import fedray; fedray.sweep(fedray.Sweep.load({str(file)!r}), out={str(path)!r})"
@@ -47,17 +93,21 @@ def test_a_search_survives_sigkill_of_its_driver_as_if_undisturbed(tmp_path):
         command = [sys.executable, "-c", code]
         driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     until = time.monotonic() + 120
-    while len(list(path.glob("trials/02-*/rounds.jsonl"))) == 0 and time.monotonic() < until:
+    while not any(path.glob(appears)) and time.monotonic() < until:
         assert driver.poll() is None, (tmp_path / "log.txt").read_text()
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    assert len(lines(path)) < len(lines(tmp_path / "whole"))
+    for name in (POINTS, "perturbed.jsonl"):
+        before, after = lines(path, name), lines(tmp_path / "whole", name)
+        assert before == after[: len(before)]
+    ended = [trial for trial in whole.trials if (path / "trials" / trial.point.name / "result.json").exists()]
+    assert len(ended) < len(whole.trials)
     made = resume_sweep(path)
-    assert lines(path) == lines(tmp_path / "whole")
-    digests = [RunFiles(trial.path).read_json("result.json") for trial in [*made.trials, *whole.trials]]
-    found = [digest["weights_sha256"] for digest in digests if digest]
-    assert found[:4] == found[4:] and len(found) == 8
+    for name in (POINTS, "perturbed.jsonl"):
+        assert lines(path, name) == lines(tmp_path / "whole", name)
+    assert of_trials(made) == of_trials(whole)
+    assert (path / "best.yaml").read_text() == (tmp_path / "whole" / "best.yaml").read_text()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from fedray.config.overrides import override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.config.uri import PASSWORD, USER, check_uri, take_login
 from fedray.errors import ConfigError
+from fedray.sweeps.space import Sweep
 from fedray.sweeps.sync import sync
 from fedray.tracking.store import prepare_store
 from tests.experiment import tiny
@@ -69,6 +70,18 @@ def test_an_at_sign_after_the_host_is_most_likely_a_password(uri: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:s3cr3t@host",
+        "me:s3cr3t@host",
+        "me:s3cr3t@host:5000/prefix",
+        "me%3As3cr3t%2Fmore@host",
+        "me:a/s3cr3t@host",
+        f"me:s3cr3t{'x' * 80}@host",
+        f"http://me:s3cr3t{'x' * 80}@host",
+    ],
+)
+@pytest.mark.parametrize(
     "override",
     [
         "tracking={uri}",
@@ -76,16 +89,41 @@ def test_an_at_sign_after_the_host_is_most_likely_a_password(uri: str) -> None:
         "tracking.uri:{uri}",
         "rounds={uri}",
         "tracking={{uri: 1, url: '{uri}'}}",
+        "tracking={{uri:{uri}}}",
         "tracking.also={uri}",
+        "tracking.also=[{{wandb: {uri}}}]",
         "tracking.experiment=[{uri}]",
         "model={uri}",
+        "{uri}",
+        "{uri}=1",
+        "clients.sampler={uri}",
+        "data.partition={uri}",
+        "imports={uri}",
     ],
 )
-def test_an_address_in_the_wrong_place_is_shown_without_its_login(override: str) -> None:
-    given = override.format(uri="http://me:s3cr3t@host")
+@pytest.mark.parametrize("kind", ["run", "sweep", "base"])
+def test_an_address_in_the_wrong_place_is_shown_without_its_login(
+    override: str, address: str, kind: str
+) -> None:
+    given = override.format(uri=address)
     with pytest.raises(ConfigError) as caught:
-        RunConfig.from_tree(override_tree(tiny.TREE, parse_overrides([given])))
+        changes = parse_overrides([given])
+        if kind == "run":
+            RunConfig.from_tree(override_tree(tiny.TREE, changes))
+        elif kind == "sweep":
+            Sweep.read({"base": tiny.TREE, "space": {"seed": {"grid": [0, 1]}}}, "x.yaml", "x", changes)
+        else:
+            base = override_tree(tiny.TREE, changes)
+            Sweep.read({"base": base, "space": {"seed": {"grid": [0, 1]}}}, "x.yaml", "x", {})
     assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["me:s3cr3t@host", "me: s3cr3t@host", "me:my s3cr3t@host", "s3cr3t@host"])
+def test_an_address_without_a_scheme_is_refused_without_its_login(address: str) -> None:
+    for changes in ({"tracking.uri": address}, {"tracking": address}):
+        with pytest.raises(ConfigError) as caught:
+            tiny.config(changes)
+        assert "s3cr3t" not in str(caught.value)
 
 
 def test_a_message_keeps_what_is_no_login() -> None:
