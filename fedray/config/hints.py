@@ -33,6 +33,8 @@ _DEVICE = Meant(
     "clients.devices",
     "the simulated devices; for a GPU of this machine set clients.resources.gpu=1",
 )
+_PAIR = re.compile(r"([\w./]+)(?::|=|(?=[<>]=))([^@]+)")
+"""A key and a value in one word; not a login."""
 _PERCENT = re.compile(r"([-+]?[\d.]+) ?%")
 
 _WORDS: dict[Meant, str] = {
@@ -128,6 +130,10 @@ def for_value(key: str, value: Any, kind: str) -> str:
         return f"; known: {', '.join(sorted(TABLES[key]))}"
     if key == "method.local_epochs" and isinstance(value, float):
         return "; for part of an epoch set method.steps, e.g. method.steps=10"
+    if kind.startswith(("dict", "mapping", "model")):
+        text = value[0] if isinstance(value, list) and len(value) == 1 else value
+        pair = _PAIR.fullmatch(text) if isinstance(text, str) else None
+        return f"; write {key}={{{pair[1]}: {pair[2]}}}" if pair else ""
     if kind.startswith("bool"):
         meant = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
         word = meant.get(str(value).lower())

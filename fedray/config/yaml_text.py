@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from fedray.config.shipped import hint, located
+from fedray.config.uri import without_password
 from fedray.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
@@ -21,6 +22,7 @@ _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _BREAKS = re.compile("[\n\r\x85\u2028\u2029\ufeff]")
+_STUCK = re.compile(r"(.+?) ?(:|<=|>=|=) ?(.+)", re.DOTALL)
 _ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins like UTF-16's
@@ -35,6 +37,10 @@ class _Repeated(yaml.MarkedYAMLError):
     """A duplicate key in one mapping."""
 
 
+class _NoSpace(yaml.MarkedYAMLError):
+    """`{key:value}`, which is one key without a value."""
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's reader of YAML 1.1 with the values of YAML 1.2, and without silent duplicates."""
 
@@ -47,9 +53,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [k for k, _ in node.value if isinstance(k, yaml.ScalarNode) and k.tag != _MERGE]
+        values = {id(k): value for k, value in node.value}
         seen: set[Any] = set()
         for key_node in keys:
             key = self.construct_object(key_node, deep=True)
+            if node.flow_style and key_node.style is None:
+                _check_space(key_node, values[id(key_node)])
             if key in seen:
                 raise _Repeated(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
             seen.add(key)
@@ -74,6 +83,16 @@ for _name, _pattern, _first in (
     _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
 _Loader.add_constructor(f"{_TAG}int", _Loader.construct_int)
 _Loader.add_constructor(f"{_TAG}float", _Loader.construct_float)
+
+
+def _check_space(key: yaml.ScalarNode, value: yaml.Node) -> None:
+    """Refuse a key such as `key:value` or `key=value` in braces, which would have no value."""
+    found = _STUCK.fullmatch(key.value)
+    if found and isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
+        limit = "" if found[2] in ":=" else found[2]
+        written = f"{{{found[1]}: {limit}{without_password(found[3])}}}"
+        problem = f"write a space after the colon: {written}"
+        raise _NoSpace(problem=problem, problem_mark=key.start_mark)
 
 
 _Quick: Any = None
@@ -166,7 +185,7 @@ def parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        kind = "" if isinstance(error, _Repeated) else "not YAML: "
+        kind = "" if isinstance(error, _Repeated | _NoSpace) else "not YAML: "
         raise ConfigError(f"{where}{line}: {kind}{problem}") from None
     except Exception as error:  # `!!int x` is a ValueError, `!!bool x` a KeyError, `[[[…` a RecursionError
         raise ConfigError(f"{where}: a value cannot be read: {error}") from None

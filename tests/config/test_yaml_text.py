@@ -2,6 +2,7 @@
 
 import codecs
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedray.config import yaml_text
+from fedray.config.overrides import parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
+from fedray.sweeps.space import Sweep
+from tests.experiment.tiny import TREE
 
 # ── what a value means
 # ──────────────────────────────────────────────────────────────────────────────────────────
@@ -177,3 +181,58 @@ def test_a_file_in_another_encoding_is_named(in_tmp: Path, data, message):
     with pytest.raises(ConfigError) as caught:
         yaml_text.load("x.yaml")
     assert str(caught.value).startswith(f"x.yaml: {message}")
+
+
+# ── a colon without a space
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("tune.stop={val/accuracy:0.9}", "{val/accuracy: 0.9}"),
+        ("tune.stop={val/accuracy :0.9}", "{val/accuracy: 0.9}"),
+        ("tune.stop={val/accuracy=0.9}", "{val/accuracy: 0.9}"),
+        ('tune.stop={"val/accuracy": 0.9, round:3}', "{round: 3}"),
+        ("tune.objectives={val/accuracy:max, total/bytes/up:min}", "{val/accuracy: max}"),
+        ('tune.constraints={density/global:"<= 0.1"}', '{density/global: "<= 0.1"}'),
+        ("tune.constraints={density/global<=0.1}", "{density/global: <=0.1}"),
+        ("tune={stop:{round:3}}", "{round: 3}"),
+        ("tune.points_to_evaluate=[{method.lr:0.1}]", "{method.lr: 0.1}"),
+        ("method={name:snip}", "{name: snip}"),
+        ("clients.resources.by_device={phone:{cpu:1}}", "{cpu: 1}"),
+        ("tracking={uri:none}", "{uri: none}"),
+        ("tracking={uri:http://me:s3cr3t@host}", "{uri: http://host}"),
+    ],
+)
+def test_a_colon_without_a_space_is_named_in_arguments_and_files(in_tmp: Path, given, written):
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides([given])
+    assert str(caught.value).endswith(f"write a space after the colon: {written}")
+    key, _, value = given.partition("=")
+    (in_tmp / "x.yaml").write_text(f"seed: 1\n{key}: {value}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"x\.yaml, line 2: write a space after the colon: "):
+        yaml_text.load("x.yaml")
+
+
+def test_a_key_that_holds_a_colon_and_a_key_without_a_value_are_read():
+    text = '{a:b: 1, "c:d": , e: , f, "g:h", j:{k: 1}}'
+    read = {"a:b": 1, "c:d": None, "e": None, "f": None, "g:h": None, "j": {"k": 1}}
+    assert yaml_text.parse(text, "x") == read
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("tune.stop=val/accuracy:0.9", "tune.stop={val/accuracy: 0.9}"),
+        ("tune.stop=[val/accuracy:0.9]", "tune.stop={val/accuracy: 0.9}"),
+        ("tune.stop=val/accuracy=0.9", "tune.stop={val/accuracy: 0.9}"),
+        ("tune.constraints=density/global<=0.1", "tune.constraints={density/global: <=0.1}"),
+        ("clients=cohort:3", "clients={cohort: 3}"),
+        ("clients.devices=phone:1", "clients.devices={phone: 1}"),
+    ],
+)
+def test_a_mapping_without_braces_is_shown_with_them(given, written):
+    tree = {"base": TREE, "space": {"seed": {"grid": [0, 1]}}}
+    with pytest.raises(ConfigError, match=f"; write {re.escape(written)}"):
+        Sweep.read(tree, "x.yaml", "x", parse_overrides([given]))
