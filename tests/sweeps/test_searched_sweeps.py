@@ -50,14 +50,14 @@ def of_trials(made: SweepResult) -> list[tuple[str, Any, Any]]:
     return found
 
 
-NSGA2 = {
+NSGA2: dict[str, Any] = {
     "search": {"name": "optuna", "population_size": 2},
     "objectives": {"val/accuracy": "max", "train/loss": "min"},
     "num_samples": 6,
     "concurrent": 1,
 }
 HYPEROPT = SEARCH | {"search": {"name": "hyperopt", "n_initial_points": 2}}
-PBT = {
+PBT: dict[str, Any] = {
     "num_samples": 4,
     "metric": "val/loss",
     "concurrent": 2,
@@ -68,7 +68,7 @@ PBT = {
         "mutations": {"method.lr": {"loguniform": [0.001, 0.5]}},
     },
 }
-KILLED = {
+KILLED: dict[str, tuple[dict[str, Any], str]] = {
     "tpe": (SEARCH, "trials/02-*/rounds.jsonl"),
     "nsga2": (NSGA2, "trials/04-*/rounds.jsonl"),
     "hyperopt": (HYPEROPT, "trials/02-*/rounds.jsonl"),
