@@ -37,10 +37,13 @@ def train(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Default: the next under runs/.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Resume the training in this directory.")] = None,
     ship: Annotated[bool, typer.Option(help="Put the policy into the package.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster: auto or HOST:PORT; default: RAY_ADDRESS, or a local Ray.")
+    ] = None,
 ) -> None:
     """Train an agent with RLlib; the best policy is in DIR/policy."""
     from fedray.durable import local_path
-    from fedray.experiment.cluster import start_ray
+    from fedray.experiment.cluster import start_ray, use
     from fedray.policies.trained import shipped
     from fedray.storage.directory import take_next
     from rllib_pruner.config import Plan
@@ -49,6 +52,7 @@ def train(
     from rllib_pruner.training import train as train_one
     from rllib_pruner.trials import train_all
 
+    use(address)
     if (file is None) == (resume is None):
         raise ConfigError("give either a YAML file, or --resume with the directory of an earlier training")
     if resume is not None:

@@ -12,6 +12,7 @@ import typer.core
 
 from fedray.cli.completion import completed_key, completed_name
 from fedray.cli.console import out
+from fedray.errors import ConfigError
 from rllib_pruner.commands import run_app
 
 ANYWHERE = ("-v", "--verbose", "-q", "--quiet")
@@ -45,6 +46,14 @@ Overrides = Annotated[
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="An empty or new directory; default: the next under runs/.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for a Ray that ends with the command; "
+        "default: RAY_ADDRESS, or local.",
+    ),
 ]
 Name = Annotated[
     str | None, typer.Argument(help="Show one of them with all its options.", autocompletion=completed_name)
@@ -99,6 +108,26 @@ def import_all(paths: list[Path] | None) -> None:
     from fedray.config.shipped import located
 
     import_modules([located(path) for path in paths or []])
+
+
+def use_cluster(address: str | None, actors: int | str | None = None) -> None:
+    """Use the cluster of `--address`.
+
+    Args:
+        address: what was given.
+        actors: `clients.actors` of the run.
+
+    Raises:
+        ConfigError: if it is no address, or the run has no client actors.
+    """
+    from fedray.experiment import cluster
+
+    if address is not None and actors == 0:
+        raise ConfigError(
+            f"{cluster.OPTION} {address!r}: with clients.actors=0 the clients train in the process of the "
+            f"run, and use no cluster. Leave out {cluster.OPTION}, or set clients.actors to auto or a number"
+        )
+    cluster.use(address)
 
 
 def imports_override(file: Path, imports: list[Path] | None) -> list[str]:

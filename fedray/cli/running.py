@@ -6,20 +6,37 @@ from typing import Annotated
 import typer
 
 from fedray.cli.console import err, out, progress_console, short
-from fedray.cli.entry import File, Import, Json, Out, Overrides, app, import_all, imports_override
+from fedray.cli.entry import (
+    Address,
+    File,
+    Import,
+    Json,
+    Out,
+    Overrides,
+    app,
+    import_all,
+    imports_override,
+    use_cluster,
+)
 from fedray.cli.outcome import say_run, say_sweep
 from fedray.experiment.progress import Checking, RunProgress, SweepProgress
 
 
 @app.command()
 def run(
-    file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None, json: Json = False
+    file: File,
+    overrides: Overrides = None,
+    out_dir: Out = None,
+    imports: Import = None,
+    json: Json = False,
+    address: Address = None,
 ) -> None:
     """Make one run: of a config, or of the `base:` of a sweep."""
     from fedray.config.run_config import RunConfig
     from fedray.experiment.run import run as make
 
     config = RunConfig.load(file, [*(overrides or []), *imports_override(file, imports)])
+    use_cluster(address, config.clients.actors)
     if _has_space(file):
         name = short(file)
         text = f"{name} is a sweep: this runs its base only; `fedray sweep {name}` tries its points"
@@ -31,11 +48,18 @@ def run(
 
 @app.command()
 def sweep(
-    file: File, overrides: Overrides = None, out_dir: Out = None, imports: Import = None, json: Json = False
+    file: File,
+    overrides: Overrides = None,
+    out_dir: Out = None,
+    imports: Import = None,
+    json: Json = False,
+    address: Address = None,
 ) -> None:
     """Try all points of a file's `space:`, with Ray Tune."""
     from fedray.sweeps.space import Sweep
     from fedray.sweeps.sweep import sweep as make
+
+    use_cluster(address)
 
     with Checking(progress_console()) as checking:
         changes = [*(overrides or []), *imports_override(file, imports)]
@@ -60,6 +84,7 @@ def resume(
     ] = None,
     imports: Import = None,
     json: Json = False,
+    address: Address = None,
 ) -> None:
     """Resume an interrupted run or sweep, or give a run more rounds."""
     import_all(imports)
@@ -71,10 +96,12 @@ def resume(
 
     directory, changes = local_path(directory), overrides or []
     if (directory / "sweep.yaml").is_file():
+        use_cluster(address)
         _resume_sweep(directory, changes, json)
         return
     files = RunFiles.open(directory)
     _, config = resumed_config(files, changes)
+    use_cluster(address, config.clients.actors)
     if finished_result(files, config) is not None and not json:
         more = f"fedray resume {short(directory)} rounds=N"
         out.print(f"{short(directory)} is finished: nothing was run. More rounds: {more}", soft_wrap=True)

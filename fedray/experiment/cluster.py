@@ -1,6 +1,6 @@
-"""The Ray that clients train on: the cluster of RAY_ADDRESS, or a local one that ends with this process.
+"""The Ray that clients train on: a cluster by its address, or a local one that ends with this process.
 
-    RAY_ADDRESS → is it a Ray of our version, and does it take our token? → ray.init, watched → connected
+    address → is it a Ray of our version, and does it take our token? → ray.init, watched → connected
 
 Ray itself waits minutes for a missing cluster, and then ends the process. So the address is
 asked first, with a deadline, and `ray.init` is watched from outside: every failure is one RunError.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fedray.errors import RunError
+from fedray.errors import ConfigError, RunError
 
 ASK_S = 5.0
 """Seconds that a cluster has to answer."""
@@ -36,9 +36,40 @@ _DEAD_S = 2.0
 _FORMS = "an address is HOST:PORT, e.g. 127.0.0.1:6379, or ray://HOST:PORT, or auto"
 
 INSTEAD = (
-    "Start a cluster with `ray start --head` and set RAY_ADDRESS to its address, unset RAY_ADDRESS to start "
-    "a local Ray, or make a run without Ray: clients.actors=0"
+    "Start a cluster with `ray start --head` and {give} its address, {leave} to start a local Ray, or make a "
+    "run without Ray: clients.actors=0"
 )
+OPTION = "--address"
+"""Option of commands: the address of a cluster, instead of that of RAY_ADDRESS."""
+
+_of_option: str | None = None
+
+
+def use(address: str | None) -> None:
+    """Let this process and its children use the cluster at an address.
+
+    Args:
+        address: HOST:PORT, ray://HOST:PORT, auto, or local: a Ray that ends with this process; None changes
+            nothing.
+
+    Raises:
+        ConfigError: if it is empty or has another form.
+    """
+    global _of_option
+    if address is None:
+        return
+    _of_option = address.strip()
+    try:
+        if _of_option not in ("auto", "local"):
+            _parsed(_of_option)
+    except RunError as error:
+        raise ConfigError(str(error)) from None
+    os.environ["RAY_ADDRESS"] = _of_option
+
+
+def has_address() -> bool:
+    """Tell whether this process is to connect to a cluster that is there."""
+    return _address() != "local"
 
 
 def start_ray(meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -181,20 +212,31 @@ def _resolved(address: str) -> str:
             return str(canonicalize_bootstrap_address("auto"))
         except ConnectionError:
             raise _no_cluster(address, "no Ray runs on this machine") from None
-    scheme, _, rest = address.rpartition("://")
-    host, port = _host_and_port(address, rest, default=10001 if scheme == "ray" else None)
-    if scheme not in ("", "ray"):
-        raise _no_cluster(address, f"unknown scheme {scheme!r}; {_FORMS}")
+    scheme, host, port = _parsed(address)
     try:
         socket.getaddrinfo(host, port)
     except OSError:
         raise _no_cluster(address, f"there is no host {host!r}") from None
     if scheme:
         _knock(address, host, port)
+        _ask_client_server(address, f"{host}:{port}")
         return address
     resolved = str(canonicalize_bootstrap_address(address))  # loopback becomes this machine's own address
     _knock(address, *_host_and_port(address, resolved))
     return resolved
+
+
+def _parsed(address: str) -> tuple[str, str, int]:
+    """Return the scheme, the host and the port of an address.
+
+    Raises:
+        RunError: if it is not one.
+    """
+    scheme, _, rest = address.rpartition("://")
+    host, port = _host_and_port(address, rest, default=10001 if scheme == "ray" else None)
+    if scheme not in ("", "ray"):
+        raise _no_cluster(address, f"unknown scheme {scheme!r}; {_FORMS}")
+    return scheme, host, port
 
 
 def _knock(address: str, host: str, port: int) -> None:
@@ -220,31 +262,55 @@ def _host_and_port(address: str, rest: str, default: int | None = None) -> tuple
 def _ask(address: str, resolved: str) -> None:
     """Make sure that a Ray of our version answers, and that it takes our token.
 
-    gRPC for Python asks, since it keeps its deadline and reports the reason.
-
     Raises:
         RunError: if not.
     """
-    import grpc
-    from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2 as messages
     from ray.core.generated import gcs_service_pb2_grpc as services
-    from ray.exceptions import AuthenticationError
 
-    channel = init_grpc_channel(resolved, options=[("grpc.enable_http_proxy", 0)])
-    try:
+    with _channel(address, resolved) as channel:
         alive = services.NodeInfoGcsServiceStub(channel).CheckAlive(
             messages.CheckAliveRequest(), timeout=ASK_S
         )
         asked = messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
         about = services.InternalKVGcsServiceStub(channel).InternalKVGet(asked, timeout=ASK_S).value
+    _check_versions(address, alive.ray_version, json.loads(about or b"{}").get("python_version"))
+
+
+def _ask_client_server(address: str, at: str) -> None:
+    """Make sure that a server of Ray's client answers, and that it takes our token.
+
+    Raises:
+        RunError: if not.
+    """
+    from ray.core.generated import ray_client_pb2 as messages
+    from ray.core.generated import ray_client_pb2_grpc as services
+
+    with _channel(address, at) as channel:
+        ping = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
+        services.RayletDriverStub(channel).ClusterInfo(ping, timeout=ASK_S)
+
+
+@contextmanager
+def _channel(address: str, at: str) -> Iterator[Any]:
+    """Open a channel on which calls keep their deadlines and say why they fail: that of gRPC for Python.
+
+    Raises:
+        RunError: if a call inside fails.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.exceptions import AuthenticationError
+
+    channel = init_grpc_channel(at, options=[("grpc.enable_http_proxy", 0)])
+    try:
+        yield channel
     except grpc.RpcError as error:
         raise _no_cluster(address, _why(error.code(), grpc.StatusCode, error.details())) from None
     except AuthenticationError as error:
         raise _no_cluster(address, str(error).split(".")[0]) from None
     finally:
         channel.close()
-    _check_versions(address, alive.ray_version, json.loads(about or b"{}").get("python_version"))
 
 
 def _why(code: Any, codes: Any, details: str) -> str:
@@ -272,7 +338,12 @@ def _check_versions(address: str, ray_version: str, python_version: str | None) 
 
 
 def _no_cluster(address: str, why: str) -> RunError:
-    return RunError(f"no Ray cluster at RAY_ADDRESS={address!r}: {why.rstrip('.')}. {INSTEAD}")
+    if address == _of_option:
+        given, instead = f"{OPTION} ", INSTEAD.format(give=f"give {OPTION}", leave=f"leave out {OPTION}")
+    else:
+        given = "RAY_ADDRESS="
+        instead = INSTEAD.format(give="set RAY_ADDRESS to", leave="unset RAY_ADDRESS")
+    return RunError(f"no Ray cluster at {given}{address!r}: {why.rstrip('.')}. {instead}")
 
 
 # ── ray.init, watched ────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from functools import partial
 from fedray.config import plugins
 from fedray.config.run_config import ResourcesConfig, RunConfig
 from fedray.errors import ConfigError
-from fedray.experiment.cluster import cluster_cpus, cluster_nodes, start_ray
+from fedray.experiment.cluster import cluster_cpus, cluster_nodes, has_address, start_ray
 from fedray.federation.aggregate import chunk_size
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
@@ -146,7 +146,7 @@ def stack_of(config: RunConfig, weights: int) -> int:
 def _has_ray() -> bool:
     """Tell whether this process is connected to Ray, or is to connect to the cluster of RAY_ADDRESS."""
     ray = sys.modules.get("ray")
-    return bool(os.environ.get("RAY_ADDRESS", "").strip()) or (ray is not None and ray.is_initialized())
+    return has_address() or (ray is not None and ray.is_initialized())
 
 
 def _cpus(config: RunConfig) -> float:

@@ -21,6 +21,7 @@ from typing import Any
 
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
+from fedray.experiment.cluster import has_address
 from fedray.experiment.placement import START_S, groups_for, in_trial
 from fedray.experiment.run import RUNS, run
 from fedray.types import RoundReport
@@ -186,7 +187,7 @@ def _problems(
 ) -> Iterator[str]:
     """Yield what does not fit this machine. A cluster (RAY_ADDRESS) checks its own CPUs when a run starts."""
     actors = max(_actors(config, cpus / at_once) for config in configs)
-    if not os.environ.get("RAY_ADDRESS"):
+    if not has_address():
         need = max(_cpus(config, cpus / at_once) for config in configs)
         if need > cpus + 1e-6:
             yield f"client actors need {need:g} CPUs, and this machine has {cpus}: lower clients.actors"

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import fedray
-from fedray.errors import RunError
+from fedray.errors import ConfigError, RunError
 from fedray.experiment import cluster
 from tests.experiment import tiny
 
@@ -82,6 +82,27 @@ def gcs(ray_version: str = "", python_version: str = "", *, refuses: bool = Fals
     server.stop(None)
 
 
+@contextmanager
+def client_server(refuses: bool) -> Iterator[str]:
+    """A server that answers as that of Ray's client does; it may refuse the token."""
+    import grpc
+    from ray.core.generated import ray_client_pb2 as messages
+    from ray.core.generated import ray_client_pb2_grpc as services
+
+    class Driver(services.RayletDriverServicer):  # type: ignore[misc]  # generated, without types
+        def ClusterInfo(self, request: Any, context: Any) -> Any:
+            if refuses:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken: Authentication token")
+            return messages.ClusterInfoResponse(json="{}")
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    services.add_RayletDriverServicer_to_server(Driver(), server)
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    yield f"ray://127.0.0.1:{port}"
+    server.stop(None)
+
+
 def said(address: str) -> str:
     """Return the one message about an address, which must come soon."""
     started = time.monotonic()
@@ -130,8 +151,17 @@ def test_a_host_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_listens_but_does_not_answer_and_what_answers_something_else() -> None:
     with listening() as address:
         assert "did not answer within 1 s" in said(address)
+        assert "did not answer within 1 s" in said(f"ray://{address}")
     with web_server() as address:
         assert "not a Ray" in said(address)
+        assert "not a Ray" in said(f"ray://{address}")
+
+
+def test_a_server_of_rays_client_is_asked_too() -> None:
+    with client_server(refuses=True) as address:
+        assert "refuses our token" in said(address)
+    with client_server(refuses=False) as address:
+        assert cluster.reached(address) == address
 
 
 def test_a_cluster_that_refuses_our_token() -> None:
@@ -158,6 +188,42 @@ def test_a_cluster_without_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="has no CPUs"):
         cluster.cluster_cpus()
     assert cluster.cluster_cpus(at_least_one=False) == 0
+
+
+# ── the option --address ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_of_option", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # to be restored
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", " 127.0.0.1:1 ", "ray://127.0.0.1:1"])
+def test_the_option_counts_and_is_named(no_option: None, address: str) -> None:
+    cluster.use(address)
+    assert os.environ["RAY_ADDRESS"] == address.strip() and cluster.has_address()
+    message = said(address.strip())
+    assert message.startswith(f"no Ray cluster at --address {address.strip()!r}: ")
+    assert "give --address its address" in message and "leave out --address" in message
+    assert "RAY_ADDRESS" not in message
+
+
+def test_local_is_a_ray_of_the_commands_own(no_option: None) -> None:
+    cluster.use(None)
+    assert cluster.has_address()
+    cluster.use("local")
+    assert not cluster.has_address()
+
+
+@pytest.mark.parametrize(
+    "address", ["", " ", "somewhere", "http://127.0.0.1:8265", "127.0.0.1:0x1", "ray://"]
+)
+def test_an_option_that_is_no_address_is_refused(no_option: None, address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^no Ray cluster at --address .*HOST:PORT"):
+        cluster.use(address)
+    assert os.environ["RAY_ADDRESS"] == "10.0.0.1:6379"
 
 
 # ── nothing is left behind ───────────────────────────────────────────────────────────────────────────────
@@ -301,6 +367,31 @@ def test_the_command_says_it_once_and_ends(env: dict[str, str], says: str, tmp_p
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("failed:") and says in lines[0]
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "sweep"])
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_command_tells_of_a_silent_address_within_30_s(command: str, scheme: str, tmp_path: Path) -> None:
+    from fedray.config import yaml_text
+
+    (tmp_path / "x.yaml").write_text(yaml_text.dump({"base": tiny.TREE}))
+    with listening() as address:
+        started = time.monotonic()
+        arguments = [command, "x.yaml", "clients.actors=1", "--address", f"{scheme}{address}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "fedray.cli", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert time.monotonic() - started < 30
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("failed: no Ray cluster at --address"), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
 
 
 # ── what a local Ray starts ──────────────────────────────────────────────────────────────────────────────
