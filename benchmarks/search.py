@@ -90,7 +90,7 @@ def one(point: Any, path: Path) -> None:
 def values_of(plan: Sweep, path: Path) -> list[tuple[float, float]]:
     """Return accuracy and bytes of each finished point, in the order in which they were tried."""
     points = drawn(plan, path) if plan.sample else plan.points
-    results = [RunFiles(path / "trials" / point.name).read_json("result.json") for point in points]
+    results = [RunFiles(path / "trials" / point.name).result() for point in points]
     return [(found[AXES[0]], found[AXES[1]]) for found in results if found]
 
 

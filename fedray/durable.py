@@ -1,7 +1,8 @@
 """Files that survive a crash, a full disk and a second process.
 
     replacing, replace    a file takes the place of another as a whole, or not at all
-    append, scan_lines    JSON lines, of which only the last can be torn
+    append_lines, scan_lines, as_mapping, read_mapping
+                          JSON lines, of which only the last can be torn; JSON files; each with checksums
     keep_newest           the newest few of a series of files
     on_disk               an OSError becomes a RunError with path, reason and advice
     local_path            a user's path: `~` expanded, absolute
@@ -12,8 +13,9 @@ A write is on the disk when its call returns: contents first, then the name.
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +25,11 @@ from fedray.errors import ConfigError, RunError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+CHECKSUM = "checksum"
+"""The last key of a JSON mapping on disk: the SHA-256, cut to 128 bits, of the text before it."""
+
+_SEAL = re.compile(rb'(.*?),?\s*"checksum": "([0-9a-f]{32})"\s*}', re.DOTALL)
 
 
 def local_path(path: str | Path) -> Path:
@@ -178,13 +185,63 @@ def sync(folder: Path) -> None:
         os.close(number)
 
 
-def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return JSON, a line for each mapping."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def as_lines(rows: Iterable[Mapping[str, Any]], before: bytes = b"") -> bytes:
+    """Return JSON, a line for each mapping, each with a checksum of itself and of the line before it.
+
+    Args:
+        rows: the mappings.
+        before: the line before the first, without its end; empty at the beginning of a file.
+
+    `append_lines` adds to a file; these lines begin one.
+    """
+    lines: list[bytes] = []
+    for row in rows:
+        before = _sealed(json.dumps(row).encode()[:-1], before, b", ", b"}")
+        lines.append(before + b"\n")
+    return b"".join(lines)
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, flush: bool = True) -> None:
+    """Add mappings to a file of JSON lines; a torn last line makes room for them.
+
+    Args:
+        path: the file.
+        rows: the mappings.
+        flush: whether they must survive the machine, not only the process.
+
+    Raises:
+        OSError: if it cannot be written; then a part of the first new line may be in the file.
+    """
+    is_new = not path.exists()
+    with open(path, "ab+") as file:
+        last, end = _last_line(file)
+        if end != file.seek(0, 2):
+            file.truncate(end)
+        file.write((b"" if end == 0 or last.endswith(b"\n") else b"\n") + as_lines(rows, last.rstrip(b"\n")))
+        file.flush()
+        if flush:
+            os.fsync(file.fileno())
+    if is_new and flush:
+        sync(path.parent)
+
+
+def _last_line(file: BinaryIO) -> tuple[bytes, int]:
+    """Return the last line that is not torn, with its end if it has one, and the place after it."""
+    size, wanted = file.seek(0, 2), 2**14
+    while True:
+        start = file.seek(max(0, size - wanted))
+        lines = file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n") and _mapping(lines[-1]) is None:
+            size -= len(lines.pop())  # torn
+        if len(lines) > 1 or start == 0:
+            return (lines[-1] if lines else b""), size
+        wanted *= 8
 
 
 def scan_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """Read a file of JSON lines up to the first that is damaged; a torn last line is left out.
+
+    The lines of a file that an earlier version began have no checksums, up to the first that has one.
 
     Returns:
         A mapping for each line, none for a missing file; and the fault of the next line, if any.
@@ -193,26 +250,52 @@ def scan_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         RunError: if the file cannot be read.
     """
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+        text = path.read_bytes()
+    except FileNotFoundError as error:
+        _check_missing(path, error)
         return [], None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+    rows, fault = scan_text(text)
+    return rows, None if fault is None else f"{path}, line {len(rows) + 1}: {fault}"
+
+
+def scan_text(text: bytes, before: bytes = b"") -> tuple[list[dict[str, Any]], str | None]:
+    """Read JSON lines up to the first that is damaged; a torn last line is left out.
+
+    Args:
+        text: whole lines, of which only the last can be torn.
+        before: the line before the first; empty at the beginning of a file.
+
+    Returns:
+        A mapping for each line; and the fault of the next line, if any.
+    """
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
+    *lines, torn = text.split(b"\n")  # the last is empty, unless a process died while it wrote
+    must = CHECKSUM in (_mapping(before) or {})
+    for line in [*lines, torn] if _mapping(torn) is not None else lines:
         row = _mapping(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):
-            return rows, f"{path}, line {number}: not a JSON mapping, and not the last line"
+        fault = "not a JSON mapping" if row is None else _line_fault(row, line, before, must)
+        if row is None or fault is not None:
+            return rows, fault
+        must, before = row.pop(CHECKSUM, None) is not None, line
+        rows.append(row)
     return rows, None
+
+
+def _line_fault(row: Mapping[str, Any], line: bytes, before: bytes, must: bool) -> str | None:
+    if CHECKSUM not in row:
+        return "is damaged: it has no checksum, and the line before it has one" if must else None
+    if _is_sealed(line, before):
+        return None
+    return "is damaged, or the line before it is: its checksum does not match"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines, as `scan_lines` does.
 
     Raises:
-        RunError: if a line that is not the last is damaged, or the file cannot be read.
+        RunError: if a line is damaged, or the file cannot be read.
     """
     rows, problem = scan_lines(path)
     if problem is not None:
@@ -220,21 +303,42 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def as_mapping(value: Mapping[str, Any]) -> bytes:
+    """Return a mapping as a JSON file with a checksum."""
+    text = json.dumps(value, indent=2).encode()
+    return _sealed(text[:-2] if value else b"{", b"", b",\n  " if value else b"\n  ", b"\n}\n")
+
+
 def read_mapping(path: Path) -> dict[str, Any] | None:
     """Read a JSON file that holds a mapping; None if there is no such file.
 
+    A file without a checksum is read unchecked: an earlier version wrote it, or another program.
+
     Raises:
-        RunError: if it holds something else, or cannot be read.
+        RunError: if it holds something else, is damaged, or cannot be read.
     """
     try:
-        found = _mapping(path.read_bytes())
-    except FileNotFoundError:
+        text = path.read_bytes()
+    except FileNotFoundError as error:
+        _check_missing(path, error)
         return None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+    found = _mapping(text)
     if found is None:
         raise RunError(f"{path}: is damaged: it does not hold a JSON mapping")
+    if CHECKSUM in found and not _is_sealed(text.rstrip(b"\n"), b""):
+        raise RunError(f"{path}: is damaged, or was edited: its checksum does not match")
+    found.pop(CHECKSUM, None)
     return found
+
+
+def _check_missing(path: Path, error: OSError) -> None:
+    """Raise RunError for a link to nowhere, which is not the same as no file."""
+    if path.is_symlink():
+        raise RunError(
+            f"{path}: cannot be read: it links to {os.readlink(path)}, which is missing"
+        ) from error
 
 
 def _mapping(text: bytes) -> dict[str, Any] | None:
@@ -243,6 +347,20 @@ def _mapping(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _sealed(body: bytes, before: bytes, comma: bytes, end: bytes) -> bytes:
+    """Return the text of a mapping, up to its closing brace, with a checksum of it as the last key."""
+    return b'%b%b"%b": "%b"%b' % (body, comma, CHECKSUM.encode(), _checksum(before, body), end)
+
+
+def _is_sealed(text: bytes, before: bytes) -> bool:
+    found = _SEAL.fullmatch(text)
+    return found is not None and found[2] == _checksum(before, found[1])
+
+
+def _checksum(before: bytes, body: bytes) -> bytes:
+    return sha256(b"%b\n%b" % (before, body)).hexdigest()[:32].encode()
 
 
 def keep_newest(paths: Sequence[Path], count: int) -> None:

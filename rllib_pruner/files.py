@@ -9,7 +9,6 @@
 Files other than progress.jsonl are written under a temporary name and renamed.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,10 @@ from shutil import copyfile, rmtree
 from typing import Any
 
 from fedray import durable
-from fedray.config import yaml_text
+from fedray.config import sealed, yaml_text
 from fedray.config.trees import flat_text
 from fedray.durable import local_path, shown
 from fedray.errors import ConfigError, RunError
-from fedray.storage import sealed
 from fedray.storage.directory import take
 from rllib_pruner.config import TrainConfig
 
@@ -96,7 +94,7 @@ class TrainFiles:
     def append(self, row: Row) -> None:
         """Append an evaluation and flush it to the disk."""
         with self.writing("progress.jsonl") as place:
-            durable.append(place, durable.as_lines([row]))
+            durable.append_lines(place, [row])
 
     def progress(self) -> list[Row]:
         """Read all evaluations; a torn last line is left out.
@@ -132,7 +130,7 @@ class TrainFiles:
                     durable.replace_folder(place, place.with_name(f"unusable-{place.name}"))
         rows = [row for row in rows if row["iteration"] <= last]
         with self.writing("progress.jsonl") as lines:
-            durable.replace(lines, durable.as_lines(rows).encode())
+            durable.replace(lines, durable.as_lines(rows))
         return rows, usable[0] if usable else None
 
     def save(self, algorithm: Any, iteration: int) -> None:
@@ -142,7 +140,7 @@ class TrainFiles:
             rmtree(partial, ignore_errors=True)
             algorithm.save_to_path(str(partial))
             copyfile(self.path / "config.yaml", partial / "config.yaml")
-            durable.replace(partial / DIGESTS, json.dumps(durable.digests(partial), indent=1).encode())
+            durable.replace(partial / DIGESTS, durable.as_mapping(durable.digests(partial)))
             durable.replace_folder(partial, place)
             durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
 
@@ -159,7 +157,7 @@ class TrainFiles:
         """Write that id, if there is one."""
         if run_id is not None:
             with self.writing("mlflow.json") as place:
-                durable.replace(place, (json.dumps({"run_id": run_id}) + "\n").encode())
+                durable.replace(place, durable.as_mapping({"run_id": run_id}))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:

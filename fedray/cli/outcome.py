@@ -152,7 +152,7 @@ def _ends(result: Any) -> list[str]:
 
     lines = []
     for trial in result.trials:
-        ended = (RunFiles(trial.path).read_json("result.json") or {}).get("ended")
+        ended = (RunFiles(trial.path).result() or {}).get("ended")
         if ended is not None:
             rounds = RunFiles(trial.path).rounds()[-1]["round"]
             lines.append(f"{trial.point.name} ended after round {rounds}: {escape(ended)}")
@@ -169,7 +169,7 @@ def _ends(result: Any) -> list[str]:
 def _say_warnings(path: Path) -> None:
     warnings = path / "warnings.txt"
     if warnings.is_file():
-        for line in warnings.read_text(encoding="utf-8").splitlines()[:10]:
+        for line in warnings.read_text("utf-8", "replace").splitlines()[:10]:
             err.print(f"[yellow]{path.name}:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
 
 

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedray.config import sealed
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
-from fedray.durable import append, as_lines, on_disk, rename, scan_lines, shown
+from fedray.durable import append_lines, as_lines, on_disk, rename, scan_lines, shown
 from fedray.durable import replace as replace_file
 from fedray.errors import RunError
 from fedray.storage import checkpoint as stored
-from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 
@@ -54,7 +54,7 @@ def keep(run: Path, round: int, folder: Path) -> None:
     for part in sorted((run / COPIED).glob("part-*.parquet")):
         if int(part.stem.split("-")[2]) <= round:
             _link(part, folder / COPIED / part.name)
-    replace_file(folder / "rounds.jsonl", as_lines(RunFiles(run).rounds()[: round + 1]).encode())
+    replace_file(folder / "rounds.jsonl", as_lines(RunFiles(run).rounds()[: round + 1]))
 
 
 def lineage(run: Path) -> list[Tree]:
@@ -110,7 +110,7 @@ def fork(
         own = _since(scan_lines(past / "rounds.jsonl")[0], forks[-1]["round"] if forks else None)
         changed = {key: [_value(before, key), value] for key, value in changes.items()}
         entry = {"round": round, "from": parent, "changes": changed, "spent": own}
-        append(run / LINEAGE, as_lines([entry]))
+        append_lines(run / LINEAGE, [entry])
 
 
 def _since(rounds: list[Tree], fork: int | None) -> dict[str, float]:

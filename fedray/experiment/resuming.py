@@ -8,13 +8,13 @@ Nothing is written here. A mismatch is refused with the values that differ.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedray.config import sealed, yaml_text
 from fedray.config.overrides import origin, override_tree, parse_overrides
 from fedray.config.run_config import SINCE, RunConfig
 from fedray.config.tables import TABLES
 from fedray.config.trees import INDECISIVE, Tree, decisive, flat_text
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
-from fedray.storage import sealed
 from fedray.storage.checkpoint import Stored, difference
 from fedray.storage.run_files import RunFiles
 from fedray.types import Layout
@@ -43,7 +43,7 @@ def resumed_config(
     problem = sealed.fault(path)
     if problem is not None:
         if not files.checkpoints():
-            RunConfig.from_tree(files.read_config(), str(path))  # of a sweep or a training, perhaps
+            RunConfig.from_tree(yaml_text.load(path), str(path))  # of a sweep or a training, perhaps
         raise RunError(f"{path}: {problem}{_against_checkpoint(files)}")
     before = files.read_config()
     given = dict(changes) if isinstance(changes, Mapping) else parse_overrides(changes)
@@ -132,7 +132,7 @@ def _against_checkpoint(files: RunFiles) -> str:
         found = None
     if found is None:
         return advice
-    old, new = flat_text(found.config), flat_text(files.read_config())
+    old, new = flat_text(found.config), flat_text(yaml_text.load(files.path / "config.yaml"))
     changed = [
         f"{key}: {old.get(key, 'absent')} in the checkpoint, {new.get(key, 'absent')} in config.yaml"
         for key in dict.fromkeys((*old, *new))

@@ -229,7 +229,7 @@ def resume(
             check_rounds(found, config)
         if before != config.to_tree():
             _change(files, before, config, found)
-        if "ended" in (files.read_json("result.json") or {}):  # by `until`
+        if "ended" in (files.result() or {}):  # by `until`
             files.set_end_aside(found.done if found is not None else 0)
         remove_partials(files.path)
         return _run_rounds_tracked(federation, files, found, on_round, pool, tracking or Tracking(), until)
@@ -241,7 +241,7 @@ def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None
     Raises:
         ConfigError: if the run has more rounds than the config.
     """
-    result = files.read_json("result.json")
+    result = files.result()
     if result is None or result.get("status") != "finished":
         return None
     completed = result.get("rounds", config.rounds)

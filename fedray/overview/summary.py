@@ -5,7 +5,6 @@
 Of `rounds.jsonl` only the end is read. A directory that cannot be read is a summary with a reason.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from fedray.config import yaml_text
+from fedray.config import sealed
 from fedray.config.trees import flatten
-from fedray.durable import read_mapping, shown
-from fedray.errors import FedrayError
-from fedray.report.reading import find_runs
+from fedray.durable import read_mapping, scan_text, shown
+from fedray.errors import FedrayError, RunError
+from fedray.report.reading import check_rounds, find_runs, is_round, newest_saved
 from fedray.storage.directory import Holder, holder_of
 
 Status = Literal["running", "finished", "stopped", "failed", "interrupted", "damaged"]
@@ -145,8 +144,10 @@ def summary(path: Path, name: str | None = None) -> Summary:
     round: int | None = None
     try:
         config = _quickly(path / "config.yaml")
+        least = newest_saved(path)
         round, metrics = last_rounds(path / "rounds.jsonl")
         result = read_mapping(path / "result.json")
+        check_rounds(path, -1 if round is None else round, least, result)
     except (FedrayError, OSError) as error:
         problem = str(error)
     holder = holder_of(path)
@@ -207,11 +208,8 @@ def _mtime(path: Path) -> float:
 
 
 def _quickly(path: Path) -> dict[str, Any]:
-    """Read a file that fedray wrote; the messages of faults are those of `yaml_text.load`."""
-    if not path.is_file():
-        return {}
-    quick = yaml_text.load_quickly(path)
-    return yaml_text.load(path) if quick is None else quick
+    """Read a file that fedray wrote."""
+    return sealed.look(path, quickly=True) if path.is_file() else {}
 
 
 def last_rounds(path: Path) -> tuple[int | None, dict[str, Any]]:
@@ -245,26 +243,17 @@ def _size(path: Path) -> int:
 
 def _tail(path: Path, wanted: int, size: int) -> list[dict[str, Any]]:
     """Return the complete rounds in the last bytes of a file; a torn last line is left out."""
-    from fedray.errors import RunError
-
     with open(path, "rb") as file:
         file.seek(size - wanted)
-        lines = file.read().split(b"\n")
+        text, before = file.read(), b""
     if wanted < size:
-        lines = lines[1:]  # its beginning is missing
-    found: list[dict[str, Any]] = []
-    for number, text in enumerate(lines):
-        if not text:
-            continue
-        try:
-            line = json.loads(text)
-            if not isinstance(line["round"], int) or not isinstance(line["metrics"], dict):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number + 1 < len(lines):
-                raise RunError(f"{path}: a line that is not the last is not a round") from None
-            continue
-        found.append(line)
+        # the beginning of the first line is missing, and the second one is checked against it
+        _, before, text = [*text.split(b"\n", 2), b"", b""][:3]
+    found, fault = scan_text(text, before)
+    if fault is None and not all(map(is_round, found)):
+        fault = "not a round"
+    if fault is not None:
+        raise RunError(f"{path}: a line near its end: {fault}")
     return found
 
 

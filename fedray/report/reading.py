@@ -8,7 +8,7 @@ Runs may be finished, stopped, running or broken. This module writes nothing and
 import os
 import re
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +16,16 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedray.config import yaml_text
+from fedray.config import sealed
 from fedray.config.uri import SQLITE, database_of, sqlite_uri
-from fedray.durable import local_path, read_mapping, scan_lines
+from fedray.durable import local_path, read_mapping, scan_lines, shown
 from fedray.errors import ConfigError, RunError
 from fedray.parquet import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_CHECKPOINT = re.compile(r"round-([0-9]{6,18})\.checkpoint")
 
 Status = Literal["finished", "stopped", "unfinished"]
 """At its last round; ended early by a scheduler; running, or broken."""
@@ -92,19 +94,53 @@ def load_run(path: str | Path) -> RunData:
 
     Raises:
         ConfigError: if `config.yaml` cannot be read.
-        RunError: if a file is damaged; a torn last line of `rounds.jsonl` is left out.
+        RunError: if a file is damaged, or rounds are missing; a torn last line of `rounds.jsonl` is left out.
     """
     folder = local_path(path)
-    config = yaml_text.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    config = sealed.look(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    least = newest_saved(folder)  # before the rounds are read: the run may be running
+    rounds = _read_rounds(folder / "rounds.jsonl")
+    result = read_mapping(folder / "result.json")
+    check_rounds(folder, len(rounds) - 1, least, result)
     return RunData(
         path=folder,
         name=folder.resolve().name,
         label=folder.resolve().name,
         config=config,
-        rounds=_read_rounds(folder / "rounds.jsonl"),
+        rounds=rounds,
         client_accuracy=read_table(folder / "client_accuracy.parquet"),
-        result=read_mapping(folder / "result.json"),
+        result=result,
     )
+
+
+def newest_saved(path: Path) -> int:
+    """Return the last round of which a run has a checkpoint; -1: none. `rounds.jsonl` has it, too."""
+    names = (file.name for file in (path / "checkpoints").glob("round-*.checkpoint"))
+    numbers = [int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))]
+    return max(numbers, default=0) - 1
+
+
+def check_rounds(path: Path, last: int, saved: int, result: Mapping[str, Any] | None) -> None:
+    """Refuse a run whose last rounds are missing in `rounds.jsonl`.
+
+    Args:
+        path: the run's directory.
+        last: the last round in the file; -1: none.
+        saved: the last round with a checkpoint, as `newest_saved` returned it before the file was read.
+        result: the content of `result.json`, if there is one.
+
+    Raises:
+        RunError: with the rounds that are missing.
+    """
+    ended = (result or {}).get("rounds")
+    least = max(saved, ended if type(ended) is int else -1)
+    if last < least:
+        known = "result.json" if least > saved else "its newest checkpoint"
+        has = f"ends with round {last}" if last >= 0 else "has no round"
+        raise RunError(
+            f"{path / 'rounds.jsonl'}: {has}, but {known} is of round {least}: rounds are missing; "
+            f"`fedray resume {shown(path)}` makes them again where an older checkpoint is left"
+        )
 
 
 def store_of(path: Path) -> str | None:
@@ -116,10 +152,17 @@ def store_of(path: Path) -> str | None:
     known = read_mapping(path / "mlflow.json")
     if known is None:
         return None
-    uri = known.get("uri")
+    uri, run_id = known.get("uri"), known.get("run_id")
     if uri is None and (path / "sweep.yaml").is_file():
-        uri = yaml_text.load(path / "sweep.yaml").get("base", {}).get("tracking", {}).get("uri")
-    return None if uri is None else moved_store(str(uri), path, known.get("run_id"))
+        uri = _at(sealed.look(path / "sweep.yaml"), "base", "tracking", "uri")
+    return None if uri is None else moved_store(str(uri), path, None if run_id is None else str(run_id))
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    """Return an entry of nested mappings; None where there is none."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def moved_store(uri: str, path: Path, run_id: str | None) -> str:
@@ -208,13 +251,23 @@ def scan_rounds(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     lines, problem = scan_lines(path)
     for number, line in enumerate(lines):
         found = line.get("round")
-        if type(found) is not int or not isinstance(line.get("metrics"), dict):
+        if not is_round(line):
             if problem is None and number + 1 == len(lines):
                 return lines[:number], None
             return lines[:number], f"{path}, line {number + 1}: not a round, and not the last line"
         if found != number:
             return lines[:number], f"{path}, line {number + 1}: round {found} where round {number} belongs"
     return lines, problem
+
+
+def is_round(line: Mapping[str, Any]) -> bool:
+    """Tell whether a line of `rounds.jsonl` has a round and its metrics, numbers or null."""
+    metrics = line.get("metrics")
+    return (
+        type(line.get("round")) is int
+        and isinstance(metrics, dict)
+        and all(value is None or type(value) in (int, float) for value in metrics.values())
+    )
 
 
 def sound_rounds(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ that says so; a mean is only taken over runs that all have the number; a compari
 whose other settings agree.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedray.durable import local_path, read_mapping, replace
+from fedray.durable import as_mapping, local_path, read_mapping, replace
 from fedray.errors import ConfigError
 from fedray.report.reading import RunData, find_runs, load_run
 from fedray.report.series import Flat, Setting, settings
@@ -423,7 +422,7 @@ def write_report(
     contents: dict[str, bytes] = figures.draw(settings(runs), target, chosen) if pictures else {}
     contents["table.md"] = f"{to_markdown(frame)}{LEGEND}".encode()
     contents["table.csv"] = frame.to_csv(index=False).encode()
-    contents[SUBJECT] = (json.dumps({"directories": _directories(folder, paths)}, indent=2) + "\n").encode()
+    contents[SUBJECT] = as_mapping({"directories": _directories(folder, paths)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         every = {f"{Path(name).stem}.{format}" for name in figures.NAMES for format in canvas.FORMATS}

@@ -29,6 +29,17 @@ FORMAT = 1
 SUFFIX = ".checkpoint"
 
 _FIRST = re.compile(rb"fedray checkpoint ([1-9][0-9]{0,8}) ([0-9a-f]{64}) ([1-9][0-9]{0,17})\n")
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors of a reader whose JSON was written by another program, under a right checksum."""
+
 _ZIP = b"PK\x03\x04"
 
 
@@ -138,10 +149,14 @@ def read(path: Path) -> Stored:
     try:
         with open(path, "rb") as file:
             return _read(path, file)
+    except (IsADirectoryError, FileNotFoundError) as error:
+        raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Unreadable as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
+    except _MALFORMED as error:
+        raise Damaged(f"{path}: does not hold a checkpoint: {error!r:.200}") from None
 
 
 def _read(path: Path, file: BinaryIO) -> Stored:

@@ -5,7 +5,7 @@
     rounds.jsonl             one line a round; only the last line can be torn
     clients.parquet/         a row per client and round, in part files written at each checkpoint
     client_accuracy.parquet  the final model on each client's own examples (held out, if any are)
-    checkpoints/             the newest two; the older one is for the case that the newer is damaged
+    checkpoints/             the newest two; the older one is used if the newer is damaged
     model.safetensors        the final model, by name
     result.json              every final metric under its name, `weights_sha256`, `status`: written last
     warnings.txt, mlflow.json   if there are warnings; if MLflow tracks the run
@@ -16,26 +16,29 @@
     .stop                    asks that process to end after its round (`fedray stop`)
 
 A file that is not appended to is written under another name and renamed (`fedray.durable`).
+
+Every file but the texts has a checksum in it: JSON has one as the last key, `checksum`, of each file and line, the
+YAML in a comment, tables and the model in their metadata. A reader refuses a damaged file by its name; `resume`
+makes again what it can. A file of an earlier version has none, and is read unchecked.
 """
 
-import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedray import durable
-from fedray.config import yaml_text
+from fedray.config import sealed
 from fedray.config.trees import Tree
 from fedray.durable import local_path, read_mapping, shown
 from fedray.errors import ConfigError, RunError
 from fedray.federation.server import Checkpoint
 from fedray.parquet import read_table, write_table
-from fedray.report.reading import scan_rounds, sound_rounds
+from fedray.report.reading import check_rounds, newest_saved, scan_rounds, sound_rounds
 from fedray.storage import checkpoint as stored
-from fedray.storage import sealed
 from fedray.storage.checkpoint import Damaged, Stored
 from fedray.storage.directory import take
 from fedray.types import ClientRecord, Params, RoundReport
@@ -43,6 +46,11 @@ from fedray.types import ClientRecord, Params, RoundReport
 logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
+MODEL, RESULT = "model.safetensors", "result.json"
+SHA256 = "weights_sha256"
+"""Key of the weights' SHA-256 in the metadata of `model.safetensors`."""
+
+_PART = re.compile(r"part-([0-9]+)-([0-9]+)")
 
 
 class RunFiles:
@@ -87,14 +95,18 @@ class RunFiles:
             sealed.write(path, tree)
 
     def read_config(self) -> Tree:
-        """Read `config.yaml` without checking its seal."""
-        return yaml_text.load(self.path / "config.yaml")
+        """Read `config.yaml`.
+
+        Raises:
+            ConfigError, RunError: if it cannot be read, or its values are not those that were written.
+        """
+        return sealed.look(self.path / "config.yaml")
 
     def append(self, report: RoundReport) -> None:
         """Add a round and flush it to disk; its client records are written with the next checkpoint."""
         line = {"round": report.round, "metrics": _plain(report.metrics), "notes": list(report.notes)}
         with self._writing("rounds.jsonl") as path:
-            durable.append(path, durable.as_lines([line]))
+            durable.append_lines(path, [line])
         self._unwritten += [(report.round, record) for record in report.clients]
 
     def save(self, checkpoint: Checkpoint, config: Tree | None = None) -> None:
@@ -119,15 +131,26 @@ class RunFiles:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file."""
         with self._writing(name) as path:
-            durable.replace(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+            durable.replace(path, durable.as_mapping(_plain(value)))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file; None if it is missing, or damaged, which is logged."""
+        """Read a JSON file; None if it is missing.
+
+        Raises:
+            RunError: if it is damaged, or cannot be read.
+        """
+        return read_mapping(self.path / name)
+
+    def result(self) -> dict[str, Any] | None:
+        """Read `result.json`; None if it is missing, or damaged, which is logged: resume makes it again."""
         try:
-            return read_mapping(self.path / name)
+            found = read_mapping(self.path / RESULT)
+            if found is not None and found.get("status") not in ("finished", "stopped"):
+                raise RunError(f"{self.path / RESULT}: is damaged: its status is {found.get('status')!r}")
         except RunError as error:
-            logger.warning("%s; it is left out", error)
+            logger.warning("%s; `fedray resume %s` makes it again", error, shown(self.path))
             return None
+        return found
 
     # ── at its end
     # ───────────────────────────────────────────────────────────────────────────────────────────
@@ -136,8 +159,9 @@ class RunFiles:
         """Write `model.safetensors`, tensors by name."""
         from safetensors.torch import save
 
-        with self._writing("model.safetensors") as path:
-            durable.replace(path, save({name: tensor.contiguous() for name, tensor in params.items()}))
+        with self._writing(MODEL) as path:
+            tensors = {name: tensor.contiguous() for name, tensor in params.items()}
+            durable.replace(path, save(tensors, {SHA256: params.sha256}))
             return path
 
     def write_client_accuracy(self, rows: Mapping[str, Any]) -> None:
@@ -205,15 +229,15 @@ class RunFiles:
                 for path in newer
             )
         with self._writing("rounds.jsonl") as path:
-            durable.replace(path, durable.as_lines(rounds[: done + 1]).encode())
+            durable.replace(path, durable.as_lines(rounds[: done + 1]))
         with self._writing("clients.parquet") as folder:
             for part in sorted(folder.glob("part-*.parquet")):
-                self._rewind_part(part, done)
+                if rounds_in := _PART.fullmatch(part.stem):
+                    self._rewind_part(part, int(rounds_in[1]), int(rounds_in[2]), done)
         self._unwritten = []
 
-    def _rewind_part(self, part: Path, done: int) -> None:
+    def _rewind_part(self, part: Path, first: int, last: int, done: int) -> None:
         """Remove the clients' rows of rounds that will run again; set damaged files aside, with a warning."""
-        first, last = map(int, part.stem.split("-")[1:])
         if last > done:
             part.unlink()
             return
@@ -238,7 +262,10 @@ class RunFiles:
         Raises:
             RunError: if a round is missing or damaged.
         """
-        return sound_rounds(self.path / "rounds.jsonl")
+        saved = newest_saved(self.path)
+        rounds = sound_rounds(self.path / "rounds.jsonl")
+        check_rounds(self.path, len(rounds) - 1, saved, self.result())
+        return rounds
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, newest first."""

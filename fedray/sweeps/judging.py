@@ -7,7 +7,7 @@ from typing import Any
 
 from fedray.config.schedulers import Asha, Fifo, HyperBand, Median, Pbt
 from fedray.config.tune_config import first_rung
-from fedray.durable import append, as_lines, scan_lines
+from fedray.durable import append_lines, scan_lines
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.drawing import mutations_of
 from fedray.sweeps.outcome import STOPPED, status_of
@@ -117,7 +117,7 @@ def _add_finished(path: Path, places: Mapping[str, Path], metric: str) -> None:
         if status_of(place) == "finished":
             judged = last_judged(path, name)
             more = [line for line in rounds_of(place) if judged is None or line["round"] > judged]
-            append(path / JUDGED, as_lines([_entry(name, line, metric) for line in more if metric in line]))
+            append_lines(path / JUDGED, [_entry(name, line, metric) for line in more if metric in line])
 
 
 def _entry(name: str, line: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -137,4 +137,4 @@ def _write_anew(journal: Path, places: Mapping[str, Path], metric: str) -> None:
         rounds = [line for line in rounds if metric in line]
         for line in rounds if status in ("finished", "stopped") else rounds[:-1]:
             found.append((line["round"], number, _entry(name, line, metric)))
-    append(journal, as_lines([entry for _, _, entry in sorted(found, key=lambda item: item[:2])]))
+    append_lines(journal, [entry for _, _, entry in sorted(found, key=lambda item: item[:2])])

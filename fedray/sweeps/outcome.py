@@ -54,7 +54,7 @@ def status_of(place: Path) -> Status:
     """Tell from the directory of a trial how it ended."""
     if not (place / "config.yaml").exists():
         return "missing"
-    result = RunFiles(place).read_json("result.json")
+    result = RunFiles(place).result()
     if result:
         status: Status = result["status"]
         return status
@@ -81,7 +81,7 @@ class Best:
 
     def metrics(self) -> dict[str, float]:
         """Return the mean over the trials of each number that all their results have."""
-        results = [RunFiles(trial.path).read_json("result.json") or {} for trial in self.trials]
+        results = [RunFiles(trial.path).result() or {} for trial in self.trials]
         numbers = [{k: v for k, v in one.items() if type(v) in (int, float)} for one in results]
         return {name: fmean(one[name] for one in numbers) for name in set(numbers[0]).intersection(*numbers)}
 
@@ -130,7 +130,7 @@ class SweepResult:
 
         rows = []
         for trial in self.trials:
-            result = RunFiles(trial.path).read_json("result.json") or {}
+            result = RunFiles(trial.path).result() or {}
             numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
             rows.append(dict(trial.point.changes) | numbers | {"status": trial.status})
         names = [trial.point.name for trial in self.trials]
@@ -209,7 +209,7 @@ def _values(trials: Sequence[Trial], metric: str) -> list[tuple[Trial, float | N
     """Return each trial once, with the metric of its result; None unless it has finished with one."""
     found = {}
     for trial in trials:
-        result = RunFiles(trial.path).read_json("result.json") if trial.status == "finished" else None
+        result = RunFiles(trial.path).result() if trial.status == "finished" else None
         value = (result or {}).get(metric)
         found[trial.point.name] = (trial, None if value is None else float(value))
     return list(found.values())

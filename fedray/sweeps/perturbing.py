@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
-from fedray.durable import append, as_lines, scan_lines
+from fedray.durable import append_lines, scan_lines
 from fedray.errors import ConfigError, RunError
 from fedray.experiment.forking import fork, keep, lineage
 
@@ -39,7 +39,7 @@ def recorded(path: Path, base: RunConfig, round: int, drawn: "list[Exploit]") ->
             return [Exploit(one["trial"], one["from"], one["changes"]) for one in line["exploits"]]
     held = [exploit for exploit in drawn if _holds(path, base, round, exploit)]
     lines = [{"trial": one.trial, "from": one.parent, "changes": one.changes} for one in held]
-    append(path / PERTURBED, as_lines([{"round": round, "exploits": lines}]))
+    append_lines(path / PERTURBED, [{"round": round, "exploits": lines}])
     for old in (path / FORKS).glob("*"):  # all trials have gone on from it
         if int(old.name) < round:
             shutil.rmtree(old, ignore_errors=True)

@@ -155,7 +155,7 @@ class Journal:
     def add(self, name: str, **what: Any) -> None:
         """Add a line."""
         if self.path is not None:
-            durable.append(self.path, durable.as_lines([{"trial": name, **what}]))
+            durable.append_lines(self.path, [{"trial": name, **what}])
 
     def keep(self, names: Iterable[str]) -> list[dict[str, Any]]:
         """Return the lines of some trials; those of others are removed: their directories are gone."""
@@ -166,7 +166,7 @@ class Journal:
             logger.warning("%s; the reports after it are judged again", problem)
         own = [line for line in lines if line["trial"] in kept]
         if self.path.exists():  # also without a torn last line, to which the next would be added
-            durable.replace(self.path, durable.as_lines(own).encode())
+            durable.replace(self.path, durable.as_lines(own))
         return own
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from fedray.config.overrides import override_tree
 from fedray.config.trees import Tree
-from fedray.durable import append, as_lines, on_disk, read_lines, replace
+from fedray.durable import append_lines, as_lines, on_disk, read_lines, replace
 from fedray.errors import ConfigError, DataError, RunError
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.drawing import with_seeds
@@ -193,7 +193,7 @@ class Suggestions:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         with on_disk(self.file):
-            append(self.file, as_lines([line]))
+            append_lines(self.file, [line])
 
     def _replay(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Bring a new searcher to where the file ends.
@@ -311,7 +311,7 @@ def drawn(plan: Sweep, path: Path) -> list[Point]:
 def _lines(file: Path) -> list[dict[str, Any]]:
     """Return the lines of the file; a torn last one is removed from it."""
     lines = read_lines(file)
-    whole = as_lines(lines).encode()
+    whole = as_lines(lines)
     if file.exists() and file.read_bytes() != whole:
         with on_disk(file):
             replace(file, whole)
@@ -326,7 +326,7 @@ def _outcome(place: Path) -> dict[str, Any] | None:
     """Return a trial's directory, its result, and where it was stopped; None if it has not ended."""
     status = status_of(place)
     if status == "finished":
-        return {"result": RunFiles(place).read_json("result.json") or {}, "place": place, "stopped": None}
+        return {"result": RunFiles(place).result() or {}, "place": place, "stopped": None}
     if status == "stopped":
         noted = RunFiles(place).read_json(STOPPED) or {}
         return {"place": place, "stopped": noted.get("round")}

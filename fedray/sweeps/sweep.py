@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedray.config import plugins
+from fedray.config import plugins, sealed
 from fedray.config.overrides import origin, override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
@@ -28,7 +28,6 @@ from fedray.experiment.placement import actors_for, check_room, groups_for
 from fedray.experiment.progress import SweepProgress, watched
 from fedray.experiment.run import RUNS
 from fedray.report.reading import moved_store
-from fedray.storage import sealed
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.judging import judge_of
@@ -424,11 +423,7 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
 def _record_stop(place: Path) -> None:
     """Write the result of a trial that the scheduler stopped, unless it is there."""
     files = RunFiles(place)
-    if (
-        status_of(place) == "stopped"
-        and files.read_json("result.json") is None
-        and (rounds := files.rounds())
-    ):
+    if status_of(place) == "stopped" and files.result() is None and (rounds := files.rounds()):
         last = rounds[-1]
         files.write_json("result.json", {**last["metrics"], "rounds": last["round"], "status": "stopped"})
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedray.config import sealed
 from fedray.errors import ConfigError, RunError
 from fedray.report.reading import store_of
-from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import finish_sweep, status_of

@@ -13,7 +13,7 @@ from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
 from fedray.report.reading import moved_store
 from fedray.storage.directory import Lock
-from fedray.storage.run_files import RunFiles
+from fedray.storage.run_files import RESULT, RunFiles
 from fedray.tracking import store as stores
 from fedray.tracking.mlflow_run import PARENT, RunStatus
 from fedray.tracking.store import Store, prepare_store
@@ -109,11 +109,11 @@ def mend(files: RunFiles, config: RunConfig, tracking: Tracking, status: RunStat
 
 def ended_as(files: RunFiles) -> RunStatus:
     """Tell from a run's files how it ended; one without a result is KILLED."""
-    result = files.read_json("result.json")
+    result = files.read_json(RESULT)
     if result is not None:
         return "FINISHED" if result.get("status") == "finished" else "KILLED"
     warnings = files.path / "warnings.txt"
-    lines = warnings.read_text(encoding="utf-8").splitlines() if warnings.is_file() else []
+    lines = warnings.read_text("utf-8", "replace").splitlines() if warnings.is_file() else []
     return "FAILED" if any(line.startswith("failed: ") for line in lines) else "KILLED"
 
 

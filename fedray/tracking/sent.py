@@ -5,7 +5,7 @@ takes a point of equal key, step, value and time only once, so a point is sent a
 first. When the store has taken all of a run, the file is removed.
 """
 
-import json
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fedray.durable import scan_lines
+from fedray.durable import append_lines, scan_lines
 from fedray.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 SENT = "mlflow-sent.jsonl"
 """Name of the file in the directory of a run or a sweep: the run's mark in the store, then points as sent."""
@@ -39,8 +41,12 @@ class SentPoints:
         self._first: dict[tuple[int, str], tuple[float, int]] = {}
         lines: list[dict[str, Any]] = []
         if path is not None:
-            with suppress(RunError):
-                lines, _ = scan_lines(path)
+            try:
+                lines, problem = scan_lines(path)
+            except RunError as error:
+                problem = str(error)
+            if problem is not None:
+                logger.warning("%s; points that were on their way may reach the store twice", problem)
         self.mark = next((str(line["mark"]) for line in lines if "mark" in line), "")
         for line in lines:
             for key, value in line.get("metrics", {}).items():
@@ -76,5 +82,5 @@ class SentPoints:
     def _write(self, line: Mapping[str, object]) -> None:
         # not flushed to the disk: it has to survive the process, not the machine
         if self._path is not None:
-            with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with suppress(OSError):
+                append_lines(self._path, [line], flush=False)

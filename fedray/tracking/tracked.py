@@ -101,7 +101,7 @@ def close_beside(beside: Beside | None, files: RunFiles, status: RunStatus) -> N
     """End the further trackers of a run, if it came to have any."""
     if beside is None:
         return
-    result = (files.read_json("result.json") or {}) if status == "FINISHED" else {}
+    result = (files.result() or {}) if status == "FINISHED" else {}
     tags = {"weights_sha256": str(result["weights_sha256"])} if "weights_sha256" in result else {}
     beside.finish(status, final(result) if result else None, tags)
     with suppress(RunError):  # the disk may have failed
@@ -113,7 +113,7 @@ def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, st
     artifacts: Sequence[Path] = []
     model = None
     if status == "FINISHED":
-        result = files.read_json("result.json") or {}
+        result = files.result() or {}
         tracker.log_round(final(result))
         tracker.tag({"weights_sha256": str(result.get("weights_sha256"))})
         skipped = {"checkpoints", KNOWN, SENT, LOCK, *config.tracking.also}

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fedray.config import sealed
 from fedray.config.overrides import plain_copy
 from fedray.config.trees import flat_text
 from fedray.durable import local_path, on_disk
@@ -22,7 +23,6 @@ from fedray.policies import observation
 from fedray.policies.observation import FEATURES
 from fedray.policies.stages import ACTIONS, FACTORS, HOLD
 from fedray.pruning.schedules import cubic
-from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from rllib_pruner.stages.env import StageEnv
 from rllib_pruner.stages.federations import STAGES

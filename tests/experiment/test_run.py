@@ -1,6 +1,5 @@
 """From a config to a run: what it leaves, when the test set is read, and going on as if never stopped."""
 
-import json
 import sys
 import threading
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import fedray
 from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset
+from fedray.durable import read_mapping
 from fedray.errors import ClientError, ConfigError, DataError
 from fedray.experiment.history import History
 from fedray.experiment.run import Federation, resume, run
@@ -85,7 +85,7 @@ def test_the_files_of_a_run(finished):
 
 def test_the_result_has_every_final_metric(finished):
     result = finished.result
-    assert result == json.loads((finished.path / "result.json").read_text())
+    assert result == read_mapping(finished.path / "result.json")
     assert set(METRICS) <= set(result)
     last = {key: value for key, value in finished.rounds[-1].items() if key != "round"}
     assert {key: result[key] for key in last} == last
@@ -223,7 +223,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(finished, tmp_path, caplog, ro
     assert seen == list(range(round + 1, 4))  # every complete round is kept
     assert history.weights_sha256 == finished.weights_sha256
     assert tiny.figures(out) == tiny.figures(finished.path)
-    assert history.result == json.loads((out / "result.json").read_text())
+    assert history.result == read_mapping(out / "result.json")
 
 
 def test_a_run_may_be_stopped_any_number_of_times(finished, tmp_path):

@@ -130,7 +130,7 @@ def test_what_a_list_refuses(runs: Path, options: dict[str, list[str]], message:
 DAMAGE = {
     "config.yaml": ("rounds: [1", "config.yaml, line 1"),
     "result.json": ("[]", "result.json: is damaged"),
-    "rounds.jsonl": ("nothing\n{}\n{}\n", "a line that is not the last is not a round"),
+    "rounds.jsonl": ("nothing\n{}\n{}\n", "a line near its end: not a JSON mapping"),
 }
 
 

@@ -39,7 +39,7 @@ def test_null_is_nan_and_does_not_count_as_measured(tmp_path):
     assert isnan(run.last("test/accuracy"))
 
 
-@pytest.mark.parametrize("torn", ['{"round": 3, "metr', '{"round": 3}', "\x00\x00", "3\n"])
+@pytest.mark.parametrize("torn", ['{"round": 3, "metr', '{"round": 3}', "\x00\x00", "3"])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = write_run(tmp_path / "a", status=None)
     with open(path / "rounds.jsonl", "a") as file:
@@ -53,7 +53,7 @@ def test_a_torn_line_elsewhere_is_an_error_with_its_number(tmp_path):
     path = write_run(tmp_path / "a")
     good = (path / "rounds.jsonl").read_text()
     (path / "rounds.jsonl").write_text('{"round": 0, "met\n' + good)
-    with pytest.raises(RunError, match=r"rounds\.jsonl, line 1: not a JSON mapping, and not the last line"):
+    with pytest.raises(RunError, match=r"rounds\.jsonl, line 1: not a JSON mapping"):
         load_run(path)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedray.config.run_config import RunConfig
+from fedray.durable import read_mapping
 from fedray.sweeps.outcome import BEST, Status, SweepResult, Trial, record_best
 from fedray.sweeps.space import Point
 from fedray.types import Direction
@@ -74,7 +75,7 @@ def test_the_best_point_is_written_as_a_config_that_run_takes(tmp_path: Path):
     best = result(tmp_path, trial(tmp_path, 0.5, lr=0.125, seed=3)).best
     assert best is not None
     numbers = record_best(tmp_path, best, METRIC)
-    assert numbers == json.loads((tmp_path / "best.json").read_text())
+    assert numbers == read_mapping(tmp_path / "best.json")
     assert numbers == {
         "trials": ["lr=0.125,seed=3"],
         "metric": METRIC,

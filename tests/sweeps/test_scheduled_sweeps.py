@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from fedray.config import yaml_text
+from fedray.config import sealed, yaml_text
 from fedray.config.overrides import override_tree
 from fedray.durable import scan_lines
 from fedray.errors import ConfigError
 from fedray.experiment.forking import lineage
-from fedray.storage import sealed
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.judging import JUDGED
 from fedray.sweeps.outcome import SweepResult

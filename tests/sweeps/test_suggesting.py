@@ -9,6 +9,7 @@ import pytest
 
 from fedray.config import yaml_text
 from fedray.config.overrides import override_tree
+from fedray.durable import read_lines
 from fedray.errors import ConfigError, RunError
 from fedray.sweeps.outcome import STOPPED, SweepResult, Trial, status_of
 from fedray.sweeps.pareto import front, hypervolume
@@ -57,7 +58,7 @@ def opened(plan: Sweep, path: Path, check: Any = lambda point: None) -> Suggesti
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / POINTS).read_text().splitlines()]
+    return read_lines(path / POINTS)
 
 
 def all_of(suggestions: Suggestions, path: Path, most: int = 100, *, accuracy: Any = "own") -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 
 from fedray.config import yaml_text
 from fedray.config.run_config import RunConfig
+from fedray.durable import read_mapping
 from fedray.errors import ConfigError
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.space import Sweep
@@ -400,7 +401,7 @@ def test_a_resumed_sweep_compares_with_what_was_there_before(ray_local, in_tmp):
     shutil.rmtree(made.trials[2].path)
     again = resume_sweep(made.path)
     assert [trial.status for trial in again.trials] == [trial.status for trial in made.trials]
-    assert json.loads((again.trials[2].path / "stopped.json").read_text()) == {"round": 2}
+    assert read_mapping(again.trials[2].path / "stopped.json") == {"round": 2}
 
 
 def test_a_metric_that_no_round_reports_is_one_clear_message(ray_local, in_tmp):

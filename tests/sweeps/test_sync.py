@@ -13,8 +13,8 @@ import pytest
 
 import fedray
 from fedray.cli import app
+from fedray.config import sealed
 from fedray.errors import ConfigError, RunError
-from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from fedray.sweeps.sync import sync
 from fedray.tracking import store as stores

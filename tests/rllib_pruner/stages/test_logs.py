@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from fedray.config import sealed
 from fedray.errors import RunError
-from fedray.storage import sealed
 from fedray.storage.directory import Lock
 from rllib_pruner.stages import logs
 from rllib_pruner.stages.federations import Federations

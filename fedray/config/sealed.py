@@ -16,6 +16,9 @@ from fedray.config.trees import Tree
 from fedray.durable import replace
 from fedray.errors import RunError
 
+NOTE = "# Config of this run. To change a value and resume: fedray resume DIR KEY=VALUE\n"
+"""The first line of every such file."""
+
 _SEAL = re.compile(r"^# SHA-256 of the values: ([0-9a-f]{64})$", re.MULTILINE)
 
 
@@ -27,8 +30,7 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     """
     text = yaml_text.dump(dict(tree))
     digest = _digest(yaml_text.parse(text, str(path)))
-    note = "# Config of this run. To change a value and resume: fedray resume DIR KEY=VALUE\n"
-    replace(path, f"{note}# SHA-256 of the values: {digest}\n{text}".encode())
+    replace(path, f"{NOTE}# SHA-256 of the values: {digest}\n{text}".encode())
 
 
 def fault(path: Path) -> str | None:
@@ -38,7 +40,7 @@ def fault(path: Path) -> str | None:
         ConfigError: if it cannot be read, or is not YAML.
     """
     tree = yaml_text.load(path)
-    seal = _SEAL.search(path.read_text(encoding="utf-8"))
+    seal = _SEAL.search(path.read_text(encoding="utf-8", errors="replace"))
     if seal is None:
         return "it has no line with the SHA-256 of its values: an earlier version wrote it, or it was cut"
     if seal[1] != _digest(tree):
@@ -59,5 +61,28 @@ def load(path: Path) -> Tree:
     return yaml_text.load(path)
 
 
+def look(path: Path, *, quickly: bool = False) -> Tree:
+    """Read a file to show it: an earlier version or another program may have written it, without a seal.
+
+    Args:
+        path: the file.
+        quickly: with libyaml where it can.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not YAML.
+        RunError: if it has a seal, or the note above it, and its values are not those that were written.
+    """
+    tree = (yaml_text.load_quickly(path) if quickly else None) or yaml_text.load(path)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    seal = _SEAL.search(text)
+    if seal[1] != _digest(tree) if seal is not None else not tree or text.startswith(NOTE[:20]):
+        raise RunError(f"{path}: its values are not those that were written: it was edited, or cut")
+    return tree
+
+
 def _digest(tree: Any) -> str:
-    return sha256(json.dumps(tree, default=str, sort_keys=True).encode()).hexdigest()
+    try:
+        text = json.dumps(tree, default=str, sort_keys=True)
+    except TypeError:  # keys that are not text: no such tree is written
+        return ""
+    return sha256(text.encode()).hexdigest()
