@@ -17,9 +17,9 @@
 
 A file that is not appended to is written under another name and renamed (`fedray.durable`).
 
-Every file but the texts has a checksum in it: JSON has one as the last key, `checksum`, of each file and line, the
-YAML in a comment, tables and the model in their metadata. A reader refuses a damaged file by its name; `resume`
-makes again what it can. A file of an earlier version has none, and is read unchecked.
+Every file but the texts has a checksum in it: JSON has one as the last key, `checksum`, of each file and
+line, the YAML in a comment, tables and the model in their metadata. A reader refuses a damaged file by its
+name; `resume` makes again what it can. A file of an earlier version has none, and is read unchecked.
 """
 
 import logging
