@@ -18,7 +18,7 @@ from fedray.comparing import as_gain, highest
 from fedray.durable import shown
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
-from fedray.policies.trained import TrainedPolicy, quiet, save
+from fedray.policies.trained import TrainedPolicy, save
 from fedray.storage.directory import Lock, check_free
 from fedray.tracking.also import Beside
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
@@ -29,6 +29,7 @@ from fedray.types import RoundReport
 from rllib_pruner.config import TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row
 from rllib_pruner.learning_curve import draw_curves
+from rllib_pruner.networks import network_of, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -215,15 +216,15 @@ def _learn(
             with stop.cuts():
                 with quiet():
                     result = algorithm.train()
-                    module = algorithm.get_module()
+                    network = network_of(algorithm.get_module())
                 about = _about(config, int(result["num_env_steps_sampled_lifetime"]))
-                measures = config.process.options.judge(TrainedPolicy(module, about).acts)
+                measures = config.process.options.judge(TrainedPolicy(network, about).acts)
             iteration = int(result["training_iteration"])
             row = as_row(iteration, about["env_steps"], result["env_runners"], measures)
             if as_gain(row["score"]) >= best:  # of equals the later one
                 best = as_gain(row["score"])
                 with files.writing("policy"):
-                    save(module, files.policy, about | {"measures": measures})
+                    save(network, files.policy, about | {"measures": measures})
             with quiet():
                 files.save(algorithm, iteration)
             files.append(row)

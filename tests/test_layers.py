@@ -54,7 +54,6 @@ RAY = {
     "fedray.sweeps.reports",
     "fedray.sweeps.schedulers",
     "fedray.sweeps.drawing",  # the verbs of a sweep's space are Tune's own
-    "fedray.policies.trained",  # RLlib's module of a trained agent
 }
 HEAVY = {"torchvision", "sklearn", "matplotlib", "mlflow", "pyarrow", "ray", "pandas"}
 TYPE_CHECKING = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}

@@ -1,19 +1,14 @@
-"""A trained agent as the server uses it: a folder with `policy.json` and a small RLModule of RLlib.
+"""A trained agent as the server uses it: a folder with `policy.json` and its small network.
 
-    policy.json     process, observations, actions, training and scores of the agent
-    module/         the network, without optimizer, replay and environment
+    policy.json             process, observations, actions, training and scores of the agent
+    network.safetensors     the network, without optimizer, replay and environment
 
 `fedray agent train` writes such folders with `save`; those of `shipped` come with the package. Using one
-needs no Algorithm of RLlib, no running Ray, and nothing of `rllib_pruner`.
-
-A module is a pickle: only use policies that you trust.
+needs neither RLlib nor Ray. Both files hold data only: no pickles.
 """
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -25,15 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedray.durable import replace_folder
-from fedray.errors import ConfigError
+from fedray.durable import as_mapping, read_mapping, replace_folder
+from fedray.errors import ConfigError, RunError
+from fedray.policies.network import Network
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder; a reader refuses any other."""
-PARTS = ("class_and_ctor_args.pkl", "metadata.json", "module_state.pkl")
-"""Files of `module/`, as RLlib writes them."""
+NETWORK = "network.safetensors"
+PICKLED = 1
+"""The format of earlier versions, whose network was a pickle."""
 
-_NEEDED = {"process": str, "version": int, "features": int, "actions": list, "algorithm": str, "ray": str}
+_NEEDED = {"process": str, "version": int, "features": int, "actions": list, "algorithm": str}
 _ALGORITHMS = ("dqn", "ppo")
 
 
@@ -57,13 +54,13 @@ class PolicyInterface:
 class TrainedPolicy:
     """A policy that `fedray agent train` wrote; `load` makes one.
 
-    Attributes:
+    Args:
+        network: values the actions.
         about: content of `policy.json`.
     """
 
-    def __init__(self, module: Any, about: Mapping[str, Any]) -> None:
-        self.about = about
-        self._module, self._is_dqn = module, about["algorithm"] == "dqn"
+    def __init__(self, network: Network, about: Mapping[str, Any]) -> None:
+        self.network, self.about = network, about
 
     @classmethod
     def load(cls, folder: Path | None, interface: PolicyInterface) -> "TrainedPolicy":
@@ -105,12 +102,7 @@ class TrainedPolicy:
         """Return the network's values or logits of each action, (n, actions); NaN counts as the worst."""
         import torch
 
-        batch = {"obs": torch.from_numpy(np.array(observations, dtype=np.float32))}
-        with torch.no_grad():
-            if self._is_dqn:
-                found = self._module.compute_q_values(batch)["qf_preds"]
-            else:
-                found = self._module.forward_inference(batch)["action_dist_inputs"]
+        found = self.network(torch.from_numpy(np.array(observations, dtype=np.float32)))
         values = np.array(found.numpy(), dtype=np.float32)
         values[np.isnan(values)] = -np.inf
         return values
@@ -130,50 +122,33 @@ def policy_problem(folder: Path | None, interface: PolicyInterface) -> str | Non
     """
     folder = folder or shipped(interface.process)
     try:
-        about = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-    except OSError:
-        reason: str | None = "there is no policy.json in it"
-    except ValueError:
-        reason = "policy.json is not JSON"
+        about = read_mapping(folder / "policy.json")
+    except RunError as error:
+        reason: str | None = str(error).removeprefix(f"{folder}/")
     else:
-        reason = _damage(folder, about) or _mismatch(about, interface)
+        reason = "there is no policy.json in it" if about is None else _damage(folder, about)
+        reason = reason or _mismatch(about or {}, interface)
     return f"policy {folder}: {reason}; {_retrain(interface.process)}" if reason else None
 
 
-def save(module: Any, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write a module with its metadata, replacing `folder`.
+def save(network: Network, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a policy, replacing `folder`.
 
     Args:
-        module: an RLModule of RLlib with discrete actions.
+        network: values the actions.
         folder: of the policy.
         about: the fields of `PolicyInterface`, `algorithm` (dqn or ppo), and any more. `save` adds the
-            format, the versions of Ray and torch, and the digests of the files.
+            format, the versions of Ray and torch unless it has them, and the digest of the network's file.
     """
     partial = folder.with_name(f".{folder.name}.writing")
     rmtree(partial, ignore_errors=True)
-    with quiet():
-        module.save_to_path(str((partial / "module").resolve()))
-    files = {name: _digest(partial / "module" / name) for name in PARTS}
+    partial.mkdir(parents=True)
+    data = network.save()
+    (partial / NETWORK).write_bytes(data)
     versions = {name: metadata.version(name) for name in ("ray", "torch")}
-    text = json.dumps({"format": FORMAT, **about, **versions, "files": files}, indent=2)
-    (partial / "policy.json").write_text(text + "\n", encoding="utf-8")
+    files = {NETWORK: sha256(data).hexdigest()}
+    (partial / "policy.json").write_bytes(as_mapping({"format": FORMAT, **versions, **about, "files": files}))
     replace_folder(partial, folder)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep RLlib's notices and deprecations off the terminal, and from becoming errors."""
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.rllib", "ray.tune")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @lru_cache(maxsize=8)
@@ -181,36 +156,41 @@ def _load(folder: Path, text: str) -> TrainedPolicy:
     """Load a folder that has no problem; `text` is its policy.json, so that a changed one is loaded again."""
     about = json.loads(text)
     try:
-        with quiet():
-            from ray.rllib.core.rl_module.rl_module import RLModule
-        with quiet():  # once more: Ray sets its loggers' levels when it is imported
-            module = RLModule.from_checkpoint(str(folder / "module"))
-    except Exception as error:
-        reason = f"RLlib cannot load it ({type(error).__name__}: {error})"
-        raise ConfigError(f"policy {folder}: {reason}; {_retrain(about['process'])}") from error
-    return TrainedPolicy(module, about)
+        network = Network.load((folder / NETWORK).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = f"{NETWORK} cannot be read: {error}"
+    else:
+        if (network.features, network.actions) == (about["features"], len(about["actions"])):
+            return TrainedPolicy(network, about)
+        reason = (
+            f"its network takes {network.features} number(s) for {network.actions} action(s), and "
+            f"policy.json has {about['features']} and {len(about['actions'])}"
+        )
+    raise ConfigError(f"policy {folder}: {reason}; {_retrain(about['process'])}")
 
 
-def _damage(folder: Path, about: Any) -> str | None:
+def _damage(folder: Path, about: Mapping[str, Any]) -> str | None:
     """Return which file is missing or damaged, or None."""
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else None
+    found = about.get("format")
+    if found == PICKLED:
+        return (
+            "it has format 1, whose network is a pickle, which could run any code; if you trust it, convert "
+            f"it with `python -m rllib_pruner.networks {folder}`"
+        )
+    if found != FORMAT:
         return f"policy.json has format {found!r}, and this version reads {FORMAT}"
     wrong = [key for key, kind in _NEEDED.items() if not isinstance(about.get(key), kind)]
     if wrong or not isinstance(about.get("files"), dict):
         return f"policy.json lacks {', '.join(wrong or ['files'])}"
-    for name in PARTS:
-        try:
-            sound = _digest(folder / "module" / name) == about["files"].get(name)
-        except OSError:
-            return f"module/{name} is missing"
-        if not sound:
-            return f"module/{name} is damaged: it is not the file that policy.json names"
-    return None
+    try:
+        sound = sha256((folder / NETWORK).read_bytes()).hexdigest() == about["files"].get(NETWORK)
+    except OSError:
+        return f"{NETWORK} is missing"
+    return None if sound else f"{NETWORK} is damaged: it is not the file that policy.json names"
 
 
 def _mismatch(about: Mapping[str, Any], wants: PolicyInterface) -> str | None:
-    """Return why an undamaged policy does not fit a process or the installed Ray."""
+    """Return why an undamaged policy does not fit a process."""
     if about["process"] != wants.process:
         return f"it decides in the process {about['process']!r}, not in {wants.process!r}"
     if about["version"] != wants.version:
@@ -225,9 +205,6 @@ def _mismatch(about: Mapping[str, Any], wants: PolicyInterface) -> str | None:
         return f"its actions are {theirs or 'none'}, and those of {wants.process} are {ours}"
     if about["algorithm"] not in _ALGORITHMS:
         return f"its algorithm is {about['algorithm']!r}, and only {' and '.join(_ALGORITHMS)} can be used"
-    installed = metadata.version("ray")
-    if about["ray"].split(".")[:2] != installed.split(".")[:2]:
-        return f"it was written by Ray {about['ray']}, and installed is Ray {installed}"
     return None
 
 
@@ -235,7 +212,3 @@ def _retrain(process: str) -> str:
     """Return how to get a policy that fits."""
     command = f"fedray agent train tune_configs/rl_{process}.yaml --out DIR"
     return f"train one with `{command}`, then give the folder DIR/policy"
-
-
-def _digest(file: Path) -> str:
-    return sha256(file.read_bytes()).hexdigest()

@@ -38,7 +38,7 @@ def small(**changes: Any) -> TrainConfig:
 
 
 def module_of(path: Path) -> bytes:
-    return (path / "policy" / "module" / "module_state.pkl").read_bytes()
+    return (path / "policy" / "network.safetensors").read_bytes()
 
 
 # ── without RLlib
