@@ -21,7 +21,7 @@ from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.policies.trained import TrainedPolicy, save
 from fedray.storage.directory import Lock, check_free
 from fedray.tracking.also import Beside
-from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
+from fedray.tracking.mlflow_run import PARENT, MLflowTracker, RunStatus
 from fedray.tracking.provenance import git_revision
 from fedray.tracking.sent import SENT
 from fedray.tracking.store import Store, prepare_store
@@ -108,21 +108,53 @@ def as_report(row: Row) -> RoundReport:
     return RoundReport(int(row["env_steps"]), row)
 
 
-def send(files: TrainFiles, config: TrainConfig, store: Store | None, status: RunStatus) -> None:
-    """Bring MLflow up to the evaluations of a training that has ended; a failure is a warning of the log."""
+def send(
+    files: TrainFiles,
+    config: TrainConfig,
+    store: Store | None,
+    status: RunStatus,
+    *,
+    parent: str | None = None,
+    answer_s: float | None = None,
+) -> MLflowTracker:
+    """Bring MLflow up to the evaluations of a training that has ended; a failure is a warning of the log.
+
+    Args:
+        files: of the training.
+        config: of the training.
+        store: MLflow's; None: the config's.
+        status: how the training ended.
+        parent: the parent run in MLflow; None: as it is.
+        answer_s: seconds to wait for an answer of the store; None: as a run does.
+
+    Returns:
+        Its tracker, which has ended.
+    """
     tracker = MLflowTracker(
         store or prepare_store(config.tracking.uri, config.tracking.experiment),
         run_name=files.path.name,
         params=config.to_tree(),
-        tags={},
+        tags=_tags(config),
         resume=files.run_id(),
         folder=files.path,
         on_open=lambda _, run_id: files.write_run_id(run_id),
         is_running=False,
+        answer_s=answer_s,
     )
+    if parent is not None:
+        tracker.tag({PARENT: parent})
     for row in files.progress():
         tracker.log_round(as_report(row))
     tracker.finish(status, [files.path / name for name in SHIPPED] if status == "FINISHED" else [])
+    return tracker
+
+
+def _tags(config: TrainConfig) -> dict[str, str]:
+    return {
+        "process": config.process.name,
+        "algorithm": config.algorithm.name,
+        "config_digest": config.digest,
+    }
 
 
 def is_over(config: TrainConfig, rows: Sequence[Row]) -> bool:
@@ -150,11 +182,7 @@ def _track(
     checkpoint: Path | None = None,
 ) -> list[Row]:
     """Learn, and report to MLflow, also the end of a failed training."""
-    tags = {
-        "process": config.process.name,
-        "algorithm": config.algorithm.name,
-        "config_digest": config.digest,
-    }
+    tags = _tags(config)
     revision = git_revision()
     tracker = MLflowTracker(
         store or prepare_store(config.tracking.uri, config.tracking.experiment),
@@ -230,6 +258,7 @@ def _learn(
             files.append(row)
             rows.append(row)
             report(row)
+            stop.look(files.path)
             stop.check()
     finally:
         with quiet():

@@ -58,7 +58,7 @@ def _train_all(plan: Plan, out: Path, on_evaluation: OnTrial, stop: Stop) -> str
     tracking = next(iter(plan.trials.values())).tracking
     store = prepare_store(tracking.uri, tracking.experiment)
     parent = parent_run(store, out.name, {"plan": plan.name}, {"trials": list(plan.trials)})
-
+    TrainFiles(out).write_run_id(parent)  # `fedray sync` continues it
     status: RunStatus = "FAILED"
     try:
         failed = _fit(plan, out, on_evaluation, stop, store, parent)

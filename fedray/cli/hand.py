@@ -145,11 +145,11 @@ def _value(value: Any) -> str:
 
 @app.command()
 def stop(
-    directory: Annotated[Path, typer.Argument(help="Directory of a running run, sweep or trial.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of a running run, sweep, trial or training.")],
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end; 0: do not wait.")] = 600.0,
     now: Annotated[bool, typer.Option("--now", help="Drop the round in progress.")] = False,
 ) -> None:
-    """End a running run, sweep or trial in good order; `resume` continues it."""
+    """End a running run, sweep, trial or training in good order; `resume` continues it."""
     from fedray.durable import local_path
     from fedray.overview.stopping import stop as end
 
@@ -160,7 +160,8 @@ def stop(
     if not asked.ended(wait):
         waited = f" after {wait:g} s" if wait else ""
         hint = "" if asked.what == "trial" else f"; `fedray stop --now {path}` drops it"
-        text = f"{path} has not ended yet{waited}: it ends after its round in progress{hint}"
+        when = "its next evaluation" if asked.what == "training" else "its round in progress"
+        text = f"{path} has not ended yet{waited}: it ends after {when}{hint}"
         err.print(text, highlight=False, soft_wrap=True)
         raise typer.Exit(0 if wait == 0 else 1)
     _say_end(place, asked.what)
@@ -171,6 +172,10 @@ def _say_end(place: Path, what: str) -> None:
     from fedray.overview.summary import summary
 
     path = short(place)
+    if what == "training":
+        hint = path if (place / "config.yaml").is_file() else f"{path}/trials/NAME"
+        ended = f"{path} has ended. To resume: fedray agent train --resume {hint}"
+        return out.print(ended, soft_wrap=True, highlight=False)
     if what == "sweep":
         return out.print(
             f"{path} has ended. To resume: fedray resume {path}", soft_wrap=True, highlight=False

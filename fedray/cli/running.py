@@ -122,16 +122,21 @@ def _resume_sweep(directory: Path, changes: list[str], json: bool) -> None:
 
 @app.command()
 def sync(
-    directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories of runs, sweeps and trainings.")],
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: that of the run's config.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow's experiment; default: as above.")] = None,
     imports: Import = None,
 ) -> None:
-    """Bring MLflow up to date with runs and sweeps, e.g. after it was out of reach."""
+    """Bring MLflow up to date with runs, sweeps and trainings, e.g. after it was out of reach."""
     import_all(imports)
-    from fedray.sweeps.sync import sync as bring
+    from fedray.durable import local_path
+    from fedray.overview.summary import is_training
 
     for directory in directories:
+        if is_training(local_path(directory)):
+            from rllib_pruner.syncing import sync as bring
+        else:
+            from fedray.sweeps.sync import sync as bring
         for done in bring(directory, uri, experiment):
             out.print(f"{short(done.path)}: {done.status}, {done.points} points added", soft_wrap=True)
 

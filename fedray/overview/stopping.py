@@ -1,4 +1,4 @@
-"""Ends a run, a sweep or a trial from another terminal, in good order.
+"""Ends a run, a sweep, a trial or a training from another terminal, in good order.
 
     ask → the process sees `.stop` in its directory after its round → it ends as after SIGTERM
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
-from fedray.overview.summary import summary
+from fedray.overview.summary import is_training, summary
 from fedray.storage.directory import Holder, ask_to_stop, holder_of
 
 LOOK_S = 0.2
@@ -28,7 +28,7 @@ class Asked:
 
     Args:
         path: its directory.
-        what: sweep, trial (of a running sweep) or run.
+        what: sweep, trial (of a running sweep), training or run.
         holder: the process.
     """
 
@@ -50,7 +50,7 @@ def stop(path: Path, *, now: bool = False) -> Asked:
     """Ask the process that works in a directory to end.
 
     Args:
-        path: of a run, a sweep or a trial.
+        path: of a run, a sweep, a trial or a training.
         now: drop the round in progress; else it is completed first.
 
     Raises:
@@ -65,6 +65,12 @@ def stop(path: Path, *, now: bool = False) -> Asked:
         raise ConfigError(
             f"--now: {shown(path)} is a trial of a running sweep, which ends after its round; leave out --now"
         )
+    above = path.parent.parent
+    if what == "training" and path.parent.name == "trials" and holder_of(above) is not None:
+        raise ConfigError(
+            f"{shown(path)} is one of several trainings that run together, which end together: fedray stop "
+            f"{shown(above)}"
+        )
     if not now:
         ask_to_stop(path)
     else:
@@ -73,13 +79,15 @@ def stop(path: Path, *, now: bool = False) -> Asked:
 
 
 def kind_of(path: Path) -> str:
-    """Tell what a directory is of: a sweep, a run, or a trial whose sweep is running.
+    """Tell what a directory is of: a sweep, a run, a training, or a trial whose sweep is running.
 
     Raises:
         ConfigError: if it is neither.
     """
     if (path / "sweep.yaml").is_file():
         return "sweep"
+    if is_training(path):
+        return "training"
     if not (path / "config.yaml").is_file() and holder_of(path) is None:
         raise ConfigError(f"{shown(path)} is not the directory of a run or a sweep: it has no config.yaml")
     above = path.parent.parent
@@ -90,6 +98,8 @@ def kind_of(path: Path) -> str:
 def _not_running(path: Path, what: str) -> str:
     if what == "sweep":
         return f"{shown(path)} does not run: nothing to stop; `fedray resume {shown(path)}` resumes the sweep"
+    if what == "training":
+        return f"{shown(path)} does not run: there is nothing to stop"
     found = summary(path)
     after = "" if found.round is None else f" (after round {found.round} of {found.rounds})"
     return f"{shown(path)} does not run: it is {found.status}{after}, and there is nothing to stop"

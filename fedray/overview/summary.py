@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from fedray.config import sealed
+from fedray.config import sealed, yaml_text
 from fedray.config.trees import flatten
 from fedray.durable import read_mapping, scan_text, shown
 from fedray.errors import FedrayError, RunError
@@ -255,6 +255,13 @@ def _tail(path: Path, wanted: int, size: int) -> list[dict[str, Any]]:
     if fault is not None:
         raise RunError(f"{path}: a line near its end: {fault}")
     return found
+
+
+def is_training(path: Path) -> bool:
+    """Tell whether a directory is that of the training of an agent, or of several."""
+    if (path / "config.yaml").is_file():
+        return (yaml_text.load_quickly(path / "config.yaml") or {}).keys() >= {"process", "algorithm"}
+    return (path / "trials").is_dir() and not (path / "sweep.yaml").exists()
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from fedray.config import yaml_text
 from fedray.durable import shown
 from fedray.errors import ConfigError
-from fedray.overview.summary import Summary, summary
+from fedray.overview.summary import Summary, is_training, summary
 from fedray.report.reading import find_runs
 from fedray.storage.directory import holder_of
 
@@ -113,6 +113,11 @@ def look(path: Path) -> View:
         ConfigError: if it is neither.
     """
     running = holder_of(path) is not None
+    if is_training(path):
+        raise ConfigError(
+            f"{shown(path)} is of the training of an agent, and `watch` shows runs and sweeps; the "
+            "evaluations of a training are in its progress.jsonl, and in MLflow: fedray ui"
+        )
     if not (path / "sweep.yaml").is_file():
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{shown(path)} is not the directory of a run or a sweep")

@@ -1,17 +1,20 @@
 """Bring MLflow up to the files of runs and sweeps: what `fedray sync` does."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedray.config import sealed
+from fedray.config.tune_config import tune_config
+from fedray.durable import read_lines
 from fedray.errors import ConfigError, RunError
 from fedray.report.reading import store_of
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import finish_sweep, status_of
 from fedray.sweeps.stopping import Budget
+from fedray.sweeps.suggesting import POINTS, search_ended
 from fedray.tracking.catching_up import Synced, config_of, store_for, sync_run
 from fedray.tracking.mlflow_run import RunStatus
 from fedray.tracking.parent import parent_run
@@ -36,15 +39,38 @@ def sync(path: str | Path, uri: str | None = None, experiment: str | None = None
         return _sync_sweep(place, uri, experiment)
     files = RunFiles.open(place)
     config = config_of(files)
-    store = store_for(config, uri or store_of(place), experiment)
+    store = store_for(config.tracking, uri or store_of(place), experiment)
     return [sync_run(files, config, Tracking(store=store))]
 
 
-def sweep_status(statuses: Sequence[RunStatus | None]) -> RunStatus:
-    """Return the outcome of a sweep from those of its trials; None is a trial that never began."""
-    if "FAILED" in statuses or None in statuses:
-        return "FAILED"
-    return "FINISHED"
+def sweep_status(trials: Sequence[RunStatus], missing: int, is_over: bool = False) -> RunStatus:
+    """Return how a sweep ended, as the sweep itself says it.
+
+    Args:
+        trials: how each trial that has begun ended; one that a scheduler stopped is FINISHED.
+        missing: trials that never began, those among them that were not suggested yet.
+        is_over: whether its time budget is spent.
+    """
+    if set(trials) <= {"FINISHED"} and not missing:
+        return "FINISHED"
+    is_cut = bool(missing) or "KILLED" in trials
+    return "FAILED" if "FAILED" in trials and (is_over or not is_cut) else "KILLED"
+
+
+def missing_trials(place: Path, tree: Mapping[str, Any], begun: int) -> int:
+    """Return how many trials of a sweep never began; of a search that did not end, also unsuggested ones.
+
+    Args:
+        place: the sweep's directory.
+        tree: its `sweep.yaml`.
+        begun: trials that have begun.
+    """
+    tune = tune_config(dict(tree.get("tune") or {}), str(place / "sweep.yaml"))
+    if not tune.is_searching:
+        return len(tree.get("points", ())) - begun
+    if search_ended(place) is None:
+        return tune.num_samples * max(1, len(tune.repeat)) - begun
+    return sum(len(line.get("trials", ())) for line in read_lines(place / POINTS)) - begun
 
 
 def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Synced]:
@@ -53,7 +79,7 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
     if not runs:
         raise ConfigError(f"{place}: no trial of this sweep has begun: there is nothing to bring to MLflow")
     configs = [config_of(files) for files in runs]
-    store = store_for(configs[0], uri or store_of(place), experiment)
+    store = store_for(configs[0].tracking, uri or store_of(place), experiment)
     with Lock(place, "sweep"):
         own = RunFiles(place)
         known = own.read_json("mlflow.json") or {}
@@ -73,14 +99,14 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
             sync_run(files, config, Tracking(store=store, parent=parent, name=names[files.path.name]))
             for files, config in zip(runs, configs, strict=True)
         ]
-        begun: list[RunStatus | None] = [trial.status for trial in done]
-        missing: list[RunStatus | None] = [None] * (len(tree.get("points", ())) - len(done))
-        status = sweep_status([*begun, *missing])
-        limit_s = (tree.get("tune") or {}).get("time_budget_s")
-        if status == "FAILED" and "FAILED" not in begun and Budget(place, limit_s).left_s <= 0:
-            status = "KILLED"  # as the sweep itself says it
         became = Counter(status_of(files.path) for files in runs)
-        became["missing"] = len(missing)
+        became["missing"] = missing_trials(place, tree, len(done))
+        ended: list[RunStatus] = [
+            "FINISHED" if status_of(trial.path) == "stopped" else trial.status for trial in done
+        ]
+        limit_s = (tree.get("tune") or {}).get("time_budget_s")
+        is_over = Budget(place, limit_s).left_s <= 0
+        status = sweep_status(ended, became["missing"], is_over)
         if not finish_sweep(store, parent, status, place, became):
             raise RunError(f"{place}: MLflow did not take the outcome of the sweep; sync it again")
         own.write_json("mlflow.json", {"run_id": parent, "is_complete": True})

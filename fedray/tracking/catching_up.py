@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedray.config.run_config import RunConfig
+from fedray.config.run_config import RunConfig, TrackingConfig
 from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
 from fedray.report.reading import moved_store
@@ -98,7 +98,7 @@ def mend(files: RunFiles, config: RunConfig, tracking: Tracking, status: RunStat
         return True
     try:
         where = moved_store(config.tracking.uri, files.path, known.get("run_id"))
-        store = tracking.store or store_for(config, where, None)
+        store = tracking.store or store_for(config.tracking, where, None)
         given = replace(tracking, store=store, answer_s=stores.ANSWER_S)
         sync_run(files, config, given, status, patience_s=LEAVING_S)
     except RunError as error:
@@ -121,17 +121,17 @@ def config_of(files: RunFiles) -> RunConfig:
     return RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
 
 
-def store_for(config: RunConfig, uri: str | None, experiment: str | None) -> Store:
+def store_for(tracking: TrackingConfig, uri: str | None, experiment: str | None) -> Store:
     """Return the store to write to.
 
     Raises:
         ConfigError: if nothing is tracked.
         RunError: if it is out of reach.
     """
-    where = config.tracking.uri if uri is None else absolute_uri(uri)
+    where = tracking.uri if uri is None else absolute_uri(uri)
     if where == "none":
         raise ConfigError("tracking.uri is none: name the store, e.g. --uri sqlite:///runs/mlflow.db")
-    store = prepare_store(where, experiment or config.tracking.experiment)
+    store = prepare_store(where, experiment or tracking.experiment)
     if store.problem is not None:
         raise RunError(store.problem)
     return store

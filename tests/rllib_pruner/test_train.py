@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from fedray.config import sealed
 from fedray.errors import ConfigError, RunError
+from fedray.overview import stopping
+from fedray.overview.watching import look
 from fedray.policies.rate_search import INTERFACE
 from fedray.policies.trained import TrainedPolicy, policy_problem
 from fedray.storage.directory import Lock
@@ -21,6 +24,7 @@ from rllib_pruner import training
 from rllib_pruner.config import Plan, TrainConfig
 from rllib_pruner.files import Row, TrainFiles, as_row
 from rllib_pruner.processes import RateSearchProcess
+from rllib_pruner.syncing import sync
 from rllib_pruner.train import train as command
 from rllib_pruner.training import is_over, resume, train
 from rllib_pruner.trials import train_all
@@ -178,17 +182,18 @@ class Walker:
 
 
 class Interrupted:
-    """An algorithm whose second training gets a signal."""
+    """An algorithm whose second training is interrupted: by a signal, or by what is called."""
 
     local_replay_buffer = None
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt: Callable[[], object] | None = None) -> None:
         self.iterations = 0
+        self.interrupt = interrupt or (lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     def train(self) -> dict[str, Any]:
         self.iterations += 1
         if self.iterations == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.interrupt()
         return {
             "training_iteration": self.iterations,
             "num_env_steps_sampled_lifetime": 200 * self.iterations,
@@ -216,6 +221,87 @@ def test_a_signal_keeps_the_evaluations_and_ends_the_tracking(
     (run,) = MlflowClient(uri).search_runs(["1"])
     assert run.info.status == "KILLED"
     assert "interrupted; `fedray agent train --resume" in caplog.messages[-1]
+
+
+@pytest.fixture
+def without_rllib(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.setattr(training, "start_ray", lambda: None)
+    monkeypatch.setattr(training, "save", lambda *_: None)
+    monkeypatch.setattr(training, "TrainedPolicy", lambda *_: Walker())
+    monkeypatch.setattr(TrainFiles, "save", lambda *_: None)
+    yield monkeypatch
+
+
+def test_fedray_stop_ends_a_training_after_its_evaluation(tmp_path, without_rllib) -> None:
+    asked: list[stopping.Asked] = []
+    made = Interrupted(lambda: asked.append(stopping.stop(tmp_path / "t")))
+    without_rllib.setattr(training, "_build", lambda config: made)
+    with pytest.raises(SystemExit) as ended:
+        budget = {"env_steps": 2000, "evaluate_every": 200, "in_a_row": 9}
+        train(small(budget=budget), tmp_path / "t")
+    assert ended.value.code == 128 + signal.SIGTERM and asked[0].what == "training"
+    assert [row["iteration"] for row in TrainFiles.open(tmp_path / "t").progress()] == [1, 2]
+    with pytest.raises(ConfigError, match="t does not run: there is nothing to stop"):
+        stopping.stop(tmp_path / "t")
+
+
+def test_what_stop_and_watch_say_of_trainings(tmp_path) -> None:
+    files_of(tmp_path / "many" / "trials" / "a")
+    with Lock(tmp_path / "many"), Lock(tmp_path / "many" / "trials" / "a"):
+        assert stopping.stop(tmp_path / "many").what == "training"
+        with pytest.raises(ConfigError, match=r"which end together: fedray stop .*many$"):
+            stopping.stop(tmp_path / "many" / "trials" / "a")
+    for path in (tmp_path / "many", tmp_path / "many" / "trials" / "a"):
+        with pytest.raises(ConfigError, match="is of the training of an agent, and `watch` shows runs and"):
+            look(path)
+
+
+def points_of(uri: str, run: Any) -> list[tuple[int, float]]:
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, "score")
+    return [(point.step, point.value) for point in history]
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_sync_brings_mlflow_up_to_a_training(tmp_path, rows) -> None:
+    """Of three evaluations, two of which exhaust the budget of 20 steps or not."""
+    files_of(tmp_path / "t", rows)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    over = rows == 3
+    config = small(budget={"env_steps": 30, "evaluate_every": 10, "in_a_row": 9})
+    with files_of(tmp_path / "u", rows).writing("config.yaml") as place:
+        sealed.write(place, config.to_tree())
+    for added in (True, False):
+        for name in ("t", "u"):
+            (done,) = sync(tmp_path / name, uri)
+            assert done.status == ("FINISHED" if over and name == "u" else "KILLED")
+            assert (done.points > 0) == added
+    found = {run.info.run_name: run for run in MlflowClient(uri).search_runs(["1"])}
+    assert set(found) == {"t", "u"} and found["t"].info.status == "KILLED"
+    assert points_of(uri, found["u"]) == [(10 * n, 0.1) for n in range(1, rows + 1)]
+    assert found["u"].data.tags["process"] == "rate_search"
+
+
+def test_sync_brings_mlflow_up_to_several_trainings_and_the_run_above_them(tmp_path) -> None:
+    from typer.testing import CliRunner
+
+    from fedray.cli import app
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "many" / "trials").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no training has begun here"):
+        sync(tmp_path / "many", uri)
+    for name in ("a", "b"):
+        files_of(tmp_path / "many" / "trials" / name)
+    for _ in range(2):
+        shown = CliRunner().invoke(app, ["sync", str(tmp_path / "many"), "--uri", uri])
+        assert shown.exit_code == 0, shown.output
+        assert shown.output.count("KILLED") == 3
+    found = {run.info.run_name: run for run in MlflowClient(uri).search_runs(["1"])}
+    assert set(found) == {"many", "a", "b"}
+    above = found["many"].info.run_id
+    assert {found[name].data.tags["mlflow.parentRunId"] for name in ("a", "b")} == {above}
+    with Lock(tmp_path / "many" / "trials" / "b"), pytest.raises(RunError, match="still running"):
+        sync(tmp_path / "many", uri)
 
 
 def test_a_training_that_is_running_is_not_resumed(tmp_path):

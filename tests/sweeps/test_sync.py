@@ -14,9 +14,11 @@ import pytest
 import fedray
 from fedray.cli import app
 from fedray.config import sealed
+from fedray.durable import append, as_lines
 from fedray.errors import ConfigError, RunError
 from fedray.storage.directory import Lock
-from fedray.sweeps.sync import sync
+from fedray.sweeps.suggesting import POINTS
+from fedray.sweeps.sync import missing_trials, sweep_status, sync
 from fedray.tracking import store as stores
 from fedray.tracking.store import prepare_store
 from fedray.types import RoundReport
@@ -200,7 +202,7 @@ def test_what_cannot_be_synced_is_told(uri: str, in_tmp: Path) -> None:
 
 
 def test_a_sweep_its_parent_and_its_trials(uri: str, in_tmp: Path) -> None:
-    """From its files alone: one trial finished, one failed, one never began."""
+    """From its files alone: one trial finished, one failed, one never began since the sweep was cut."""
     place = in_tmp / "s"
     (place / "trials").mkdir(parents=True)
     points = [{"seed": seed} for seed in range(3)]
@@ -212,13 +214,60 @@ def test_a_sweep_its_parent_and_its_trials(uri: str, in_tmp: Path) -> None:
         fedray.run(second, out=place / "trials" / "01-b", on_round=broken)
     for added in (True, False):
         done = sync("s", uri)
-        assert [synced.status for synced in done] == ["FAILED", "FINISHED", "FAILED"]
+        assert [synced.status for synced in done] == ["KILLED", "FINISHED", "FAILED"]
         assert [synced.points > 0 for synced in done[1:]] == [added, added]
     by_name = {run.info.run_name: run for run in runs(uri)}
     assert set(by_name) == {"s", "fedavg s0", "fedavg s1"}
     parent = by_name["s"].info.run_id
     assert {by_name[name].data.tags["mlflow.parentRunId"] for name in ("fedavg s0", "fedavg s1")} == {parent}
-    assert by_name["s"].info.status == "FAILED"
+    assert by_name["s"].info.status == "KILLED"
+
+
+TRIALS: dict[str, tuple[list[Any], int, bool, str]] = {
+    "all ended": (["FINISHED", "FINISHED"], 0, False, "FINISHED"),
+    "one failed": (["FINISHED", "FAILED"], 0, False, "FAILED"),
+    "one never began": (["FINISHED"], 1, False, "KILLED"),
+    "one was cut": (["FINISHED", "KILLED"], 0, False, "KILLED"),
+    "cut after a failure": (["FAILED", "KILLED"], 1, False, "KILLED"),
+    "the budget is spent": (["FINISHED", "KILLED"], 1, True, "KILLED"),
+    "the budget is spent after a failure": (["FAILED", "KILLED"], 1, True, "FAILED"),
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_the_status_of_a_sweep_is_what_the_sweep_itself_says(case: str) -> None:
+    trials, missing, is_over, status = TRIALS[case]
+    assert sweep_status(trials, missing, is_over) == status
+
+
+@pytest.mark.parametrize(
+    ("lines", "missing"),
+    [
+        ([], 7),
+        ([{"suggested": 0, "trials": ["00-a", "01-a"]}, {"suggested": 1, "problem": "no"}], 7),
+        ([{"suggested": 0, "trials": ["00-a", "01-a"]}, {"ended": "100 points in a row"}], 1),
+        ([{"suggested": 0, "trials": ["00-a", "01-a"]}, {"suggested": 1, "trials": ["02", "03"]}], 7),
+    ],
+)
+def test_the_trials_that_an_interrupted_search_has_not_begun(
+    in_tmp: Path, lines: list[dict[str, Any]], missing: int
+) -> None:
+    """Four points with two seeds each; one trial has begun."""
+    tree = {"tune": {"search": "optuna", "num_samples": 4, "repeat": [0, 1]}, "points": []}
+    append(in_tmp / POINTS, as_lines([{"searcher": "optuna"}, *lines]))
+    assert missing_trials(in_tmp, tree, 1) == missing
+    assert missing_trials(in_tmp, {"points": [{}, {}, {}]}, 1) == 2
+
+
+def test_a_stopped_trial_does_not_make_a_sweep_a_killed_one(uri: str, in_tmp: Path) -> None:
+    place = in_tmp / "s"
+    (place / "trials").mkdir(parents=True)
+    sealed.write(place / "sweep.yaml", {"name": "some", "base": tiny.TREE, "points": [{}]})
+    with pytest.raises(KeyboardInterrupt):
+        fedray.run(config("none"), out=place / "trials" / "0", on_round=tiny.ending(1, KeyboardInterrupt))
+    assert [synced.status for synced in sync("s", uri)] == ["KILLED", "KILLED"]
+    (place / "trials" / "0" / "stopped.json").write_text('{"round": 1}')
+    assert [synced.status for synced in sync("s", uri)] == ["FINISHED", "KILLED"]
 
 
 def test_the_command(lost: Path, uri: str) -> None:
