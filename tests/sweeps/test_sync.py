@@ -14,7 +14,7 @@ import pytest
 import fedray
 from fedray.cli import app
 from fedray.config import sealed
-from fedray.durable import append, as_lines
+from fedray.durable import append_lines
 from fedray.errors import ConfigError, RunError
 from fedray.storage.directory import Lock
 from fedray.sweeps.suggesting import POINTS
@@ -254,7 +254,7 @@ def test_the_trials_that_an_interrupted_search_has_not_begun(
 ) -> None:
     """Four points with two seeds each; one trial has begun."""
     tree = {"tune": {"search": "optuna", "num_samples": 4, "repeat": [0, 1]}, "points": []}
-    append(in_tmp / POINTS, as_lines([{"searcher": "optuna"}, *lines]))
+    append_lines(in_tmp / POINTS, [{"searcher": "optuna"}, *lines])
     assert missing_trials(in_tmp, tree, 1) == missing
     assert missing_trials(in_tmp, {"points": [{}, {}, {}]}, 1) == 2
 
