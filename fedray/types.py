@@ -62,6 +62,7 @@ METRICS: Mapping[str, Direction | None] = {
     "time/server_wall_s": "min",
     "clients/selected": None,
     "clients/dropped": "min",
+    "clients/failed": "min",
 }
 """Metric that every run reports → its better direction, None if it has none.
 
@@ -444,8 +445,28 @@ class ClientUpdate:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-Fate = Literal["folded", "late", "dropped", "non-finite", "malformed"]
-"""The fate of an update: only `folded` ones count in the mean."""
+Fate = Literal["folded", "late", "dropped", "failed", "malformed", "non-finite"]
+"""The fate of an update: only `folded` ones count in the mean. `failed`: the client's code raised."""
+
+FAULTS: tuple[Fate, ...] = ("failed", "malformed", "non-finite")
+"""Fates that neither a device nor a deadline explains: `clients.max_failed` limits them."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A client that was asked and sent no update that can be used.
+
+    Args:
+        client: its id.
+        fate: one of FAULTS.
+        cause: in one line.
+        traceback: of its code, if it raised.
+    """
+
+    client: int
+    fate: Fate
+    cause: str
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -493,9 +514,11 @@ class RoundReport:
         metrics: names of METRICS (and their totals) → value. `val/…` only where the round was evaluated.
         clients: a record for each client of the cohort, in order of id.
         notes: remarks for the reader of the run, e.g. updates that were left out.
+        faults: clients that failed, in the training and in every other exchange.
     """
 
     round: int
     metrics: Mapping[str, float]
     clients: tuple[ClientRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()

@@ -212,12 +212,19 @@ def test_without_a_terminal_progress_is_a_few_lines(fedray):
 
 
 def test_run_shows_what_a_reader_should_know(fedray):
-    done = fedray("run", "x.yaml", "rounds=1", "method.lr=1e18", "--out", "mine")
+    done = fedray("run", "x.yaml", "rounds=1", "method.lr=1e18", "clients.max_failed=1", "--out", "mine")
     assert done.status == 0
     assert re.search(r"^round 1 of 1: accuracy 0\.\d{3}  density 1\.00  0\.\d MB$", done.err, flags=re.M)
     assert re.search(
         r"^mine: round 1: \d update\(s\) left out as non-finite: clients \[", done.err, flags=re.M
     )
+
+
+def test_a_run_that_diverges_exits_with_1_and_says_how_to_continue(fedray):
+    done = fedray("run", "x.yaml", "rounds=1", "method.lr=1e18", "--out", "mine")
+    assert done.status == 1
+    assert "round 1: " in done.err and "clients.max_failed lets none fail: non-finite: clients [" in done.err
+    assert fedray("resume", "mine", "clients.max_failed=1").status == 0
 
 
 BAD = [

@@ -53,6 +53,7 @@ RUN_FILES = {
     "result.json",
     "mlflow.json",
     "warnings.txt",
+    "client_errors.txt",
     "decisions.png",
     "curve.png",
     "table.md",

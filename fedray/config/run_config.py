@@ -47,7 +47,15 @@ from fedray.federation.sampling import MOST_OVER_SELECTION, SAMPLERS, Fastest, S
 from fedray.methods import METHODS
 from fedray.models import MODELS, InputShape, ModelSpec, Norm, build_model
 from fedray.training.precision import Precision
-from fedray.types import LocalPath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from fedray.types import (
+    Fraction,
+    LocalPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 
 MOST_STACKED = 1024
 """Clients that train together; each needs the memory of a model and its batch."""
@@ -216,6 +224,8 @@ class ClientsConfig(Section):
         over_selection: share of the cohort drawn in excess, of which only the fastest clients train; short
             for the sampler `fastest` with this option.
         dropout: probability that a client of the cohort never answers, beside its device's own.
+        max_failed: share of the asked clients, at most, that may fail: their code raises, or their update is
+            malformed or non-finite. They are left out and named; a run with more of them ends.
     """
 
     population: PositiveInt = 100
@@ -233,6 +243,7 @@ class ClientsConfig(Section):
     uplink: Annotated[Choice[UplinkCodec], UPLINK] = Field(default_factory=UPLINK.default)
     over_selection: Annotated[NonNegativeFloat, Field(le=MOST_OVER_SELECTION)] = 0.0
     dropout: UnitInterval = 0.0
+    max_failed: Fraction = 0.1
 
     def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)

@@ -15,8 +15,17 @@ Tree = dict[str, Any]
 CHOICES = {"method": "name", "data.partition": "kind", "clients.sampler": "name", "clients.uplink": "name"}
 """Section → its key that names an entry of a table; the entry decides which other keys the section has."""
 
-INDECISIVE = ("checkpoint_every", "tracking", "clients.actors", "clients.resources", "data.root", "imports")
-"""Keys that no result depends on: where a run is computed, read, tracked and kept. `resume` may change them.
+INDECISIVE = (
+    "checkpoint_every",
+    "tracking",
+    "clients.actors",
+    "clients.resources",
+    "clients.max_failed",
+    "data.root",
+    "imports",
+)
+"""Keys that no result depends on: where a run is computed, read, tracked and kept, and when it gives up.
+`resume` may change them.
 
 `clients.resources` is one of them unless it has `by_device`, which decides which clients are folded together.
 """

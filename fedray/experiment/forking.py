@@ -26,7 +26,7 @@ from fedray.storage.run_files import RunFiles
 LINEAGE = "lineage.jsonl"
 """File of a run that was forked: its parents."""
 
-MOVED = ("rounds.jsonl", "checkpoints", "clients.parquet", "mlflow.json", "warnings.txt")
+MOVED = ("rounds.jsonl", "checkpoints", "clients.parquet", "mlflow.json", "warnings.txt", "client_errors.txt")
 """What a fork sets aside: the run's own past, and its run in MLflow, which has other rounds."""
 
 COPIED = "clients.parquet"

@@ -8,9 +8,11 @@ import numpy as np
 
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
-from fedray.types import METRICS, ClientRecord, Cost
+from fedray.federation.faults import notes_of
+from fedray.types import METRICS, ClientRecord, Cost, Fault
 
-TOTALS = (*(n for n in METRICS if n.startswith(("bytes/", "flops/", "time/"))), "clients/dropped")
+_SUMMED = ("bytes/", "flops/", "time/", "clients/dropped", "clients/failed")
+TOTALS = tuple(name for name in METRICS if name.startswith(_SUMMED))
 """Metrics that are summed over a run."""
 
 
@@ -25,6 +27,7 @@ class Accounts:
         present: clients found available in this round; the server does not wait for them again.
         waited_s: simulated seconds in which the server waited for clients to be available.
         absent: clients that were asked and never became available.
+        faults: clients that failed, in any exchange.
     """
 
     asked: Cost = field(default_factory=Cost)
@@ -33,6 +36,7 @@ class Accounts:
     present: set[int] = field(default_factory=set)
     waited_s: float = 0.0
     absent: list[int] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
     def found(self, clients: Iterable[int], waited_s: float) -> None:
         """Note available clients, and the simulated seconds that the server waited for them."""
@@ -73,6 +77,7 @@ class Accounts:
             "time/server_s": server.seconds,
             "clients/selected": float(len(records)),
             "clients/dropped": float(sum(r.fate != "folded" for r in records)),
+            "clients/failed": float(len(self.faults)),
         }
         if cohort is not None and cohort.folded:
             metrics["density/client_mean"] = float(np.mean([r.density for r in cohort.folded]))
@@ -96,16 +101,12 @@ def notes(accounts: Accounts, cohort: CohortUpdate | None) -> tuple[str, ...]:
         found.append(f"the server waited {accounts.waited_s:,.0f} simulated s for clients to be available")
     if accounts.absent:
         found.append(f"{len(accounts.absent)} client(s) were asked and never came: {accounts.absent[:10]}")
-    return (*found, *_left_out(cohort)) if cohort is not None else tuple(found)
+    found += notes_of(accounts.faults)
+    return (*found, *_unmeasured(cohort)) if cohort is not None else tuple(found)
 
 
-def _left_out(cohort: CohortUpdate) -> Iterator[str]:
-    """Yield notes on clients whose update does not count, or whose metric is not in a mean."""
-    reasons = {"non-finite": " (NaN, infinite, or too large to be averaged)", "malformed": ""}
-    for fate, reason in reasons.items():
-        clients = [r.client for r in cohort.records if r.fate == fate]
-        if clients:
-            yield f"{len(clients)} update(s) left out as {fate}: clients {clients[:10]}{reason}"
+def _unmeasured(cohort: CohortUpdate) -> Iterator[str]:
+    """Yield notes on clients whose metric is not in a mean."""
     diverged = tuple(r.client for r in cohort.folded if isinf(r.loss))
     for name, without in {"loss": diverged, **cohort.unmeasured}.items():
         if without:

@@ -15,8 +15,9 @@ import torch
 from fedray.data.datasets import Examples
 from fedray.federation.aggregate import Node, Partial, merge_within
 from fedray.federation.client import Outcome
+from fedray.federation.exchange import Answer, Chunk, Job, Trained
 from fedray.federation.wire import Memory, Order
-from fedray.federation.worker import Answer, Chunk, Job, Trained, Worker, masks_of
+from fedray.federation.worker import Worker, masks_of
 from fedray.types import Extra, Layout, Mask, Params, Task
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ClientActor:
     def fold(self, packed: PackedJob, chunks: Sequence[Chunk]) -> tuple[Answer, Partials]:
         """Train and fold chunks; return the partials apart, so that they can stay in the object store."""
         answer = self.run(packed, chunks)
-        return Answer({}, answer.records, answer.memories), answer.partials
+        return replace(answer, partials={}), answer.partials
 
     def merge(self, packed: PackedJob, *parts: Partials) -> tuple[None, Partials]:
         """Merge what several actors folded, as far as the tree allows."""
@@ -109,7 +110,7 @@ class ClientActor:
         """Train clients without folding them, for `actors: per_client`."""
         job = packed.unpack(self.worker.engine.layout)
         self.worker.begin()
-        return [self.worker.train(job, order, memory) for order, memory in orders]
+        return [self.worker.attempt(job, order, memory) for order, memory in orders]
 
     def evaluate(self, packed: PackedJob, examples: Examples, start: int, stop: int) -> list[Outcome]:
         """Classify a range of examples."""

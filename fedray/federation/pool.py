@@ -19,16 +19,8 @@ from fedray.errors import FedrayError, RunError
 from fedray.federation.actor import ClientActor, PackedJob, Prepare, keep_freed_memory
 from fedray.federation.aggregate import share
 from fedray.federation.client import Outcome
-from fedray.federation.worker import (
-    EVALUATION_SHARD,
-    Answer,
-    Chunk,
-    Job,
-    Worker,
-    Workplace,
-    fold_chunk,
-    masks_of,
-)
+from fedray.federation.exchange import Answer, Chunk, Job
+from fedray.federation.worker import EVALUATION_SHARD, Worker, Workplace, fold_chunk, masks_of
 from fedray.types import Task
 
 if TYPE_CHECKING:
@@ -235,6 +227,7 @@ class RayPool:
         for chunk in chunks:
             results = (trained[order.client][0] for order in chunk.orders)
             answer.join(fold_chunk(self.place, job, chunk.index, results))
+            answer.check(job)
         return answer
 
     def evaluate(self, task: Task, examples: Examples) -> Outcome:

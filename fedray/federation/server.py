@@ -29,20 +29,18 @@ from fedray.federation.accounts import TOTALS, Accounts, notes
 from fedray.federation.aggregate import CohortUpdate, chunk_size, cut, merge_all
 from fedray.federation.client import Client, ClientFunction, Outcome, norm_statistics
 from fedray.federation.density import above_asked, emptied
+from fedray.federation.exchange import Chunk, Job
+from fedray.federation.faults import check_faults
 from fedray.federation.method import ServerContext, check_mask
 from fedray.federation.pool import ClientPool, one_thread
 from fedray.federation.population import none_came, wait_for_all, wait_for_any
 from fedray.federation.sampling import Ids, Sampler, SamplerContext, expect_cohort, loss_of_model
 from fedray.federation.wire import Memory, Order, reject_unknown, split_memory
-from fedray.federation.worker import (
-    Chunk,
-    Job,
-    Worker,
-    Workplace,
-)
+from fedray.federation.worker import Worker, Workplace
 from fedray.models.norms import overlaid
 from fedray.pruning.masks import empty_layers
 from fedray.randomness import borrowed, generator, seed_globals
+from fedray.shares import floor_of
 from fedray.types import (
     ClientInfo,
     Cost,
@@ -315,12 +313,16 @@ class Server:
         """Send tasks, run `function` on the devices, fold the updates, store the clients' memories."""
         reject_unknown(tasks, len(self.population))
         sent, orders = self.wire.send(tasks, self.checkpoint.holds)
-        job = Job(self.state.round, function, sent, training, keep_updates)
+        may_fail = floor_of(self.place.rules.max_failed, len(orders))
+        job = Job(self.state.round, function, sent, training, keep_updates, may_fail)
         chunks = self._chunks(orders)
         if not chunks:
             raise MethodError("an exchange with no clients: ask at least one")
         with self._visit():
             answer = self.pool.run(job, chunks)
+        faults = sorted(answer.faults, key=lambda fault: fault.client)
+        check_faults(job.round, faults, len(orders), may_fail)
+        self._accounts.faults += faults
         self.checkpoint.memories |= {k: m for k, m in answer.memories.items() if m}
         for client in [k for k, m in answer.memories.items() if not m]:
             self.checkpoint.memories.pop(client, None)
@@ -500,7 +502,7 @@ class Server:
         metrics |= {f"total/{name}": value for name, value in totals.items()}
         records = cohort.records if cohort is not None else ()
         noted = (*notes(self._accounts, cohort), *self._density_notes(round, asked))
-        return RoundReport(round, metrics, records, noted)
+        return RoundReport(round, metrics, records, noted, tuple(self._accounts.faults))
 
     def _density_notes(self, round: int, asked: float | None) -> Iterator[str]:
         """Yield notes on the mask: each layer that lost all its weights, once; a density not reached."""

@@ -6,10 +6,9 @@ Ray.
 """
 
 import socket
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +20,17 @@ from fedray.costs.differences import PLAIN, UplinkCodec
 from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
 from fedray.errors import ClientError, ConfigError, FedrayError
-from fedray.federation.aggregate import Bounds, Node, Partial, merge_within
-from fedray.federation.client import Client, ClientFunction, Engine, Outcome
-from fedray.federation.columns import Records, orders_in, orders_of
+from fedray.federation.aggregate import Bounds, Partial, merge_within
+from fedray.federation.client import Client, Engine, Outcome
+from fedray.federation.exchange import Answer, Chunk, Job, Trained
+from fedray.federation.faults import (
+    ClientRaised,
+    check_raised,
+    fault_of,
+    not_finite,
+    of_machine,
+    traceback_of,
+)
 from fedray.federation.method import Method
 from fedray.federation.population import Population
 from fedray.federation.rehearsal import Asked, MakeClient, together
@@ -33,7 +40,7 @@ from fedray.randomness import Watch, generator, seed_globals, seed_others, seed_
 from fedray.training.agreement import Way, way_of
 from fedray.training.precision import Precision, refusal
 from fedray.training.resident import Resident, Share
-from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Mask, Task, within
+from fedray.types import ClientInfo, ClientRecord, ClientUpdate, Cost, Fate, Fault, Mask, Task
 
 EVALUATION_SHARD = 500
 """Examples in one shard of an evaluation; fixed, so that sums have the same bits on any number of workers."""
@@ -46,10 +53,12 @@ class Rules:
     Args:
         deadline_s: simulated seconds after which an update is late; None waits for every client.
         dropout: probability that an asked client never answers, in [0, 1), beside its device's own.
+        max_failed: share of the asked clients, at most, that may fail, in [0, 1].
     """
 
     deadline_s: float | None = None
     dropout: float = 0.0
+    max_failed: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -76,93 +85,17 @@ class Workplace:
         return Wire(self.model, self.method.downlink, self.method.uplink, self.seed, self.codec)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One exchange with clients: a round's training, or a function given to `ctx.ask`.
-
-    Args:
-        round: the round it belongs to.
-        function: what runs on the device.
-        tasks: the different tasks of the exchange, as the devices decode them.
-        training: False for exchanges outside the round's training, in which no client is late or drops out.
-        keep_updates: keep every model in the partial.
-    """
-
-    round: int
-    function: ClientFunction
-    tasks: tuple[Task, ...]
-    training: bool = True
-    keep_updates: bool = False
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Clients that are folded together, in order of id.
-
-    Args:
-        index: place among the chunks of the job.
-        group: number of the group of workers that may train it; 0 without groups.
-        orders: one for each client.
-        memories: client → its memory, unless it is empty.
-        num_examples: of all its clients; what chunks are dealt by.
-    """
-
-    index: int
-    group: int
-    orders: tuple[Order, ...]
-    memories: Mapping[int, Memory]
-    num_examples: int
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the orders as columns."""
-        orders = orders_in(self.orders)
-        return _chunk, (self.index, self.group, orders, self.memories, self.num_examples)
-
-
-def _chunk(index: int, group: int, orders: np.ndarray, *rest: Any) -> Chunk:
-    return Chunk(index, group, orders_of(orders), *rest)
-
-
-@dataclass
-class Answer:
-    """The result of some chunks: partial folds by node of the tree, client records, memories."""
-
-    partials: dict[Node, Partial] = field(default_factory=dict)
-    records: list[ClientRecord] = field(default_factory=list)
-    memories: dict[int, Memory] = field(default_factory=dict)
-
-    def join(self, other: "Answer") -> None:
-        """Take in another answer to the same job."""
-        self.partials |= other.partials
-        self.records += other.records
-        self.memories |= other.memories
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the records as columns."""
-        return _answer, (self.partials, Records.of(self.records), self.memories)
-
-
-def _answer(partials: dict[Node, Partial], records: Records, memories: dict[int, Memory]) -> Answer:
-    return Answer(partials, records.rows(), memories)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One client's answer: its record, and its update and memory if they count."""
-
-    record: ClientRecord
-    update: ClientUpdate | None
-    memory: Memory | None
-
-
 class Worker:
     """Trains clients one after the other on one engine, on the CPU or on a GPU."""
 
     def __init__(self, place: Workplace, device: str = "cpu") -> None:
-        self.place = place
-        self.engine = Engine(place.model, place.flops, device, precision=place.precision)
+        self.place, self.device = place, device
+        self.engine = self._new_engine()
         self._refusal = refusal(place.precision, self.engine.device)
         self._watch, self._seeds_all = Watch(), False
+
+    def _new_engine(self) -> Engine:
+        return Engine(self.place.model, self.place.flops, self.device, precision=self.place.precision)
 
     def begin(self) -> None:
         """Prepare for clients: from here on, only they may draw from the global generators.
@@ -181,13 +114,14 @@ class Worker:
         for chunk in chunks:
             answer.join(fold_chunk(self.place, job, chunk.index, self._results(job, chunk)))
             answer.partials = merge_within(answer.partials)  # at once: each holds a vector
+            answer.check(job)
         return answer
 
     def _results(self, job: Job, chunk: Chunk) -> Iterator[Trained]:
         """Train the clients of a chunk, in order of id."""
 
         def train(order: Order, make: MakeClient) -> Trained:
-            return self.train(job, order, chunk.memories.get(order.client, {}), make)
+            return self.attempt(job, order, chunk.memories.get(order.client, {}), make)
 
         way = self._way
         most = 1 if way == "alone" else self.place.stack
@@ -197,6 +131,20 @@ class Worker:
     def _way(self) -> Way:
         """How clients are trained together, if the workplace asks for it and the model allows it."""
         return way_of(self.engine) if self.place.stack > 1 else "alone"
+
+    def attempt(self, job: Job, order: Order, memory: Memory, make: MakeClient = Client) -> Trained:
+        """Run one client's function, as `train`; a client whose code raises has failed.
+
+        Raises:
+            Asked, ClientError: as `train`; of a client that raises, if none may fail.
+        """
+        try:
+            return self.train(job, order, memory, make)
+        except ClientRaised as error:
+            if not job.may_fail:
+                check_raised(job.round, [error.fault], 0)
+            self.engine = self._new_engine()  # whatever it left behind in the old one
+            return Trained(error.record, None, None, error.fault)
 
     def train(self, job: Job, order: Order, memory: Memory, make: MakeClient = Client) -> Trained:
         """Run one client's function, with global generators that are seeded for this client.
@@ -212,7 +160,8 @@ class Worker:
 
         Raises:
             Asked: from a client of `together`.
-            ClientError: if the method's code raised, or returned what cannot be sent; with client and round.
+            ClientRaised: if the client's code raised; with client and round.
+            ClientError: if it broke a rule of fedray, returned what cannot be sent, or lacked memory.
         """
         if not self._watch.started:
             self.begin()
@@ -243,15 +192,13 @@ class Worker:
             trained = self._judge(job, order, task, client, update, kept)
         except FedrayError as error:
             raise ClientError(order.client, job.round, str(error)) from error
-        except Exception as error:
-            raise ClientError(order.client, job.round, traceback.format_exc(limit=-4)) from error
-        if _versions(task) != versions:
-            raise ClientError(
-                order.client,
-                job.round,
-                "it wrote into the params, mask or extras of its task, which the next client would receive; "
-                "work on a copy",
-            )
+        except (Exception, SystemExit) as error:
+            _check_unchanged(task, versions, order.client, job.round)
+            if of_machine(error):
+                raise ClientError(order.client, job.round, traceback_of(error)) from error
+            record = _record(order, client, "failed")
+            raise ClientRaised(record, fault_of(order.client, error), job.round) from error
+        _check_unchanged(task, versions, order.client, job.round)
         return trained
 
     def client(
@@ -314,41 +261,33 @@ class Worker:
         else:
             check_types(update)
             received, bytes_up, kept = place.wire.upload(task, update, kept, training=job.training)
-        cost = Cost(order.bytes_down, bytes_up, client.meter.flops, client.meter.executed_flops)
-        seconds_there = seconds(cost, info.profile)
-        fate = self._fate(job, info, seconds_there, None if problem else received)
-        arrived_bytes = 0 if fate == "dropped" else bytes_up
-        cost = Cost(cost.bytes_down, arrived_bytes, cost.flops, cost.executed_flops, seconds_there)
-        density = update.mask.density if not problem else float("nan")
-        record = ClientRecord(
-            info.id, info.profile.name, info.num_examples, fate, cost, density, client.meter.loss
-        )
-        counts = fate == "folded"
-        return Trained(record, received, client.memory | kept) if counts else Trained(record, None, None)
+        record = _record(order, client, "folded", bytes_up)
+        missed = self._missed(job, info, record.cost.seconds)
+        fault = None if missed else self._fault(info.id, problem, received)
+        fate: Fate = missed or (fault.fate if fault else "folded")
+        arrived = replace(record.cost, bytes_up=0 if fate == "dropped" else bytes_up)
+        density = float("nan") if problem else update.mask.density
+        record = replace(record, fate=fate, cost=arrived, density=density)
+        if fate != "folded":
+            return Trained(record, None, None, fault)
+        return Trained(record, received, client.memory | kept)
 
-    def _fate(self, job: Job, info: ClientInfo, seconds: float, update: ClientUpdate | None) -> Fate:
-        """Decide whether an update counts: does it arrive, in time, well formed (else None) and finite?
+    def _missed(self, job: Job, info: ClientInfo, seconds: float) -> Fate | None:
+        """Tell whether the answer to a round's training never arrives, or too late."""
+        if not job.training:
+            return None
+        stays = (1 - info.profile.dropout) * (1 - self.place.rules.dropout)
+        if stays < 1 and generator(self.place.seed, "fate", job.round, info.id).random() >= stays:
+            return "dropped"
+        deadline = self.place.rules.deadline_s
+        return "late" if deadline is not None and seconds > deadline else None
 
-        One so large that the mean over all clients could overflow is non-finite too.
-        """
-        if job.training:
-            stays = (1 - info.profile.dropout) * (1 - self.place.rules.dropout)
-            if stays < 1 and generator(self.place.seed, "fate", job.round, info.id).random() >= stays:
-                return "dropped"
-            deadline = self.place.rules.deadline_s
-            if deadline is not None and seconds > deadline:
-                return "late"
-        if update is None:
-            return "malformed"
-        bounds = self._bounds
-        finite = update.params.within(bounds.weight) or update.params.masked(update.mask).within(
-            bounds.weight
-        )
-        finite = finite and all(
-            within(v, bounds.number if v.is_floating_point() else bounds.count) for v in update.sums.values()
-        )
-        finite = finite and all(bool(torch.isfinite(v).all()) for v in update.each.values())
-        return "folded" if finite else "non-finite"
+    def _fault(self, client: int, problem: str | None, update: ClientUpdate) -> Fault | None:
+        """Return the fault of an update that arrived, if it is malformed or cannot be averaged."""
+        if problem:
+            return Fault(client, "malformed", problem)
+        cause = not_finite(update, self._bounds)
+        return Fault(client, "non-finite", cause) if cause else None
 
 
 def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:
@@ -359,11 +298,22 @@ def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:
     for trained in results:
         record = trained.record
         answer.records.append(record)
+        if trained.fault is not None:
+            answer.faults.append(trained.fault)
+            answer.check(job)
         if trained.update is not None:
             partial.add(record.client, record.num_examples, trained.update)
         if trained.memory is not None:
             answer.memories[record.client] = trained.memory
     return answer
+
+
+def _record(order: Order, client: Client, fate: Fate, bytes_up: int = 0) -> ClientRecord:
+    """Return the record of a client that has done its part."""
+    info, meter = client.info, client.meter
+    cost = Cost(order.bytes_down, bytes_up, meter.flops, meter.executed_flops)
+    cost = replace(cost, seconds=seconds(cost, info.profile))
+    return ClientRecord(info.id, info.profile.name, info.num_examples, fate, cost, float("nan"), meter.loss)
 
 
 def masks_of(model: ModelSpec, tasks: Sequence[Task]) -> dict[bytes, Mask]:
@@ -380,6 +330,17 @@ def client_generator(seed: int, round: int, client: int) -> Callable[..., np.ran
         return generator(seed, "client", client + 1, *((round,) if fixed is None else (fixed, 1)))
 
     return make
+
+
+def _check_unchanged(task: Task, versions: list[int], client: int, round: int) -> None:
+    """Refuse a task that a client wrote into.
+
+    Raises:
+        ClientError: with client and round.
+    """
+    if _versions(task) != versions:
+        text = "it wrote into the params, mask or extras of its task, which the next client would receive"
+        raise ClientError(client, round, f"{text}; work on a copy")
 
 
 def _versions(task: Task) -> list[int]:

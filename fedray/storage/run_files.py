@@ -9,6 +9,7 @@
     model.safetensors        the final model, by name
     result.json              every final metric under its name, `weights_sha256`, `status`: written last
     warnings.txt, mlflow.json   if there are warnings; if MLflow tracks the run
+    client_errors.txt           the tracebacks of clients that failed, if any did
     mlflow-sent.jsonl           points on their way to MLflow, until it has all
     tensorboard/, wandb/        if `tracking.also` names them
     ended-000100/            result, model and accuracies after round 100, if a resume then added rounds
@@ -51,6 +52,8 @@ SHA256 = "weights_sha256"
 """Key of the weights' SHA-256 in the metadata of `model.safetensors`."""
 
 _PART = re.compile(r"part-([0-9]+)-([0-9]+)")
+CLIENT_ERRORS = "client_errors.txt"
+"""File of the tracebacks of clients that failed."""
 
 
 class RunFiles:
@@ -108,6 +111,11 @@ class RunFiles:
         with self._writing("rounds.jsonl") as path:
             durable.append_lines(path, [line])
         self._unwritten += [(report.round, record) for record in report.clients]
+        errors = [fault for fault in report.faults if fault.traceback]
+        told = "".join(f"round {report.round}, client {e.client}:\n{e.traceback}\n" for e in errors)
+        if told:
+            with self._writing(CLIENT_ERRORS) as path:
+                durable.append(path, told)
 
     def save(self, checkpoint: Checkpoint, config: Tree | None = None) -> None:
         """Write the clients' rows so far and a checkpoint; keep the newest two.

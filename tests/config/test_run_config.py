@@ -130,6 +130,7 @@ NOT_IN_THE_RESULT = {
     "clients.resources.cpu": 2,
     "clients.resources.custom": {"tpu": 1},
     "clients.resources.labels": {"tier": "fast"},
+    "clients.max_failed": 0.2,
     "tracking.uri": "none",
     "tracking.experiment": "other",
     "tracking.also": ["tensorboard"],

@@ -14,9 +14,10 @@ import fedray
 from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS, Dataset
 from fedray.durable import read_mapping
-from fedray.errors import ClientError, ConfigError, DataError
+from fedray.errors import ClientError, ConfigError, DataError, RunError
 from fedray.experiment.history import History
 from fedray.experiment.run import Federation, resume, run
+from fedray.federation.method import Method
 from fedray.federation.worker import Workplace
 from fedray.methods import METHODS
 from fedray.storage.directory import check_free, numbered
@@ -409,7 +410,8 @@ def test_what_is_odd_about_the_data_is_recorded(tmp_path, digits, monkeypatch):
 
 
 def test_updates_that_were_left_out_are_recorded(tmp_path):
-    history = run(tiny.config({"method.lr": 1e18}, rounds=1), out=tmp_path / "run")
+    changes = {"method.lr": 1e18, "clients.max_failed": 1}
+    history = run(tiny.config(changes, rounds=1), out=tmp_path / "run")
     warnings = (tmp_path / "run" / "warnings.txt").read_text()
     assert warnings.startswith("round 1: 3 update(s) left out as non-finite: clients [")
     assert history.rounds[1]["clients/dropped"] == 3
@@ -418,6 +420,42 @@ def test_updates_that_were_left_out_are_recorded(tmp_path):
 
 def test_nothing_to_warn_of_leaves_no_file(finished):
     assert not (finished.path / "warnings.txt").exists()
+    assert not (finished.path / "client_errors.txt").exists()
+
+
+def test_a_run_whose_training_diverges_fails_and_says_so(tmp_path):
+    with pytest.raises(RunError, match=r"3 of 3 clients .* non-finite: .* lower method\.lr"):
+        run(tiny.config({"method.lr": 1e18}), out=tmp_path / "run")
+    assert "failed: round 1: 3 of 3 clients" in (tmp_path / "run" / "warnings.txt").read_text()
+    assert not (tmp_path / "run" / "result.json").exists()
+    resumed = resume(tmp_path / "run", {"clients.max_failed": 1})
+    asked = sum(line["clients/selected"] for line in resumed.rounds)
+    assert resumed.result["total/clients/failed"] == asked > 3
+
+
+def test_clients_that_raise_are_counted_over_a_resume_and_their_tracebacks_are_kept(tmp_path, monkeypatch):
+    sound = Method.client_update
+
+    def failing(self: Method, task: Any, client: Any) -> Any:
+        if client.id % 3 == client.round % 3:
+            raise ZeroDivisionError("on the device")
+        return sound(self, task, client)
+
+    monkeypatch.setattr(METHODS["fedavg"], "client_update", failing, raising=False)
+    config = tiny.config({"clients.max_failed": 0.5, "clients.population": 12, "clients.cohort": 12})
+    whole = run(config, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out=tmp_path / "run", on_round=tiny.ending(2, KeyboardInterrupt))
+    again = resume(tmp_path / "run")
+    assert again.weights_sha256 == whole.weights_sha256
+    assert again.result["total/clients/failed"] == whole.result["total/clients/failed"] > 0
+    rows = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    assert (rows.fate == "failed").sum() == again.result["total/clients/failed"]
+    errors = (tmp_path / "run" / "client_errors.txt").read_text()
+    for row in rows[rows.fate == "failed"].itertuples():
+        assert f"round {row.round}, client {row.client}:\nTraceback" in errors
+    assert "ZeroDivisionError: on the device" in errors
+    assert "client(s) failed and were left out" in (tmp_path / "run" / "warnings.txt").read_text()
 
 
 # ── methods from outside

@@ -11,10 +11,10 @@ import torch
 from fedray.data.datasets import Examples
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
+from fedray.federation.exchange import Answer, Chunk, Job
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Server
-from fedray.federation.worker import Answer, Chunk, Job
 from fedray.pruning import masks
 from fedray.types import ClientInfo, ClientUpdate, Layout, Mask, Params, RoundReport, ServerState, Task
 from tests import small

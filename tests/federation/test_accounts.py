@@ -42,7 +42,8 @@ def test_totals_are_the_sums_over_the_rounds():
     reports = small.run(server)
     names = {name.removeprefix("total/") for name in reports[0].metrics if name.startswith("total/")}
     assert names == {name for name in METRICS if name.split("/")[0] in ("bytes", "flops", "time")} | {
-        "clients/dropped"
+        "clients/dropped",
+        "clients/failed",
     }
     for name in names:
         sums = np.cumsum([report.metrics[name] for report in reports])
@@ -176,9 +177,10 @@ def test_a_deadline_caps_the_round_also_of_those_whose_update_is_malformed():
             update = super().client_update(task, client)
             return None if client.info.profile.name == "slow" else update
 
-    slowest = timed(method=SlowOnesReturnNothing()).metrics["time/simulated_s"]
+    slowest = timed(Rules(max_failed=0.5), SlowOnesReturnNothing()).metrics["time/simulated_s"]
     report = timed(Rules(deadline_s=slowest / 2), SlowOnesReturnNothing())
     assert report.metrics["time/simulated_s"] == slowest / 2
+    assert report.metrics["clients/failed"] == 0, "they are late"
 
 
 def test_who_drops_out_is_waited_for_only_to_the_deadline():

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedray.federation.exchange import Answer, Chunk
 from fedray.federation.wire import Order
-from fedray.federation.worker import Answer, Chunk
 from fedray.types import ClientRecord, Cost, Fate
 
 whole = st.integers(0, 2**53)

@@ -12,6 +12,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.population import LOOK_AGAIN_S
+from fedray.federation.worker import Rules
 from fedray.methods.autoflip import AutoFLIP
 from fedray.methods.ceafl import CEAFL
 from fedray.methods.fedavg_warm import FedAvgWarm
@@ -148,8 +149,11 @@ def test_scorers_whose_answers_are_not_finite_are_named_as_the_cause(
     method: Method, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Client, "grad", lambda self, params, mask, **_: params.flat * torch.nan)
-    with pytest.raises(MethodError, match="all 6 scorers are not finite"):
+    told = r"round 0: 6 of 6 clients sent no update .*non-finite: clients \[0, 1, 2, .*check data and model"
+    with pytest.raises(RunError, match=told):
         small.server(method).setup()
+    with pytest.raises(MethodError, match="all 6 scorers are not finite"):
+        small.server(method, rules=Rules(max_failed=1)).setup()
 
 
 # ── validation data ──────────────────────────────────────────────────────────────────────────────────────

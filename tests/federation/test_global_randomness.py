@@ -15,11 +15,12 @@ from fedray.data.datasets import Examples
 from fedray.errors import ClientError
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Outcome
+from fedray.federation.exchange import Answer, Chunk, Job
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Schedule, Server
 from fedray.federation.wire import Order
-from fedray.federation.worker import Answer, Chunk, Job, Worker, Workplace
+from fedray.federation.worker import Worker, Workplace
 from fedray.models.spec import Architecture, ModelSpec
 from fedray.types import ClientInfo, ClientUpdate, Mask, Params, ServerState, Task
 from tests import small

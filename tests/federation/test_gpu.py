@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedray.federation.exchange import Chunk, Job
 from fedray.federation.method import Method
 from fedray.federation.wire import Order
-from fedray.federation.worker import Chunk, Job, Worker
+from fedray.federation.worker import Worker
 from fedray.pruning.masks import top_k
 from fedray.pruning.scores import magnitude
 from fedray.types import Mask, Task

@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedray.data.datasets import Examples
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Outcome, Step
+from fedray.federation.exchange import Job, Trained
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import LocalPool
 from fedray.federation.rehearsal import MakeClient
 from fedray.federation.server import Schedule, Server
 from fedray.federation.wire import Memory, Order
-from fedray.federation.worker import Job, Trained, Worker, Workplace
+from fedray.federation.worker import Worker, Workplace
 from fedray.methods import METHODS
 from fedray.models.spec import Architecture
 from fedray.types import ClientUpdate, Mask, ServerState, Task

@@ -16,12 +16,14 @@ from fedray.federation.aggregate import Fold, Partial, merge_all
 from fedray.federation.client import Client
 from fedray.federation.method import Method
 from fedray.federation.server import Schedule
+from fedray.federation.worker import Rules
 from fedray.types import ClientInfo, ClientUpdate, Extra, Mask, Params, RoundReport, ServerState, Task
 from tests import small
 from tests.federation.probes import SpyPool
 
 LARGEST = float(np.finfo(np.float32).max)
 COHORT = 6
+ONE_IN_THREE = Rules(max_failed=1 / 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Spoiling(Method):
 def play(change: Callable[[ClientUpdate], ClientUpdate], **options: Any) -> tuple[RoundReport, Params]:
     """Return the report of a round of all six clients, and the model."""
     method = Spoiling(change=change, **options)
-    server = small.server(method, schedule=Schedule(rounds=1, cohort=COHORT))
+    server = small.server(method, schedule=Schedule(rounds=1, cohort=COHORT), rules=ONE_IN_THREE)
     return small.run(server)[-1], server.model
 
 
@@ -81,8 +83,8 @@ def test_an_update_that_could_make_the_mean_infinite_is_left_out_and_named(value
 def test_one_of_1e36_among_clients_with_a_thousand_examples() -> None:
     data, partition = small.dataset(3200), small.dealt(1000, 1000, 1000)
     method = Spoiling(change=with_weight(1e36), local_epochs=1, batch_size=100)
-    of: dict[str, Any] = {"schedule": Schedule(1, 3), "data": data, "partition": partition}
-    server = small.server(method, **of)
+    of: dict[str, Any] = {"schedule": Schedule(1, 3), "data": data, "rules": ONE_IN_THREE}
+    server = small.server(method, partition=partition, **of)
     assert left_out(small.run(server)[-1]) == [2]
     assert server.model.flat.abs().max() < 10
 

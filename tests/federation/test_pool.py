@@ -15,10 +15,10 @@ from torch import nn
 
 from fedray.errors import ClientError, RunError
 from fedray.federation.actor import PackedJob
+from fedray.federation.exchange import Job
 from fedray.federation.method import Method
 from fedray.federation.pool import ActorOptions, Group, LocalPool, RayPool
 from fedray.federation.server import Schedule, Server
-from fedray.federation.worker import Job
 from fedray.methods import METHODS
 from fedray.models.spec import Architecture
 from fedray.types import ClientUpdate, DeviceProfile, Mask, Params, Task

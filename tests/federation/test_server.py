@@ -16,6 +16,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.server import Schedule, Server, ServerSide
+from fedray.federation.worker import Rules
 from fedray.types import ClientUpdate, Mask, Params, ServerState, Task
 from tests import small
 from tests.federation.probes import (
@@ -73,6 +74,7 @@ def test_a_round_by_hand():
             "time/server_s": 0,
             "clients/selected": 2,
             "clients/dropped": 0,
+            "clients/failed": 0,
             "train/loss": math.log(3),
             "val/accuracy": 0.75,
             "val/loss": sum(losses) / 4,
@@ -84,6 +86,7 @@ def test_a_round_by_hand():
             "total/time/simulated_s": slowest_s,
             "total/time/server_s": 0,
             "total/clients/dropped": 0,
+            "total/clients/failed": 0,
         }.items()
     }
     assert [(r.client, r.fate, r.num_examples) for r in report.clients] == [
@@ -282,11 +285,13 @@ EVERYBODY = Schedule(rounds=1, cohort=6, chunk=6)
 
 
 def test_updates_that_are_left_out_are_named_and_change_nothing():
-    server = small.server(Troubled(diverge=(1, 4), forget=(2,)), schedule=EVERYBODY)
+    server = small.server(
+        Troubled(diverge=(1, 4), forget=(2,)), schedule=EVERYBODY, rules=Rules(max_failed=0.5)
+    )
     report = small.run(server)[-1]
     assert report.notes == (
-        "2 update(s) left out as non-finite: clients [1, 4] (NaN, infinite, or too large to be averaged)",
         "1 update(s) left out as malformed: clients [2]",
+        "2 update(s) left out as non-finite: clients [1, 4] (NaN, infinite, or too large to be averaged)",
     )
     assert report.metrics["clients/dropped"] == 3
     resting = small.server(Troubled(rest=(1, 2, 4)), schedule=EVERYBODY)
@@ -295,7 +300,7 @@ def test_updates_that_are_left_out_are_named_and_change_nothing():
 
 
 def test_if_nobody_counts_the_model_stays():
-    server = small.server(Troubled(diverge=tuple(range(6))), schedule=EVERYBODY)
+    server = small.server(Troubled(diverge=tuple(range(6))), schedule=EVERYBODY, rules=Rules(max_failed=1))
     server.setup()
     before = server.state.params.clone()
     report = server.step()

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from fedray.errors import ClientError
 from fedray.federation.aggregate import chunk_size, merge_within, share
 from fedray.federation.client import Client, ClientFunction, Step
+from fedray.federation.exchange import Answer, Chunk, Job
 from fedray.federation.method import Method
 from fedray.federation.pool import ActorOptions, Group, LocalPool, RayPool
 from fedray.federation.rehearsal import StandIn
 from fedray.federation.server import Schedule
 from fedray.federation.wire import Memory, Order
-from fedray.federation.worker import Answer, Chunk, Job, Worker, Workplace
+from fedray.federation.worker import Worker, Workplace
 from fedray.methods import METHODS
 from fedray.models import MODELS
 from fedray.models.spec import Architecture, InputShape

@@ -15,18 +15,10 @@ from fedray.data.datasets import Examples
 from fedray.errors import ClientError, MethodError
 from fedray.federation.aggregate import merge_all, merge_within
 from fedray.federation.client import Client, ClientFunction
+from fedray.federation.exchange import Answer, Chunk, Job, Trained
 from fedray.federation.method import Method
 from fedray.federation.wire import Memory, Order, reject_unknown
-from fedray.federation.worker import (
-    EVALUATION_SHARD,
-    Answer,
-    Chunk,
-    Job,
-    Rules,
-    Trained,
-    Worker,
-    Workplace,
-)
+from fedray.federation.worker import EVALUATION_SHARD, Rules, Worker, Workplace
 from fedray.pruning import masks
 from fedray.types import ClientUpdate, Fate, Layout, Mask, Params, Task
 from tests import small

@@ -21,10 +21,11 @@ from fedray.config import yaml_text
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
 from fedray.errors import ConfigError
+from fedray.federation.exchange import Answer, Chunk, Job
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Checkpoint, Schedule, Server
-from fedray.federation.worker import Answer, Chunk, Job, Rules, Workplace
+from fedray.federation.worker import Rules, Workplace
 from fedray.methods import METHODS
 from fedray.pruning.channels import removed_entries
 from fedray.types import RoundReport, ServerState, Task

@@ -12,10 +12,11 @@ from torch import nn
 
 from fedray.errors import ConfigError
 from fedray.experiment.run import run
+from fedray.federation.exchange import Answer, Job
 from fedray.federation.method import Method
 from fedray.federation.pool import LocalPool
 from fedray.federation.server import Schedule, Server
-from fedray.federation.worker import Answer, Job, Rules, Workplace
+from fedray.federation.worker import Rules, Workplace
 from fedray.methods import METHODS
 from fedray.methods.ceafl import CEAFL
 from fedray.methods.fedmef import FedMef

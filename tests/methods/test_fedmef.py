@@ -19,6 +19,7 @@ from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.server import Schedule, Server
+from fedray.federation.worker import Rules
 from fedray.methods.fedmef import Extrusion, FedMef
 from fedray.models.sparse_layers import PrunedActivations, standardised
 from fedray.models.spec import Architecture
@@ -232,7 +233,7 @@ def test_an_adjustment_is_paid_for_and_other_rounds_pay_for_weights_alone() -> N
 
 
 def test_a_client_that_diverges_is_left_out_and_harms_nobody() -> None:
-    server = begin(FedMef(lr=1e30), architecture=small.CNN)
+    server = begin(FedMef(lr=1e30), architecture=small.CNN, rules=Rules(max_failed=1))
     reports = small.run(server)
     assert all(record.fate == "non-finite" for report in reports for record in report.clients)
     assert len(reports[2].clients) == 4  # an adjustment round among them

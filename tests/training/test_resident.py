@@ -8,9 +8,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from fedray.federation.exchange import Chunk, Job
 from fedray.federation.method import Method
 from fedray.federation.wire import Order
-from fedray.federation.worker import Chunk, Job, Worker, Workplace
+from fedray.federation.worker import Worker, Workplace
 from fedray.models.spec import Architecture
 from fedray.training import resident
 from fedray.training.resident import Resident, Share

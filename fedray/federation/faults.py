@@ -1,0 +1,165 @@
+"""Clients that fail: their code raises, or their update is malformed or not finite.
+
+A failed client is left out, counted, and named with the cause; the share of the asked clients that may fail
+is `clients.max_failed`. A fault of a method's code is met by every client, so the run ends as soon as the
+share is exceeded. What breaks a rule of fedray, or lacks memory, is no fault of a client and ends the run
+at once.
+"""
+
+import errno
+import traceback
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fedray.errors import ClientError, RunError
+from fedray.federation.aggregate import Bounds
+from fedray.types import FAULTS, ClientRecord, ClientUpdate, Fate, Fault, within
+
+MAX_FAILED = "clients.max_failed"
+"""Key of the share of clients that may fail, for messages."""
+FRAMES = 12
+"""Frames of a traceback that are kept: the innermost."""
+LONGEST_CAUSE, LONGEST_TRACEBACK = 200, 20_000
+NAMED = 10
+"""Clients, and causes, that a message names."""
+
+REASONS: dict[Fate, str] = {"non-finite": " (NaN, infinite, or too large to be averaged)"}
+"""Fate → what a note says of it."""
+HINTS: dict[Fate, str] = {
+    "failed": "mend what the clients raise",
+    "malformed": "let `client_update` return a ClientUpdate of the model's size",
+    "non-finite": "lower method.lr, or check data and model",
+}
+"""Fate → what to change."""
+
+
+class ClientRaised(ClientError):
+    """A client's own code raised.
+
+    Args:
+        record: of the client, with the cost of what it did.
+        fault: with the traceback.
+        round: round in which it happened.
+    """
+
+    def __init__(self, record: ClientRecord, fault: Fault, round: int) -> None:
+        super().__init__(fault.client, round, fault.traceback)
+        self.record, self.fault = record, fault
+
+    def __reduce__(self) -> tuple[type[ClientError], tuple[int, int, str]]:
+        """Rebuild as a ClientError."""
+        return ClientError, (self.client, self.round, self.cause)
+
+
+def of_machine(error: BaseException) -> bool:
+    """Tell whether an error is the machine's: another one, or the same one later, would not have it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE)
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return no_memory or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the innermost frames of an error and its message, as text that can be written anywhere."""
+    text = "".join(traceback.format_exception(error, limit=-FRAMES))
+    if len(text) > LONGEST_TRACEBACK:
+        half = LONGEST_TRACEBACK // 2
+        text = f"{text[:half]}\n[…]\n{text[-half:]}"
+    return _writable(text)
+
+
+def fault_of(client: int, error: BaseException) -> Fault:
+    """Return the fault of a client whose code raised an error."""
+    told = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    cause = _writable(told[0] if told else type(error).__name__)
+    if len(cause) > LONGEST_CAUSE:
+        cause = f"{cause[:LONGEST_CAUSE]}…"
+    return Fault(client, "failed", cause, traceback_of(error))
+
+
+def not_finite(update: ClientUpdate, bounds: Bounds) -> str | None:
+    """Return why an update cannot be averaged, in one line; None if it can.
+
+    One so large that the mean over all clients could overflow cannot. What lies behind the mask is not read.
+    """
+    params, most = update.params, bounds.weight
+    if not (params.within(most) or params.masked(update.mask).within(most)):
+        return f"its weights are NaN, infinite or beyond {most:.1e}"
+    for name, value in update.sums.items():
+        limit = bounds.number if value.is_floating_point() else bounds.count
+        if not within(value, limit):
+            return f"its sum {name!r} is NaN, infinite or beyond {limit:.1e}"
+    for name, value in update.each.items():
+        if not bool(torch.isfinite(value).all()):
+            return f"its {name!r} is NaN or infinite"
+    return None
+
+
+def _writable(text: str) -> str:
+    """Return a text without lone surrogates, which no file takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def check_raised(round: int, faults: Sequence[Fault], may_fail: int) -> None:
+    """Refuse more clients whose code raised than may fail; the others are counted once all are known.
+
+    Raises:
+        ClientError: of the first of them.
+    """
+    raised = sorted((f for f in faults if f.fate == "failed"), key=lambda fault: fault.client)
+    if len(raised) > may_fail:
+        first = raised[0]
+        over = f"{len(raised)} client(s) failed so far, and {_allowed(may_fail)}"
+        raise ClientError(first.client, round, f"{first.traceback.rstrip()}\n{over}")
+
+
+def check_faults(round: int, faults: Sequence[Fault], asked: int, may_fail: int) -> None:
+    """Refuse an exchange in which more clients failed than may.
+
+    Raises:
+        ClientError: of the first client whose code raised, if these alone are too many.
+        RunError: with the clients by fate, their causes, and what to change.
+    """
+    check_raised(round, faults, may_fail)
+    if len(faults) <= may_fail:
+        return
+    parts = [_part(fate, [f for f in faults if f.fate == fate]) for fate in FAULTS]
+    hints = [hint for fate, hint in HINTS.items() if any(f.fate == fate for f in faults)]
+    raise RunError(
+        f"round {round}: {len(faults)} of {asked} clients sent no update that counts, and "
+        f"{_allowed(may_fail)}: {'; '.join(filter(None, parts))}. To change: {', or '.join(hints)}, or raise "
+        f"{MAX_FAILED} to continue without these clients"
+    )
+
+
+def _part(fate: Fate, faults: Sequence[Fault]) -> str:
+    """Return the clients of one fate and the first cause."""
+    return f"{fate}: {_named([f.client for f in faults])} ({faults[0].cause})" if faults else ""
+
+
+def _allowed(may_fail: int) -> str:
+    return f"{MAX_FAILED} lets {may_fail or 'none'} fail"
+
+
+def notes_of(faults: Sequence[Fault]) -> Iterator[str]:
+    """Yield a note for each cause by which clients failed, and for each other fate."""
+    causes: dict[str, list[int]] = {}
+    for fault in faults:
+        if fault.fate == "failed":
+            causes.setdefault(fault.cause, []).append(fault.client)
+    for cause, clients in list(causes.items())[:NAMED]:
+        yield f"{len(clients)} client(s) failed and were left out: {_named(clients)}: {cause}"
+    rest = list(causes.values())[NAMED:]
+    if rest:
+        clients = [client for group in rest for client in group]
+        yield f"{len(clients)} more client(s) failed and were left out, by {len(rest)} more causes"
+    for fate in FAULTS[1:]:
+        clients = sorted(fault.client for fault in faults if fault.fate == fate)
+        if clients:
+            reason = REASONS.get(fate, "")
+            yield f"{len(clients)} update(s) left out as {fate}: {_named(clients)}{reason}"
+
+
+def _named(clients: Sequence[int]) -> str:
+    return f"clients {list(clients[:NAMED])}"
