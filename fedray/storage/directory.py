@@ -1,22 +1,22 @@
 """The directory of a run, sweep or training: how it is created, and which process holds it.
 
 `take` and `take_next` make a new one; of several that try at once, one gets it. `Lock` keeps a second process
-out of one that is in use, and ends with its process, however that dies. `holder_of` tells which process has
-it, and `ask_to_stop` asks that process to end.
+out of one that is in use, and ends with its process, however that dies (`heartbeat`). `holder_of` tells which
+process has it, and `ask_to_stop` asks that process to end.
 """
 
 import errno
 import fcntl
-import json
+import logging
 import os
 import socket
 import struct
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,9 @@ from typing import Any, Self
 
 from fedray.durable import on_disk, shown
 from fedray.errors import ConfigError, RunError
+from fedray.storage import heartbeat
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """The file whose lock says that a process works in the directory."""
@@ -32,8 +35,16 @@ STOP = ".stop"
 """A file that asks the process that works in the directory to end after its round."""
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
-_held: dict[tuple[int, str], dict[str, Any]] = {}
+_held: dict[tuple[int, str], "_Held"] = {}
 _guard = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A lock that this process has."""
+
+    who: dict[str, Any]
+    beats: heartbeat.Beats
 
 
 def check_free(path: Path) -> None:
@@ -104,6 +115,9 @@ def _refused(path: Path, error: OSError) -> ConfigError:
 class Lock:
     """A context that lets one process at a time work in a directory, also over NFS and across hosts.
 
+    It ends with its process, however that dies. A process of another host whose lock does not reach this one
+    is kept out as long as it beats (`heartbeat`).
+
     Args:
         path: the directory.
         what: the directory's kind, for the message.
@@ -116,7 +130,7 @@ class Lock:
     def __init__(self, path: Path, what: str = "run", patience_s: float = 0.0) -> None:
         self.path, self.what, self.patience_s = path, what, patience_s
         self._file: FileIO | None = None
-        self._key = (os.getpid(), os.path.realpath(path))
+        self._key = _key(path)
 
     def __enter__(self) -> Self:
         until = time.monotonic() + self.patience_s
@@ -135,65 +149,93 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _guard:
-            _held.pop(self._key, None)
+            mine = _held.pop(self._key, None)
             file, self._file = self._file, None
-            if file is not None:
+            if file is not None and mine is not None:
+                mine.beats.stop()
                 with file:  # its close ends the lock
-                    _forget_stop(self.path)
+                    if mine.beats.taken_by is None:
+                        _forget_stop(self.path)
+                        heartbeat.erase(file)
 
     def _try(self) -> str | None:
         """Take the lock, or return who has it."""
         with _guard:
             # a POSIX lock is the process's: it grants a second one, and the first close ends both
             if self._key in _held:
-                return _described(_held[self._key])
+                return _described(_held[self._key].who)
             try:
                 file = FileIO(self.path / LOCK, "a+")
             except OSError as error:
                 raise RunError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    holder = _holder(file)
-                    file.close()
-                    return holder
-            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-            _held[self._key] = me
+            holder = self._holder(file)
+            if holder is not None:
+                file.close()
+                return holder
+            me = heartbeat.signature()
+            heartbeat.sign(file, me)
+            _held[self._key] = _Held(me, heartbeat.Beats(file, me))
             self._file = file
-            self._sign(me)
             _forget_stop(self.path)  # it was meant for an earlier process
             return None
 
-    def _sign(self, me: dict[str, Any]) -> None:
-        """Write the holder of the lock into the file; a full disk does not matter here."""
-        assert self._file is not None
+    def _holder(self, file: FileIO) -> str | None:
+        """Lock a file; return who has it, None if this process does now."""
+        has_locks = True
         try:
-            self._file.truncate(0)
-            self._file.write(json.dumps(me).encode() + b"\n")
-        except OSError:
-            pass
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                who = heartbeat.signed(file)
+                return "by another process" if who is None else _described(who)
+            has_locks = False
+        who = heartbeat.signed(file)
+        try:
+            if who is not None and heartbeat.lives(who, file, self.path, locks=has_locks):
+                return f"{_described(who)}{_last_sign(who, file)}"
+        except (OSError, TypeError, ValueError) as error:
+            file.close()
+            raise RunError(f"{self.path}: cannot be written: {error}") from error
+        if who is not None and not heartbeat.is_of_this_machine(who):
+            logger.warning(
+                "%s: %s has given no sign of life for %.0f s: taken over",
+                shown(self.path),
+                _described(who),
+                heartbeat.silent_s(file),
+            )
+        return None
 
 
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+def _last_sign(who: Mapping[str, Any], file: FileIO) -> str:
+    if heartbeat.is_of_this_machine(who):
+        return ""
+    ago = max(0.0, heartbeat.silent_s(file))
+    return (
+        f"; last sign of life {ago:.0f} s ago: a process of another host counts as dead after "
+        f"{heartbeat.SILENT_S:.0f} s"
+    )
 
 
-def _holder(file: FileIO) -> str:
-    try:
-        return _described(_signed(file))
-    except (OSError, ValueError, KeyError, TypeError):
-        return "by another process"
+def check_held(path: Path) -> None:
+    """Refuse to write into a directory that another process took from this one, which was silent for long.
+
+    Raises:
+        RunError: with the other process.
+    """
+    mine = _held.get(_key(path))
+    taken_by = mine.beats.taken_by if mine is not None else None
+    if taken_by is not None:
+        raise RunError(
+            f"{shown(path)}: {_described(taken_by)} has taken it over, since this process gave no sign of "
+            f"life for {heartbeat.SILENT_S:.0f} s; nothing more is written"
+        )
 
 
-def _signed(file: FileIO) -> dict[str, Any]:
-    """Read who signed the lock's file."""
-    file.seek(0)
-    found: dict[str, Any] = json.loads(file.read(1000))
-    return found
+def _key(path: Path) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(path)
 
 
-def _described(who: dict[str, Any]) -> str:
+def _described(who: Mapping[str, Any]) -> str:
     return f"process {who['pid']} on {who['host']}, since {who['since']}"
 
 
@@ -232,22 +274,31 @@ def holder_of(path: Path) -> Holder | None:
     """Return the process that works in a directory; None if none does. It only looks: it takes no lock."""
     with _guard:
         # closing the file here would end this process's own lock
-        mine = _held.get((os.getpid(), os.path.realpath(path)))
+        mine = _held.get(_key(path))
         if mine is not None:
-            return Holder(mine["pid"], mine["host"], mine["since"])
+            return Holder(mine.who["pid"], mine.who["host"], mine.who["since"])
         try:
             with FileIO(path / LOCK) as file:
-                pid = _locked_by(file)
-                if pid is None:
-                    return None
-                try:
-                    who = _signed(file)
-                    here = who["host"] == socket.gethostname() and pid > 0
-                    return Holder(pid if here else int(who["pid"]), str(who["host"]), str(who["since"]))
-                except (OSError, ValueError, KeyError, TypeError):
-                    return Holder(pid, "", "")
+                return _holder_of(file)
         except OSError:
             return None
+
+
+def _holder_of(file: FileIO) -> Holder | None:
+    """Return who has a lock's file, by the system, or by its beats."""
+    pid, who = _locked_by(file), heartbeat.signed(file)
+    try:
+        if pid is None:
+            beats = who is not None and not heartbeat.is_of_this_machine(who)
+            if who is None or not beats or abs(heartbeat.silent_s(file)) > heartbeat.SILENT_S:
+                return None
+            return Holder(int(who["pid"]), str(who["host"]), str(who["since"]))
+        if who is None:
+            return Holder(pid, "", "")
+        here = who["host"] == socket.gethostname() and pid > 0
+        return Holder(pid if here else int(who["pid"]), str(who["host"]), str(who["since"]))
+    except (ValueError, TypeError):
+        return None if pid is None else Holder(pid, "", "")
 
 
 def _locked_by(file: FileIO) -> int | None:

@@ -41,7 +41,7 @@ from fedray.parquet import read_table, write_table
 from fedray.report.reading import check_rounds, newest_saved, scan_rounds, sound_rounds
 from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Damaged, Stored
-from fedray.storage.directory import take
+from fedray.storage.directory import check_held, take
 from fedray.types import ClientRecord, Params, RoundReport
 
 logger = logging.getLogger(__name__)
@@ -287,6 +287,7 @@ class RunFiles:
             RunError: if the disk refuses.
         """
         path = self.path / name
+        check_held(self.path)
         with durable.on_disk(path, f"`fedray resume {shown(self.path)}`"):
             yield path
 

@@ -16,13 +16,14 @@ from fedray.costs import devices
 from fedray.errors import RunError, nearest
 from fedray.experiment.placement import pool_for
 from fedray.experiment.run import resume, run
+from fedray.storage.heartbeat import SILENT_S
 from fedray.sweeps.outcome import status_of
 from fedray.sweeps.perturbing import fork_if_due
 from fedray.sweeps.reports import Reports
 from fedray.tracking.tracked import Tracking
 
-PATIENCE_S = 30.0
-"""Seconds that a retried trial waits for the process of its earlier try."""
+PATIENCE_S = SILENT_S + 30.0
+"""Seconds that a retried trial waits for the process of its earlier try; it may have died with its host."""
 
 
 @dataclass(frozen=True)
