@@ -324,11 +324,27 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+    try:
+        return mapping_in(text)
+    except ValueError as error:
+        raise RunError(f"{path}: is damaged{error}") from None
+
+
+def mapping_in(text: bytes, *, sealed: bool = False) -> dict[str, Any]:
+    """Return the mapping in the text of a JSON file.
+
+    Args:
+        text: as `as_mapping` wrote it.
+        sealed: whether it must have a checksum.
+
+    Raises:
+        ValueError: if it holds something else, or is damaged; the message follows `is damaged`.
+    """
     found = _mapping(text)
     if found is None:
-        raise RunError(f"{path}: is damaged: it does not hold a JSON mapping")
-    if CHECKSUM in found and not _is_sealed(text.rstrip(b"\n"), b""):
-        raise RunError(f"{path}: is damaged, or was edited: its checksum does not match")
+        raise ValueError(": it does not hold a JSON mapping")
+    if (sealed or CHECKSUM in found) and not _is_sealed(text.rstrip(b"\n"), b""):
+        raise ValueError(", or was edited: its checksum does not match")
     found.pop(CHECKSUM, None)
     return found
 

@@ -43,6 +43,8 @@ RUN_FILES = {
     "lineage.jsonl",
     "mlflow-sent.jsonl",
     "rounds.jsonl",
+    "published.json",
+    "manifest.json",
     "data.json",
     "stopped.json",
     "error.txt",

@@ -34,6 +34,7 @@ from fedray.config.choice import Choice, Chooser, Named, described
 from fedray.config.docstrings import summary
 from fedray.config.messages import COMPLETE, Where, explain, joined, keys_of, line
 from fedray.config.overrides import base_of, origin, override_tree, parse_overrides, plain_copy
+from fedray.config.places import absolute_place
 from fedray.config.plugins import files_of, import_modules, unrecorded
 from fedray.config.tables import TABLES
 from fedray.config.trees import Tree, decisive
@@ -83,6 +84,18 @@ def _store_uri(value: str) -> str:
 
 StoreUri = Annotated[str, AfterValidator(_store_uri)]
 """An MLflow store, or `none`; validation makes a path in it absolute."""
+
+
+def _storage(value: str) -> str:
+    try:
+        return absolute_place(value)
+    except ConfigError as error:
+        text = str(error).removeprefix("storage: ")
+        raise PydanticCustomError(COMPLETE, "{text}", {"text": text}) from None
+
+
+Storage = Annotated[str, AfterValidator(_storage)]
+"""A folder, made absolute, or a place in an object store, without a login."""
 
 
 Also = Literal["tensorboard", "wandb"]
@@ -343,6 +356,9 @@ class RunConfig(Config):
         prune_first: whether the weight of the first layer may be pruned.
         prune_last: whether the weight of the classifier, the last convolution or linear layer, may be pruned.
         imports: Python files that add methods, models, devices, … to the tables.
+        storage: a folder that all nodes share, in which the directories of runs and sweeps are made instead
+            of in `runs/`; or a place in an object store (`s3://…`, `gs://…`), below which they are published
+            at each checkpoint; null: neither.
         data: the examples, and how they are dealt to clients.
         clients: the population, the cohort of a round, and the actors that host them.
         method: the method and its options.
@@ -360,6 +376,7 @@ class RunConfig(Config):
     prune_first: bool = True
     prune_last: bool = False
     imports: tuple[LocalPath, ...] = ()
+    storage: Storage | None = None
     data: DataConfig = Field(default_factory=DataConfig)
     clients: ClientsConfig = Field(default_factory=ClientsConfig)
     method: Annotated[Choice[Method], METHOD] = Field(default_factory=METHOD.default)

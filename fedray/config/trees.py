@@ -23,6 +23,7 @@ INDECISIVE = (
     "clients.max_failed",
     "data.root",
     "imports",
+    "storage",
 )
 """Keys that no result depends on: where a run is computed, read, tracked and kept, and when it gives up.
 `resume` may change them.

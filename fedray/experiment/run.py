@@ -16,16 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from fedray.config.places import Place
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Partition
-from fedray.durable import local_path, remove_partials, shown
+from fedray.durable import remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.experiment.dealing import Deal, check_pairs, dealt, loaded
 from fedray.experiment.given import run_config
 from fedray.experiment.history import History
+from fedray.experiment.homes import Home, brought, publish_rest, published
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
 from fedray.experiment.placement import placed, stack_of
 from fedray.experiment.progress import RunProgress, watched
@@ -37,7 +39,7 @@ from fedray.federation.worker import Rules, Workplace
 from fedray.randomness import generator, seed_sequence
 from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Stored
-from fedray.storage.directory import Lock, check_free, take_next
+from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.tracking.also import Beside
 from fedray.tracking.catching_up import mend
@@ -54,9 +56,6 @@ OnRound = Callable[[RoundReport], None]
 
 Until = Callable[[int, Mapping[str, Any]], str | None]
 """Called with each round and its metrics: returns why the run ends with it, None if it does not."""
-
-RUNS = Path("runs")
-"""Default parent directory of runs."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,7 @@ def run(
     tracking: Tracking | None = None,
     until: Until | None = None,
     progress: bool | None = None,
+    place: Place | None = None,
 ) -> History:
     """Run a federation.
 
@@ -152,33 +152,34 @@ def run(
         config: a config; or the path of a YAML file, or a mapping as a file holds it, whose keys may be
             dotted. Of a sweep, its `base` is run.
         overrides: changes of the config: `{"method.lr": 0.1}` or `["method.lr=0.1"]`.
-        out: the run's directory, which must be empty or absent; None: the next free one under `runs/`.
+        out: the run's directory, which must be empty or absent; None: the next free one under `runs/`, or in
+            the folder that `storage` names.
         on_round: called after each round, for progress and Tune.
         pool: makes the pool of clients; None: as `clients.actors` says.
         tracking: where to track the run; None: as the config's `tracking` says.
         until: ends the run, as finished, before its last round.
         progress: whether to show a bar; None: in a notebook or at Python's prompt, without an `on_round`.
+        place: where the directory is published; None: as the config's `storage` says.
 
     Raises:
         ConfigError, DataError: if the config cannot run; then nothing has started, and nothing is on disk.
         RunError, ClientError, MethodError: if the run failed; `resume` may continue it.
     """
     config = run_config(config, overrides)
-    if out is not None:
-        check_free(local_path(out))
+    home = Home.of(config.storage if place is None else None, out)
     federation = Federation.of(config)
     pool = pool or placed(config, federation.place, partial(import_mlflow, config.tracking.uri))
     with signals(), watched(progress, on_round, partial(RunProgress, config.rounds)) as on_round:
-        if out is not None:
-            files = RunFiles.create(local_path(out))
-        else:
-            files = RunFiles(take_next(local_path(RUNS), _stem(config), "checkpoints", "run"))
-        with Lock(files.path):
+        path, below = home.make(_stem(config), "checkpoints", "run")
+        files = RunFiles(path)
+        with Lock(path), published(path, place or below, is_new=place is None) as publish:
+            files.on_saved = publish
             files.write_config(config.to_tree())
             files.write_json(DATA, describe(config.data.name, federation.dataset, federation.deal.splits))
             if foreign := config.unrecorded():
                 files.write_json(REGISTERED, foreign)
             files.warn(federation.dataset.warnings)
+            publish()
             return _run_rounds_tracked(federation, files, None, on_round, pool, tracking or Tracking(), until)
 
 
@@ -191,13 +192,14 @@ def resume(
     tracking: Tracking | None = None,
     patience_s: float = 0.0,
     until: Until | None = None,
+    place: Place | None = None,
 ) -> History:
     """Resume a run from its last checkpoint. It ends with the weights of an uninterrupted run.
 
     A finished run is only read, unless `overrides` add rounds.
 
     Args:
-        path: the run's directory.
+        path: the run's directory; or the address where it is published: then in a copy below `runs/`.
         overrides: changes of the config: `["rounds=200"]` or `{"rounds": 200}`. Allowed are `rounds`, where
             the method's schedule does not depend on it, and keys that do not change results.
         on_round: as for `run`.
@@ -205,20 +207,24 @@ def resume(
         tracking: as for `run`.
         patience_s: seconds to wait for a process that is leaving the run.
         until: as for `run`.
+        place: as for `run`.
 
     Raises:
         ConfigError, DataError, ClientError, MethodError: as for `run`.
         RunError: if the run failed; or if it cannot be resumed: another process works on it, or no sound
             checkpoint of its config, model and version exists. Nothing has changed then.
     """
+    path, place = brought(path, overrides, place, patience_s)
     files = RunFiles.open(path)
     before, config = resumed_config(files, overrides)
     result = finished_result(files, config)
     if result is not None:
         mend(files, config, tracking or Tracking())
+        publish_rest(path, place)
         return History(files.path, _history(files), result)
     federation = Federation.of(config)
-    with Lock(files.path, patience_s=patience_s):
+    with Lock(path, patience_s=patience_s), published(path, place) as publish:
+        files.on_saved = publish
         result = finished_result(files, config)  # another process may have finished it meanwhile
         if result is not None:
             return History(files.path, _history(files), result)

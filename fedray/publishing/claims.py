@@ -7,19 +7,16 @@ every `BEAT_S`; one that was not written for `LEASE_S`, by the store's clock, be
 
 import json
 import logging
-import os
-import secrets
-import socket
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
 from fedray.errors import RunError
 from fedray.publishing.manifest import CLAIMS
 from fedray.publishing.objects import Found, Missing, Objects, StoreError
+from fedray.storage import heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +41,8 @@ class Claim:
 
     def __init__(self, objects: Objects, *, waits: bool) -> None:
         self.objects, self.waits = objects, waits
-        self.name = f"{CLAIMS}/{secrets.token_hex(8)}.json"
-        self._me = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        self._me = heartbeat.signature()
+        self.name = f"{CLAIMS}/{self._me['id']}.json"
         self._over = threading.Event()
         self._writing = threading.Lock()
 
@@ -122,11 +119,11 @@ class Claim:
         if now - claim.written_at >= LEASE_S:
             return True
         who = self._read(claim.name)
-        if who is None or who.get("host") != socket.gethostname():
-            return who is None
-        if who.get("pid") == os.getpid():
-            return f"{CLAIMS}/{claim.name}" not in _held
-        return not _runs(who.get("pid"))
+        if who is None:
+            return True
+        if all(who.get(key) == self._me[key] for key in ("pid", "host", "machine", "started")):
+            return f"{CLAIMS}/{claim.name}" not in _held  # of this process
+        return {"pid", "host"} <= who.keys() and heartbeat.has_ended(who)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
@@ -154,19 +151,3 @@ class Claim:
 
 def _pause(seconds: float) -> None:
     time.sleep(seconds)
-
-
-def _runs(pid: object) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

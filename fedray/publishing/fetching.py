@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fedray.config.places import Place, is_place
-from fedray.durable import on_disk, replacing
+from fedray.durable import on_disk, replacing, shown
 from fedray.errors import ConfigError, RunError
 from fedray.publishing.manifest import CONTENTS, NOTHING, Entry, Manifest
 from fedray.publishing.manifest import read as read_manifest
@@ -207,26 +207,29 @@ def bring_newer(objects: Objects, folder: Path, *, readable: bool = False) -> bo
     return True
 
 
-def refresh(folder: Path, storage: str) -> Place:
-    """Bring the directory of a run or sweep up to date with its place in a store; the caller resumes it.
+def refresh(folder: Path, place: Place, patience_s: float = 0.0) -> None:
+    """Bring the directory of a run or sweep up to what another node has published; the caller resumes it.
 
     Args:
         folder: the directory.
-        storage: address under which it is published.
-
-    Returns:
-        Its own place.
+        place: where it is published.
+        patience_s: seconds to wait for a process that is leaving the directory.
 
     Raises:
-        RunError: if a process works in the directory.
+        RunError: if a process works in the directory, or the place holds something that it did not come from.
         StoreError: if the store does not answer.
     """
-    place = place_of(folder, storage)
     objects = Objects(place)
     objects.check()
-    with Lock(folder):
-        bring_newer(objects, folder)
-    return place
+    known = Known.read(folder)
+    if known is not None and known.place == str(place):
+        with Lock(folder, patience_s=patience_s):
+            bring_newer(objects, folder)
+    elif read_manifest(objects) is not NOTHING:
+        raise RunError(
+            f"{place}: holds something that {shown(folder)} does not come from; to continue that one: "
+            f"`fedray resume {place}`; to publish this one elsewhere: storage=…"
+        )
 
 
 def place_of(folder: Path, storage: str) -> Place:
@@ -234,7 +237,7 @@ def place_of(folder: Path, storage: str) -> Place:
     parent, known = Place.parse(storage), Known.read(folder)
     if known is not None and is_place(known.place):
         before = Place.parse(known.place)
-        if str(parent.below(before.name)) == known.place:
+        if before.options == parent.options and before.key.startswith(f"{parent.key}/"):
             return before
     return parent.below(folder.name)
 

@@ -5,14 +5,12 @@ objects/<SHA-256>         the contents of a file, whatever its name
 claims/<id>.json          the process that publishes here
 """
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import PurePosixPath
-from typing import Any
 
+from fedray.durable import as_mapping, mapping_in
 from fedray.errors import RunError
 from fedray.publishing.objects import Missing, Objects
 
@@ -53,14 +51,10 @@ class Manifest:
         return {entry.sha256 for entry in self.files.values()}
 
     def write(self) -> bytes:
-        """Return it as JSON, with the SHA-256 of the rest."""
-        tree = {
-            "format": FORMAT,
-            "generation": self.generation,
-            "id": self.id,
-            "files": {name: [entry.size, entry.sha256] for name, entry in sorted(self.files.items())},
-        }
-        return json.dumps({**tree, "sha256": _digest(tree)}, indent=1).encode()
+        """Return it as JSON, with a checksum."""
+        files = {name: [entry.size, entry.sha256] for name, entry in sorted(self.files.items())}
+        tree = {"format": FORMAT, "generation": self.generation, "id": self.id, "files": files}
+        return as_mapping(tree)
 
 
 NOTHING = Manifest(0, "", {})
@@ -79,15 +73,13 @@ def read(objects: Objects) -> Manifest:
     except Missing:
         return NOTHING
     try:
-        tree = json.loads(text)
-        if tree["format"] > FORMAT:
-            raise RunError(f"{objects.place}: a later version of fedray wrote its {MANIFEST}")
-        if tree.pop("sha256") != _digest(tree):
-            raise ValueError("its SHA-256 is another one")
-        files = {name: Entry(int(size), str(digest)) for name, (size, digest) in tree["files"].items()}
-        found = Manifest(int(tree["generation"]), str(tree["id"]), files)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise RunError(f"{objects.place}: {MANIFEST} is damaged: {error}") from None
+        tree = mapping_in(text, sealed=True)
+    except ValueError as error:
+        raise RunError(f"{objects.place}: {MANIFEST} is damaged{error}") from None
+    if tree.get("format") != FORMAT:
+        raise RunError(f"{objects.place}: a later version of fedray wrote its {MANIFEST}")
+    files = {name: Entry(size, digest) for name, (size, digest) in tree["files"].items()}
+    found = Manifest(tree["generation"], tree["id"], files)
     for name in found.files:
         if not _is_inside(name):
             raise RunError(f"{objects.place}: {MANIFEST} names {name!r}, which is not below a directory")
@@ -97,7 +89,3 @@ def read(objects: Objects) -> Manifest:
 def _is_inside(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

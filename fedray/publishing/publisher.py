@@ -8,7 +8,6 @@ generation it came from, and what is in the store.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -21,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from fedray.config.places import Place
-from fedray.durable import on_disk, read_mapping, replace, shown
+from fedray.durable import as_mapping, on_disk, read_mapping, replace, shown
 from fedray.errors import RunError
 from fedray.publishing.claims import Claim
 from fedray.publishing.manifest import CONTENTS, MANIFEST, NOTHING, Entry, Manifest
@@ -30,7 +29,7 @@ from fedray.publishing.objects import PIECE, Objects, StoreError
 
 logger = logging.getLogger(__name__)
 
-KNOWN = "published.json"
+PUBLISHED = "published.json"
 """File in a directory: where it is published, which generation, and the objects of that one and the last."""
 
 APART = ("trials", "report")
@@ -72,7 +71,7 @@ class Known:
         Raises:
             RunError: if it is damaged.
         """
-        tree = read_mapping(folder / KNOWN)
+        tree = read_mapping(folder / PUBLISHED)
         if tree is None:
             return None
         try:
@@ -88,15 +87,15 @@ class Known:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunError(
-                f"{folder / KNOWN}: is damaged: {error!r}; remove it: `fedray resume` writes it anew"
+                f"{folder / PUBLISHED}: is damaged: {error!r}; `fedray resume ADDRESS` fetches a copy"
             ) from None
 
     def write(self, folder: Path) -> None:
         """Write it into a directory."""
         files = {name: [entry.size, entry.sha256] for name, entry in (self.files or {}).items()}
         tree = {**self.__dict__, "files": files}
-        with on_disk(folder / KNOWN):
-            replace(folder / KNOWN, (json.dumps(tree, indent=1) + "\n").encode())
+        with on_disk(folder / PUBLISHED):
+            replace(folder / PUBLISHED, as_mapping(tree))
 
     def is_of(self, manifest: Manifest) -> bool:
         """Tell whether the directory is at least as new as a generation."""
@@ -296,7 +295,7 @@ def names_of(folder: Path) -> Iterator[str]:
         if inner == Path():
             folders[:] = [name for name in folders if name not in APART]
         for name in sorted(files):
-            if not name.startswith(".") and not (inner == Path() and name == KNOWN):
+            if not name.startswith(".") and not (inner == Path() and name == PUBLISHED):
                 yield (inner / name).as_posix()
 
 

@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -81,14 +81,21 @@ def take(path: Path, inner: str, what: str) -> None:
         raise _refused(path, error) from None
 
 
-def take_next(folder: Path, stem: str, inner: str, what: str) -> Path:
+def take_next(folder: Path, stem: str, inner: str, what: str, taken: Collection[str] = ()) -> Path:
     """Create the first of `folder/stem-001`, `-002`, … that does not exist. Concurrent callers get one each.
+
+    Args:
+        folder: where it is made.
+        stem: of its name.
+        inner: as for `take`.
+        what: as for `take`.
+        taken: names that are passed over: they exist elsewhere.
 
     Raises:
         ConfigError: if none can be made.
     """
     while True:
-        path = numbered(folder, stem)
+        path = numbered(folder, stem, taken)
         try:
             take(path, inner, what)
             return path
@@ -97,11 +104,11 @@ def take_next(folder: Path, stem: str, inner: str, what: str) -> Path:
                 raise
 
 
-def numbered(folder: Path, stem: str) -> Path:
+def numbered(folder: Path, stem: str, taken: Collection[str] = ()) -> Path:
     """Return the first of `folder/stem-001`, `-002`, … that does not exist; creates nothing."""
     number = 1
     try:
-        while (path := folder / f"{stem}-{number:03d}").exists():
+        while (path := folder / f"{stem}-{number:03d}").exists() or path.name in taken:
             number += 1
     except OSError as error:
         raise _refused(folder, error) from None

@@ -87,6 +87,17 @@ def is_of_this_machine(who: Mapping[str, Any]) -> bool:
     return who.get("machine") == _machine() if "machine" in who else who["host"] == socket.gethostname()
 
 
+def has_ended(who: Mapping[str, Any]) -> bool:
+    """Tell whether a process that signed ran on this host, and is gone; False for a process elsewhere.
+
+    A container of this machine may not see the process, and has another host name.
+    """
+    if not is_of_this_machine(who) or who["host"] != socket.gethostname():
+        return False
+    started = _started(int(who["pid"]))
+    return started is None or who.get("started", started) != started
+
+
 def age_s(file: FileIO, folder: Path) -> float:
     """Return the seconds since the last beat, by the clock of the file system."""
     probe = folder / f".{uuid4().hex}.probe"

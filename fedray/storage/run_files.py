@@ -13,6 +13,7 @@
     mlflow-sent.jsonl           points on their way to MLflow, until it has all
     tensorboard/, wandb/        if `tracking.also` names them
     ended-000100/            result, model and accuracies after round 100, if a resume then added rounds
+    published.json           which generation in an object store it came from, if `storage` names one
     .lock                    locked while a process works here
     .stop                    asks that process to end after its round (`fedray stop`)
 
@@ -26,7 +27,7 @@ name; `resume` makes again what it can. A file of an earlier version has none, a
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class RunFiles:
     def __init__(self, path: Path) -> None:
         self.path = local_path(path)
         self._unwritten: list[tuple[int, ClientRecord]] = []
+        self.on_saved: Callable[[], object] = lambda: None
+        """Called after each checkpoint."""
 
     @classmethod
     def create(cls, path: Path) -> "RunFiles":
@@ -128,6 +131,7 @@ class RunFiles:
         with self._writing(f"checkpoints/{stored.name_of(checkpoint.state.round)}") as path:
             stored.write(path, checkpoint, config or {})
             durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
+        self.on_saved()
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Record warnings for readers of the run."""

@@ -22,8 +22,9 @@ from typing import Any
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
 from fedray.experiment.cluster import has_address
+from fedray.experiment.homes import RUNS
 from fedray.experiment.placement import START_S, groups_for, in_trial
-from fedray.experiment.run import RUNS, run
+from fedray.experiment.run import run
 from fedray.types import RoundReport
 
 MEASURED = 3
@@ -131,7 +132,7 @@ def plan(configs: Sequence[RunConfig], concurrent: int | None, *, sweeps: bool, 
 
 def measure(config: RunConfig) -> Measure:
     """Run the first rounds of a config in this process, in a folder that is removed."""
-    tree = override_tree(config.to_tree(), {"clients.actors": 0, "tracking.uri": "none"})
+    tree = override_tree(config.to_tree(), {"clients.actors": 0, "tracking.uri": "none", "storage": None})
     times: list[float] = [time.perf_counter()]
     seen: list[RoundReport] = []
     wanted = min(MEASURED, config.rounds)

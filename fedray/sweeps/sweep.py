@@ -23,10 +23,10 @@ from fedray.errors import ConfigError
 from fedray.experiment.cluster import cluster_cpus, start_ray
 from fedray.experiment.dealing import check_data
 from fedray.experiment.given import MAPPING, changes_of, tree_of
+from fedray.experiment.homes import RUNS
 from fedray.experiment.interrupt import Stop, signals
 from fedray.experiment.placement import actors_for, check_room, groups_for
 from fedray.experiment.progress import SweepProgress, watched
-from fedray.experiment.run import RUNS
 from fedray.report.reading import moved_store
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles

@@ -10,6 +10,7 @@ from typing import Any
 from fedray.config.run_config import RunConfig
 from fedray.durable import shown
 from fedray.errors import RunError
+from fedray.publishing.publisher import PUBLISHED
 from fedray.report.reading import moved_store
 from fedray.storage.directory import LOCK
 from fedray.storage.final_model import load_module
@@ -116,7 +117,7 @@ def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, st
         result = files.result() or {}
         tracker.log_round(final(result))
         tracker.tag({"weights_sha256": str(result.get("weights_sha256"))})
-        skipped = {"checkpoints", KNOWN, SENT, LOCK, *config.tracking.also}
+        skipped = {"checkpoints", KNOWN, SENT, LOCK, PUBLISHED, *config.tracking.also}
         artifacts = [path for path in sorted(files.path.iterdir()) if path.name not in skipped]
         model = lambda: load_module(config, files)  # noqa: E731
     tracker.finish(status, artifacts, model)

@@ -136,6 +136,7 @@ NOT_IN_THE_RESULT = {
     "tracking.also": ["tensorboard"],
     "data.root": "/",
     "checkpoint_every": 3,
+    "storage": "s3://bucket/runs",
 }
 IN_THE_RESULT = {
     "rounds": 31,

@@ -14,11 +14,11 @@ from fedray.config.places import Place
 from fedray.errors import RunError
 from fedray.publishing import claims, objects, publisher
 from fedray.publishing.claims import Claim
-from fedray.publishing.fetching import bring_newer, fetch, readable_copy, refresh, working_copy
+from fedray.publishing.fetching import bring_newer, fetch, place_of, readable_copy, refresh, working_copy
 from fedray.publishing.manifest import MANIFEST, NOTHING
 from fedray.publishing.manifest import read as read_manifest
 from fedray.publishing.objects import Missing, Objects, StoreError
-from fedray.publishing.publisher import KNOWN, Publisher, is_published
+from fedray.publishing.publisher import PUBLISHED, Publisher, is_published
 from tests.publishing.s3 import S3
 
 
@@ -32,7 +32,7 @@ def filled(folder: Path, **files: str) -> Path:
 def contents(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     found = {str(path.relative_to(folder)): path.read_text() for path in files}
-    return {name: text for name, text in found.items() if Path(name).name not in (KNOWN, ".lock")}
+    return {name: text for name, text in found.items() if Path(name).name not in (PUBLISHED, ".lock")}
 
 
 def published(folder: Path, address: str) -> None:
@@ -268,9 +268,12 @@ def test_a_directory_that_lacks_a_generation_does_not_publish(s3: S3, tmp_path: 
     published(filled(there, a="continued"), address)
     with pytest.raises(RunError, match=r"holds generation 2, which .* lacks"):
         published(filled(here, a="stale"), address)
-    refresh(here, address.replace("/runs?", "?"))  # its place keeps its name
+    assert str(place_of(here, address.replace("/runs?", "?"))) == address  # not …/here
+    refresh(here, Place.parse(address))
     assert contents(here) == {"a": "continued"}
     published(filled(here, a="more"), address)
+    with pytest.raises(RunError, match=rf"holds something that .* does not come from.*resume {address[:20]}"):
+        refresh(tmp_path / "other", Place.parse(address))
 
 
 # ── stores that do not answer
