@@ -269,7 +269,7 @@ BAD = [
     (["run", "x.yaml", "--address", "there"], "--address 'there': with clients.actors=0 the clients train"),
     (["sweep", "x.yaml", "--address", "there"], "no Ray cluster at --address 'there': an address is HOST:"),
     (["resume", ".", "--address", ""], "no config.yaml"),
-    (["watch", "--json"], "--json shows one moment: give --once too"),
+    (["watch", "--json"], "nothing runs below runs: `fedray runs` lists what is there"),
     (["stop", "nowhere"], "nowhere is not the directory of a run or a sweep: it has no config.yaml"),
     (["methods", "--import", "nowhere.py"], "imports: no file 'nowhere.py' (looked for "),
     (["ui"], "/runs/mlflow.db; run something first"),

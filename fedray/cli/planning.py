@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fedray.cli.console import err, escape, number, say, say_json
-from fedray.cli.entry import File, Import, Json, Overrides, app, imports_override
+from fedray.cli.entry import Address, File, Import, Json, Overrides, app, imports_override, use_cluster
 
 
 @app.command("plan")
@@ -14,6 +14,7 @@ def plan_(
     file: File,
     overrides: Overrides = None,
     imports: Import = None,
+    address: Address = None,
     measure: Annotated[
         bool, typer.Option(help="Run three real rounds of each kind of point, or only count.")
     ] = True,
@@ -27,6 +28,7 @@ def plan_(
     from fedray.overview.watching import duration
     from fedray.sweeps.planning import plan
 
+    use_cluster(address)
     changes = [*(overrides or []), *imports_override(file, imports)]
     if yaml_text.load(located(file)).get("space") or any(change.startswith("space.") for change in changes):
         from fedray.sweeps.space import Sweep
@@ -46,11 +48,13 @@ def plan_(
         say(f"sent by clients  about {number((found.up_bytes or 0) / 1e6)} MB")
         say(f"sent to clients  about {number((found.down_bytes or 0) / 1e6)} MB")
         say(f"client FLOPs     about {number((found.flops or 0) / 1e12)} T")
-        say(f"time here        about {duration(found.wall_s)}")
+        say(f"time             about {duration(found.wall_s)} on {found.where}")
         memory = number((found.memory_bytes or 0) / 2**20)
         say(f"memory           about {memory} MiB for each process that trains")
         say(f"disk             about {number((found.disk_bytes or 0) / 1e6)} MB")
-        say("Measured: three rounds of each kind of point; later ones cost less where a method prunes")
+        say("Measured here: three rounds of each kind of point; later ones cost less where a method prunes")
+    elif found.where != "this machine":
+        say(f"on {found.where}")
     for problem in found.problems:
         err.print(f"[bold red]does not fit:[/bold red] {escape(problem)}", highlight=False, soft_wrap=True)
     if found.problems:

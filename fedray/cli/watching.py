@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fedray.cli.console import columns_of, number, out, say, say_json, short
-from fedray.cli.entry import Json, app
+from fedray.cli.entry import app
 from fedray.errors import ConfigError
 
 
@@ -16,19 +16,19 @@ def watch(
     directory: Annotated[
         Path | None, typer.Argument(help="Default: the newest below runs/ that runs.")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print one table.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one table, or with --json one object.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
-    json: Json = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Write JSON: a line whenever something has changed, until the end.")
+    ] = False,
 ) -> None:
     """Watch a running run or sweep from another terminal: trials, rounds, accuracy, bytes, speed."""
     from fedray.durable import local_path
     from fedray.overview.watching import look, newest_running
 
-    if json and not once:
-        raise ConfigError("--json shows one moment: give --once too")
     path = newest_running(local_path("runs")) if directory is None else local_path(directory)
     view = look(path)
-    if json:
+    if json and once:
         return say_json(view.to_json())
     if once:
         return _print(view)
@@ -37,10 +37,10 @@ def watch(
             f"{short(path)} does not run: `fedray watch --once {short(path)}` shows how it ended"
         )
     try:
-        view = _live(view, every) if out.is_terminal else _lines(view, every)
+        view = _live(view, every) if out.is_terminal and not json else _lines(view, every, json)
     except KeyboardInterrupt:
         return  # what it watched runs on
-    if out.is_terminal:
+    if out.is_terminal and not json:
         _print(view)
 
 
@@ -62,18 +62,21 @@ def _live(view: Any, every: float) -> Any:
     return view
 
 
-def _lines(view: Any, every: float) -> Any:
-    """Print a line whenever something has changed, until the end; return the last state."""
+def _lines(view: Any, every: float, json: bool) -> Any:
+    """Print a line, of JSON or of words, whenever something has changed; return the last state."""
+    from json import dumps
+
     from fedray.overview.watching import look
 
     said = ""
     while True:
         counts = f"{view.done} {[run.status for run in view.runs]}"
-        if counts != said:
-            print_line(view.line())
+        if counts != said or (json and not view.is_running):
+            print_line(dumps(view.to_json(), allow_nan=False) if json else view.line())
         said = counts
         if not view.is_running:
-            print_line(f"{short(view.path)} has ended")
+            if not json:
+                print_line(f"{short(view.path)} has ended")
             return view
         time.sleep(every)
         view = look(view.path)
@@ -93,7 +96,7 @@ def _print(view: Any) -> None:
 
 def _table(view: Any) -> list[str]:
     """Return the lines of a table of trials; those that run stand above."""
-    from fedray.overview.watching import speed
+    from fedray.overview.watching import actors, speed
 
     order = ("running", "failed", "damaged", "interrupted", "stopped", "finished")
     runs = sorted(view.runs, key=lambda run: order.index(run.status))
@@ -109,7 +112,7 @@ def _table(view: Any) -> list[str]:
         "accuracy": column("accuracy", form=".3f"),
         "density": column("density/global"),
         "MB": column("bytes", 1e6),
-        "actors": [str(run.flat.get("clients.actors", "—")) for run in runs],
+        "actors": [actors(run) for run in runs],
         "dropped": column("total/clients/dropped"),
         "rounds/s": [number(speed(run)) if speed(run) else "—" for run in runs],
     }

@@ -39,7 +39,7 @@ from fedray.federation.worker import Rules, Workplace
 from fedray.randomness import generator, seed_sequence
 from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Stored
-from fedray.storage.directory import Lock
+from fedray.storage.directory import Lock, note_actors
 from fedray.storage.run_files import RunFiles
 from fedray.tracking.also import Beside
 from fedray.tracking.catching_up import mend
@@ -295,6 +295,7 @@ def _run_rounds_tracked(
                     for report in rounds if ended is None else ():
                         tracker.log_round(report)
                         beside.log_round(report)
+                        note_actors(files.path, len(getattr(pool, "actors", ())))
                         logger.info("round %d of %d: %s", report.round, config.rounds, _headline(report))
                         if on_round is not None:
                             on_round(report)

@@ -1,12 +1,13 @@
 """A running run or sweep as it stands, from its files; a sweep's points need not be drawn yet."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedray.config import yaml_text
-from fedray.durable import shown
+from fedray.durable import scan_lines, shown
 from fedray.errors import ConfigError
 from fedray.overview.summary import Summary, is_training, summary
 from fedray.report.reading import find_runs
@@ -21,7 +22,7 @@ class View:
         path: its directory.
         is_running: whether a process works there.
         runs: the run itself, or the trials that have begun.
-        planned: trials of the sweep as far as they are known; 1 for a run.
+        planned: trials of the sweep, also those that its search has not suggested yet; 1 for a run.
         rounds: planned rounds of a trial that has not begun.
     """
 
@@ -83,7 +84,8 @@ class View:
         return {
             "path": str(self.path),
             "running": self.is_running,
-            "trials": [run.to_json() for run in self.runs],
+            "trials": [run.to_json() | {"actors": run.holder and run.holder.actors} for run in self.runs],
+            "planned": self.planned,
             "waiting": self.waiting,
             "rounds_done": self.done,
             "rounds_left": self.left,
@@ -126,10 +128,32 @@ def look(path: Path) -> View:
     tree = yaml_text.load_quickly(path / "sweep.yaml") or {}
     trials = path / "trials"
     begun = sorted(place for place in trials.glob("*") if (place / "config.yaml").is_file())
-    points, base = tree.get("points"), tree.get("base")
-    planned = max(len(points) if isinstance(points, list) else 0, len(begun))
+    base = tree.get("base")
+    planned = max(_planned(path, tree), len(begun))
     rounds = base.get("rounds") if isinstance(base, dict) else None
     return View(path, running, tuple(map(summary, begun)), planned, rounds if isinstance(rounds, int) else 0)
+
+
+def _planned(path: Path, tree: Mapping[str, Any]) -> int:
+    """Return the trials of a sweep, without drawing its points."""
+    points, tune = tree.get("points"), tree.get("tune")
+    if points or not isinstance(tune, dict):
+        return len(points) if isinstance(points, list) else 0
+    lines = scan_lines(path / "points.jsonl")[0]
+    if any("ended" in line for line in lines):
+        return sum(len(line.get("trials", ())) for line in lines)
+    repeat, samples = tune.get("repeat"), tune.get("num_samples")
+    seeds = len(repeat) if isinstance(repeat, list) and repeat else 1
+    return samples * seeds if isinstance(samples, int) else 0
+
+
+def actors(run: Summary) -> str:
+    """Return the client actors of a run: those that live, of those that the config asks for."""
+    asked = run.flat.get("clients.actors", "—")
+    live = run.holder.actors if run.status == "running" and run.holder is not None else None
+    if live is None or live == asked:
+        return str(asked)
+    return f"{live} (auto)" if asked == "auto" else f"{live} of {asked}"
 
 
 def newest_running(folder: Path) -> Path:

@@ -258,11 +258,13 @@ class Holder:
         pid: its id; on this host as the system says it, elsewhere as the process wrote it.
         host: its host; empty if unknown.
         since: when it took the directory, `2026-01-31 12:00:00 UTC`; empty if unknown.
+        actors: client actors that lived after its last round; None if it has not said.
     """
 
     pid: int
     host: str
     since: str
+    actors: int | None = None
 
     @property
     def is_here(self) -> bool:
@@ -283,7 +285,7 @@ def holder_of(path: Path) -> Holder | None:
         # closing the file here would end this process's own lock
         mine = _held.get(_key(path))
         if mine is not None:
-            return Holder(mine.who["pid"], mine.who["host"], mine.who["since"])
+            return Holder(mine.who["pid"], mine.who["host"], mine.who["since"], mine.who.get("actors"))
         try:
             with FileIO(path / LOCK) as file:
                 return _holder_of(file)
@@ -299,11 +301,12 @@ def _holder_of(file: FileIO) -> Holder | None:
             beats = who is not None and not heartbeat.is_of_this_machine(who)
             if who is None or not beats or abs(heartbeat.silent_s(file)) > heartbeat.SILENT_S:
                 return None
-            return Holder(int(who["pid"]), str(who["host"]), str(who["since"]))
+            return Holder(int(who["pid"]), str(who["host"]), str(who["since"]), who.get("actors"))
         if who is None:
             return Holder(pid, "", "")
         here = who["host"] == socket.gethostname() and pid > 0
-        return Holder(pid if here else int(who["pid"]), str(who["host"]), str(who["since"]))
+        own = pid if here else int(who["pid"])
+        return Holder(own, str(who["host"]), str(who["since"]), who.get("actors"))
     except (ValueError, TypeError):
         return None if pid is None else Holder(pid, "", "")
 
@@ -321,6 +324,15 @@ def _locked_by(file: FileIO) -> int | None:
     found = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, asked)[: struct.calcsize(layout)])
     kind, holder = (found[0], found[4]) if linux else (found[3], found[2])
     return None if kind == fcntl.F_UNLCK else int(holder)
+
+
+def note_actors(path: Path, actors: int) -> None:
+    """Write into the lock of a directory, if this process has it, how many client actors live."""
+    with _guard:
+        mine = _held.get(_key(path))
+        if mine is not None and mine.who.get("actors") != actors:
+            mine.who["actors"] = actors
+            mine.beats.sign()
 
 
 def ask_to_stop(path: Path) -> None:

@@ -151,6 +151,12 @@ class Beats:
         """The process that took the lock from this one, which was silent for too long."""
         self._thread.start()
 
+    def sign(self) -> None:
+        """Write the signature again, which has changed, unless the lock was taken over."""
+        found = signed(self._file)
+        if found is not None and found.get("id") == self._who["id"]:
+            sign(self._file, self._who)
+
     def stop(self) -> None:
         """End the thread."""
         self._ended.set()

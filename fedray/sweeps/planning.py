@@ -21,9 +21,10 @@ from typing import Any
 
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
-from fedray.experiment.cluster import has_address
+from fedray.errors import ConfigError
+from fedray.experiment.cluster import cluster_cpus, cluster_nodes, has_address, start_ray
 from fedray.experiment.homes import RUNS
-from fedray.experiment.placement import START_S, groups_for, in_trial
+from fedray.experiment.placement import START_S, check_room, groups_for, in_trial
 from fedray.experiment.run import run
 from fedray.types import RoundReport
 
@@ -67,10 +68,11 @@ class Plan:
         up_bytes: sent by clients, in all trials.
         down_bytes: sent to clients.
         flops: of the clients.
-        wall_s: seconds on this machine.
+        wall_s: seconds there, if its CPUs are as fast as this machine's.
         disk_bytes: of all directories.
         memory_bytes: of a process that trains.
-        problems: what does not fit this machine.
+        where: this machine or the cluster, in words.
+        problems: what does not fit there.
     """
 
     trials: int
@@ -82,6 +84,7 @@ class Plan:
     wall_s: float | None
     disk_bytes: float | None
     memory_bytes: float | None
+    where: str
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -90,7 +93,9 @@ class Plan:
 
 
 def plan(configs: Sequence[RunConfig], concurrent: int | None, *, sweeps: bool, measures: bool) -> Plan:
-    """Estimate what some configs take on this machine.
+    """Estimate what some configs take on this machine, or on the cluster of RAY_ADDRESS.
+
+    The rounds are measured on this machine.
 
     Args:
         configs: one for each trial.
@@ -100,8 +105,10 @@ def plan(configs: Sequence[RunConfig], concurrent: int | None, *, sweeps: bool, 
 
     Raises:
         ConfigError, DataError, ClientError, MethodError: as `run`, if a measured config cannot run.
+        RunError: if there is no cluster at the address.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = _cluster() if has_address() else _machine()
+    cpus = max(1, int(room.cpus))
     at_once = min(len(configs), concurrent or cpus) if sweeps else 1
     found: dict[tuple[Any, ...], Measure] = {}
     total, disk, trial_s = [0.0, 0.0, 0.0], 0.0, 0.0
@@ -126,7 +133,8 @@ def plan(configs: Sequence[RunConfig], concurrent: int | None, *, sweeps: bool, 
         wall_s=wall_s if found else None,
         disk_bytes=disk if found else None,
         memory_bytes=memory if found else None,
-        problems=tuple(_problems(configs, cpus, at_once, memory, disk)),
+        where=room.name,
+        problems=tuple(_problems(configs, room, at_once, memory, disk)),
     )
 
 
@@ -183,27 +191,87 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Where the plan is to run.
+
+    Args:
+        name: in words.
+        cpus: all CPUs.
+        memory_bytes: of all nodes; None if unknown.
+        node_bytes: of the node with the most; None if unknown.
+        is_cluster: whether it is a Ray cluster, to which this process is connected.
+    """
+
+    name: str
+    cpus: float
+    memory_bytes: float | None
+    node_bytes: float | None
+    is_cluster: bool
+
+
+def _machine() -> _Room:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return _Room("this machine", cpus, have, have, is_cluster=False)
+
+
+def _cluster() -> _Room:
+    """Connect to the cluster of RAY_ADDRESS and return what it has.
+
+    Raises:
+        RunError: if it cannot be reached, or has no CPUs.
+    """
+    start_ray()
+    nodes = cluster_nodes()
+    memory = [node.get("memory", 0.0) for node in nodes]
+    many = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+    cpus = cluster_cpus()
+    name = f"the Ray cluster at {os.environ['RAY_ADDRESS']} ({many}, {cpus:g} CPUs)"
+    return _Room(name, cpus, sum(memory) or None, max(memory, default=0.0) or None, is_cluster=True)
+
+
 def _problems(
-    configs: Sequence[RunConfig], cpus: int, at_once: int, memory: int, disk: float
+    configs: Sequence[RunConfig], room: _Room, at_once: int, memory: int, disk: float
 ) -> Iterator[str]:
-    """Yield what does not fit this machine. A cluster (RAY_ADDRESS) checks its own CPUs when a run starts."""
-    actors = max(_actors(config, cpus / at_once) for config in configs)
-    if not has_address():
-        need = max(_cpus(config, cpus / at_once) for config in configs)
-        if need > cpus + 1e-6:
-            yield f"client actors need {need:g} CPUs, and this machine has {cpus}: lower clients.actors"
-    if hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        need_bytes = memory * at_once * max(1, actors)
-        if need_bytes > have:
-            yield (
-                f"{at_once * max(1, actors)} processes need about {need_bytes / 2**30:.3g} GiB of memory, "
-                f"and this machine has {have / 2**30:.3g}: lower clients.actors or tune.concurrent"
-            )
+    """Yield what does not fit."""
+    share = max(1, int(room.cpus)) / at_once
+    yield from _cluster_problems(configs, share) if room.is_cluster else _cpu_problems(configs, room, share)
+    processes = at_once * max(1, *(_actors(config, share) for config in configs))
+    if room.node_bytes is not None and memory > room.node_bytes:
+        yield (
+            f"a process that trains needs about {memory / 2**30:.3g} GiB of memory, and no node of "
+            f"{room.name} has more than {room.node_bytes / 2**30:.3g}"
+        )
+    elif room.memory_bytes is not None and memory * processes > room.memory_bytes:
+        yield (
+            f"{processes} processes need about {memory * processes / 2**30:.3g} GiB of memory, and "
+            f"{room.name} has {room.memory_bytes / 2**30:.3g}: lower clients.actors or tune.concurrent"
+        )
     here = RUNS if RUNS.exists() else Path()
     free = shutil.disk_usage(here).free
     if disk > free:
         yield f"the directories need about {disk / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free here"
+
+
+def _cpu_problems(configs: Sequence[RunConfig], room: _Room, share: float) -> Iterator[str]:
+    need = max(_cpus(config, share) for config in configs)
+    if need > room.cpus + 1e-6:
+        yield f"client actors need {need:g} CPUs, and this machine has {room.cpus:g}: lower clients.actors"
+
+
+def _cluster_problems(configs: Sequence[RunConfig], share: float) -> Iterator[str]:
+    """Yield the reasons why the cluster has no room for the actors of a config, each once."""
+    seen: set[str] = set()
+    for config in configs:
+        if config.clients.actors == 0 or in_trial(config, share):
+            continue
+        try:
+            check_room(groups_for(config, share), "a trial" if len(configs) > 1 else "the run")
+        except ConfigError as error:
+            if str(error) not in seen:
+                yield str(error)
+            seen.add(str(error))
 
 
 def _actors(config: RunConfig, cpus: float) -> int:

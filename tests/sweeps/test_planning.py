@@ -1,14 +1,18 @@
 """`fedray plan`: its estimates beside a real run; it leaves nothing behind, and names what does not fit."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fedray import cli
 from fedray.config import yaml_text
+from fedray.errors import RunError
 from fedray.experiment.run import run
+from fedray.sweeps import planning
 from fedray.sweeps.planning import plan
 from tests.experiment import tiny
 
@@ -40,6 +44,62 @@ def test_what_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.config({"clients.actors": 3, "clients.resources.cpu": 1000})
     found = plan([config], None, sweeps=False, measures=False)
     assert any("client actors need 3000 CPUs" in problem for problem in found.problems)
+
+
+GIB = 2.0**30
+NODES = [{"CPU": 4.0, "memory": 2 * GIB}, {"CPU": 2.0, "GPU": 1.0, "memory": 8 * GIB}]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of two nodes, to which this process is connected."""
+    from fedray.experiment import placement
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(planning, "start_ray", lambda: None)
+    for module in (planning, placement):
+        monkeypatch.setattr(module, "cluster_nodes", lambda: NODES)
+        monkeypatch.setattr(module, "cluster_cpus", lambda **_: 6.0)
+
+
+def test_with_an_address_the_plan_is_of_the_cluster(cluster: None) -> None:
+    found = plan([tiny.config()] * 9, None, sweeps=True, measures=False)
+    assert (found.concurrent, found.problems) == (6, ())
+    assert found.where == "the Ray cluster at 10.0.0.1:6379 (2 nodes, 6 CPUs)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"clients.actors": 7, "clients.resources.cpu": 1}, "the run needs 7 × CPU for its client actors"),
+        ({"clients.actors": 1, "clients.resources.cpu": 5}, "but no node of the cluster has that much"),
+        ({"clients.actors": 2, "clients.resources.gpu": 1}, "needs 2 × CPU, 2 × GPU|needs 2 × GPU"),
+    ],
+)
+def test_what_does_not_fit_the_cluster_is_named(cluster: None, changes: dict[str, Any], problem: str) -> None:
+    found = plan([tiny.config(changes)] * 1, None, sweeps=False, measures=False)
+    assert len(found.problems) == 1 and re.search(problem, found.problems[0])
+
+
+def test_memory_is_that_of_the_nodes(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(memory: float) -> tuple[str, ...]:
+        small = planning.Measure(1.0, 1.0, (0, 0, 0), (0, 0, 0), 1, int(memory))
+        monkeypatch.setattr(planning, "measure", lambda config: small)
+        return plan([tiny.config()] * 6, None, sweeps=True, measures=True).problems
+
+    assert of(GIB) == ()
+    assert "6 processes need about 12 GiB of memory, and the Ray cluster" in of(2 * GIB)[0]
+    assert "no node of the Ray cluster at 10.0.0.1:6379 (2 nodes, 6 CPUs) has more than 8" in of(9 * GIB)[0]
+
+
+def test_a_cluster_that_is_not_there_is_one_message(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr("fedray.experiment.cluster._of_option", None)
+    (in_tmp / "x.yaml").write_text(yaml_text.dump(tiny.TREE))
+    done = CliRunner().invoke(cli.app, ["plan", "x.yaml", "--address", "127.0.0.1:1"])
+    assert isinstance(done.exception, RunError)
+    assert "no Ray cluster at --address '127.0.0.1:1'" in str(done.exception)
+    assert tiny.listing(in_tmp) == ["x.yaml"]
 
 
 def test_the_command_plans_a_sweep(in_tmp: Path) -> None:
