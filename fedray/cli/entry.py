@@ -37,6 +37,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def readable(text: str) -> Path:
+    """Return a directory; of an address (`s3://…`) a copy in the cache, brought up to date."""
+    if "://" not in text or text.lower().startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    from fedray.publishing.fetching import readable_copy
+
+    return readable_copy(text)
+
+
+Directories = Annotated[
+    list[Path],
+    typer.Argument(
+        parser=readable, metavar="DIRECTORIES...", help="Directories or addresses of runs and sweeps."
+    ),
+]
 File = Annotated[
     Path, typer.Argument(help="A YAML file: `base:` (and `space:`, `tune:`), or one run's config.")
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fedray.cli.console import columns_of, err, escape, number, out, say, say_json, short
-from fedray.cli.entry import Json, app
+from fedray.cli.entry import Json, app, readable
 
 COLUMNS = (
     "name",
@@ -33,7 +33,10 @@ HEADERS = {"up": "up MB", "bytes": "MB"}
 
 @app.command()
 def runs(
-    directories: Annotated[list[Path] | None, typer.Argument(help="Default: runs/.")] = None,
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(parser=readable, metavar="[DIRECTORIES]...", help="Or addresses; default: runs/."),
+    ] = None,
     where: Annotated[
         list[str] | None,
         typer.Option(help="A condition, e.g. method=staged or 'val/accuracy>0.8'; all of several."),
@@ -89,7 +92,14 @@ def cell(run: Any, name: str) -> str:
 
 @app.command()
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="Runs and sweeps; the first is the base.")],
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=readable,
+            metavar="DIRECTORIES...",
+            help="Runs and sweeps, or addresses; the first is the base.",
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Show what differs between runs: config, costs, results; paired by seed where there are seeds."""

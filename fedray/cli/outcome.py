@@ -31,6 +31,16 @@ def say_run(history: Any, json: bool = False) -> None:
     out.print(render_table(comparison(label_runs([loaded])), out.width))
     _say_warnings(path)
     out.print(f"Files: {short(path)}   Pictures: fedray report {short(path)}{tracked(path, 'MLflow')}")
+    _say_place(path)
+
+
+def _say_place(path: Path) -> None:
+    """Print the address where a directory is published, if it is."""
+    from fedray.publishing.publisher import Known
+
+    known = Known.read(path)
+    if known is not None:
+        out.print(f"Published: {escape(known.place)}", soft_wrap=True, highlight=False)
 
 
 def say_sweep(result: Any, json: bool = False) -> None:
@@ -96,6 +106,7 @@ def _say_sweep(result: Any) -> None:
         _say_warnings(trial.path)
     out.print(f"Pictures and table: {short(folder)}")
     out.print(f"Runs: {short(result.path)}/trials{tracked(result.path, 'Compare them in MLflow')}")
+    _say_place(result.path)
     if result.best is not None:
         best, seeds = result.best, len(result.best.trials)
         spread = "" if seeds == 1 else f" ± {best.half:.2g} over {seeds} seeds"

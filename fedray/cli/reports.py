@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from fedray.cli.console import out, say_json, say_path, short
-from fedray.cli.entry import Json, app
+from fedray.cli.entry import Directories, Json, app
 from fedray.cli.outcome import say_address, tracked
 from fedray.errors import ConfigError
 
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Directories of runs and sweeps.")],
+    directories: Directories,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for figures and tables.")] = None,
     target: Annotated[
         float | None, typer.Option(help="Also report when each run reached this validation accuracy.")
@@ -28,10 +28,13 @@ def report(
 ) -> None:
     """Draw figures and tables from the files of runs."""
     from fedray.overview.summary import plain
+    from fedray.publishing.fetching import is_readable_copy
     from fedray.report.reading import find_runs, load_run
     from fedray.report.series import label_runs
     from fedray.report.table import comparison, render_table, write_report
 
+    if out_dir is None and is_readable_copy(directories[0]):
+        out_dir = Path(f"{directories[0].name}-report")
     runs = label_runs([load_run(path) for path in find_runs(directories)])
     frame = comparison(runs, target=target)
     written = write_report(

@@ -74,7 +74,9 @@ def sweep(
 
 @app.command()
 def resume(
-    directory: Annotated[Path, typer.Argument(help="Directory of a run or a sweep.")],
+    given: Annotated[
+        str, typer.Argument(metavar="DIRECTORY", help="Directory of a run or a sweep, or its address.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -88,13 +90,14 @@ def resume(
 ) -> None:
     """Resume an interrupted run or sweep, or give a run more rounds."""
     import_all(imports)
-    from fedray.durable import local_path
+    from fedray.experiment.homes import brought
     from fedray.experiment.resuming import resumed_config
     from fedray.experiment.run import finished_result
     from fedray.experiment.run import resume as go_on
     from fedray.storage.run_files import RunFiles
 
-    directory, changes = local_path(directory), overrides or []
+    changes = overrides or []
+    directory, _ = brought(given, changes)
     if (directory / "sweep.yaml").is_file():
         use_cluster(address)
         _resume_sweep(directory, changes, json)
@@ -122,23 +125,29 @@ def _resume_sweep(directory: Path, changes: list[str], json: bool) -> None:
 
 @app.command()
 def sync(
-    directories: Annotated[list[Path], typer.Argument(help="Directories of runs, sweeps and trainings.")],
+    directories: Annotated[
+        list[str], typer.Argument(help="Directories of runs, sweeps and trainings, or addresses.")
+    ],
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: that of the run's config.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow's experiment; default: as above.")] = None,
     imports: Import = None,
 ) -> None:
     """Bring MLflow up to date with runs, sweeps and trainings, e.g. after it was out of reach."""
     import_all(imports)
+    from fedray.config.places import is_place
     from fedray.durable import local_path
+    from fedray.experiment.homes import brought, publish_all
     from fedray.overview.summary import is_training
 
-    for directory in directories:
-        if is_training(local_path(directory)):
+    for given in directories:
+        directory, place = brought(given) if is_place(given) else (local_path(given), None)
+        if is_training(directory):
             from rllib_pruner.syncing import sync as bring
         else:
             from fedray.sweeps.sync import sync as bring
         for done in bring(directory, uri, experiment):
             out.print(f"{short(done.path)}: {done.status}, {done.points} points added", soft_wrap=True)
+        publish_all(directory, place)
 
 
 def _has_space(file: Path) -> bool:

@@ -1,20 +1,23 @@
 """`fedray watch`: a running run or sweep, live, from another terminal."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fedray.cli.console import columns_of, number, out, say, say_json, short
-from fedray.cli.entry import app
+from fedray.cli.entry import app, readable
 from fedray.errors import ConfigError
 
 
 @app.command()
 def watch(
     directory: Annotated[
-        Path | None, typer.Argument(help="Default: the newest below runs/ that runs.")
+        str | None,
+        typer.Argument(help="Or its address; default: the newest below runs/ that runs."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one table, or with --json one object.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
@@ -26,7 +29,8 @@ def watch(
     from fedray.durable import local_path
     from fedray.overview.watching import look, newest_running
 
-    path = newest_running(local_path("runs")) if directory is None else local_path(directory)
+    path = newest_running(local_path("runs")) if directory is None else local_path(readable(directory))
+    again = partial(_look_again, path, directory)
     view = look(path)
     if json and once:
         return say_json(view.to_json())
@@ -37,14 +41,24 @@ def watch(
             f"{short(path)} does not run: `fedray watch --once {short(path)}` shows how it ended"
         )
     try:
-        view = _live(view, every) if out.is_terminal and not json else _lines(view, every, json)
+        live = out.is_terminal and not json
+        view = _live(view, again, every) if live else _lines(view, again, every, json)
     except KeyboardInterrupt:
         return  # what it watched runs on
     if out.is_terminal and not json:
         _print(view)
 
 
-def _live(view: Any, every: float) -> Any:
+def _look_again(path: Path, directory: str | None) -> Any:
+    """Return the state of a run or sweep now; at an address, as it was published last."""
+    from fedray.overview.watching import look
+
+    if directory is not None:
+        readable(directory)
+    return look(path)
+
+
+def _live(view: Any, again: Callable[[], Any], every: float) -> Any:
     """Show a table until the end; return the last state."""
     from rich.live import Live
     from rich.text import Text
@@ -52,21 +66,17 @@ def _live(view: Any, every: float) -> Any:
     def text() -> Text:
         return Text("\n".join([*_table(view)[: max(3, out.size.height - 3)], view.line()]))
 
-    from fedray.overview.watching import look
-
     with Live(text(), console=out, transient=True, auto_refresh=False) as live:
         while view.is_running:
             time.sleep(every)
-            view = look(view.path)
+            view = again()
             live.update(text(), refresh=True)
     return view
 
 
-def _lines(view: Any, every: float, json: bool) -> Any:
+def _lines(view: Any, again: Callable[[], Any], every: float, json: bool) -> Any:
     """Print a line, of JSON or of words, whenever something has changed; return the last state."""
     from json import dumps
-
-    from fedray.overview.watching import look
 
     said = ""
     while True:
@@ -79,7 +89,7 @@ def _lines(view: Any, every: float, json: bool) -> Any:
                 print_line(f"{short(view.path)} has ended")
             return view
         time.sleep(every)
-        view = look(view.path)
+        view = again()
 
 
 def print_line(line: str) -> None:

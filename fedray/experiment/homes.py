@@ -165,6 +165,18 @@ def _storage_of(folder: Path, changes: Sequence[str] | Mapping[str, Any]) -> str
     return storage if isinstance(storage, str) else None
 
 
+def publish_all(path: Path, place: Place | None) -> None:
+    """Publish what has changed in a directory that nobody works in, and in its trials.
+
+    Raises:
+        RunError: as `Publisher`.
+    """
+    publish_rest(path, place)
+    for config in sorted(path.glob("trials/*/config.yaml")) if place is not None else ():
+        assert place is not None
+        publish_rest(config.parent, place.below("trials", config.parent.name))
+
+
 def publish_rest(path: Path, place: Place | None) -> None:
     """Publish what an earlier process could not.
 

@@ -6,6 +6,7 @@ readable_copy(address)      a directory in the cache, without checkpoints and mo
 refresh(folder, storage)    a directory whose run another node has continued
 """
 
+import json
 import os
 from contextlib import suppress
 from hashlib import sha256
@@ -14,11 +15,11 @@ from pathlib import Path
 from fedray.config.places import Place, is_place
 from fedray.durable import on_disk, replacing, shown
 from fedray.errors import ConfigError, RunError
-from fedray.publishing.manifest import CONTENTS, NOTHING, Entry, Manifest
+from fedray.publishing.manifest import CLAIMS, CONTENTS, NOTHING, Entry, Manifest
 from fedray.publishing.manifest import read as read_manifest
 from fedray.publishing.objects import Missing, Objects
 from fedray.publishing.publisher import Known, names_of
-from fedray.storage.directory import Lock
+from fedray.storage.directory import LOCK, Lock
 
 TRIALS = "trials"
 """Folder of a sweep whose folders are published by themselves."""
@@ -155,7 +156,7 @@ def readable_copy(address: str) -> Path:
     objects.check()
     folder = _cache() / sha256(str(place).encode()).hexdigest()[:16] / place.name
     folder.mkdir(parents=True, exist_ok=True)
-    with Lock(folder, "copy", patience_s=WAIT_S):
+    with Lock(folder.parent, "copy", patience_s=WAIT_S):
         if _fetch_all(objects, folder, readable=True):
             return folder
         found = [name for name in objects.folders() if _fetch_below(objects, name, folder)]
@@ -168,13 +169,33 @@ def _fetch_all(objects: Objects, folder: Path, *, readable: bool) -> bool:
     """Fetch a run or a sweep with its trials; tell whether there is one."""
     if fetch(objects, folder, readable=readable) is NOTHING:
         return False
+    if readable:
+        _sign(objects, folder)
     trials = objects.below(TRIALS)
     for name in trials.folders():
         there = folder / TRIALS / name
         there.mkdir(parents=True, exist_ok=True)
+        if readable:
+            fetch(trials.below(name), there, readable=True)
+            _sign(trials.below(name), there)
+            continue
         with Lock(there, "trial", patience_s=WAIT_S):
-            bring_newer(trials.below(name), there, readable=readable)
+            bring_newer(trials.below(name), there)
     return True
+
+
+def _sign(objects: Objects, folder: Path) -> None:
+    """Let a copy for readers show the process that publishes, as if it worked there."""
+    lock, claims = folder / LOCK, objects.listed(CLAIMS)
+    if not claims:
+        lock.unlink(missing_ok=True)
+        return
+    newest = max(claims, key=lambda claim: claim.written_at)
+    with suppress(Missing, ValueError):  # it has just ended
+        who = json.loads(objects.get(f"{CLAIMS}/{newest.name}"))
+        with on_disk(lock):  # of no machine: no lock of the system tells whether it lives, its beats do
+            lock.write_text(json.dumps({**who, "machine": str(objects.place)}) + "\n", encoding="utf-8")
+            os.utime(lock, (newest.written_at, newest.written_at))
 
 
 def _fetch_below(objects: Objects, name: str, folder: Path) -> bool:
@@ -187,7 +208,7 @@ def _fetch_below(objects: Objects, name: str, folder: Path) -> bool:
     return False
 
 
-def bring_newer(objects: Objects, folder: Path, *, readable: bool = False) -> bool:
+def bring_newer(objects: Objects, folder: Path) -> bool:
     """Fetch what another node has published since this directory was last published or fetched.
 
     A directory that is as new as the store, or newer, is left alone.
@@ -203,7 +224,7 @@ def bring_newer(objects: Objects, folder: Path, *, readable: bool = False) -> bo
         return False
     if known is not None and known.place == str(objects.place) and known.is_of(current):
         return False
-    fetch(objects, folder, readable=readable)
+    fetch(objects, folder)
     return True
 
 
@@ -247,6 +268,11 @@ def _is_copy(folder: Path, place: Place) -> bool:
         known = Known.read(folder)
         return known is not None and known.place == str(place)
     return False
+
+
+def is_readable_copy(folder: Path) -> bool:
+    """Tell whether a directory is a copy in the cache."""
+    return folder.is_relative_to(_cache())
 
 
 def _cache() -> Path:
