@@ -43,7 +43,8 @@ def train(
 ) -> None:
     """Train an agent with RLlib; the best policy is in DIR/policy."""
     from fedray.durable import local_path
-    from fedray.experiment.cluster import start_ray, use
+    from fedray.experiment.cluster import start_ray
+    from fedray.experiment.reaching import use
     from fedray.policies.trained import shipped
     from fedray.storage.directory import take_next
     from rllib_pruner.config import Plan

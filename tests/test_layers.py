@@ -44,6 +44,8 @@ RAY = {
     "fedray.federation.pool",
     "fedray.federation.actor",
     "fedray.experiment.cluster",
+    "fedray.experiment.reaching",
+    "fedray.experiment.room",
     "fedray.sweeps.sweep",
     "fedray.sweeps.trial",
     "fedray.sweeps.tune",

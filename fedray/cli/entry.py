@@ -136,14 +136,14 @@ def use_cluster(address: str | None, actors: int | str | None = None) -> None:
     Raises:
         ConfigError: if it is no address, or the run has no client actors.
     """
-    from fedray.experiment import cluster
+    from fedray.experiment import reaching
 
     if address is not None and actors == 0:
         raise ConfigError(
-            f"{cluster.OPTION} {address!r}: with clients.actors=0 the clients train in the process of the "
-            f"run, and use no cluster. Leave out {cluster.OPTION}, or set clients.actors to auto or a number"
+            f"{reaching.OPTION} {address!r}: with clients.actors=0 the clients train in the process of the "
+            f"run, and use no cluster. Leave out {reaching.OPTION}, or set clients.actors to auto or a number"
         )
-    cluster.use(address)
+    reaching.use(address)
 
 
 def imports_override(file: Path, imports: list[Path] | None) -> list[str]:

@@ -61,7 +61,7 @@ class TuneConfig(Section):
         mode: whether more of the metric (`max`) or less (`min`) is better; null: the metric's own direction.
             A method's own metric needs it.
         scheduler: which trials run on: a name, or a mapping with `name` and options.
-        concurrent: trials at once; null: one per CPU of the cluster.
+        concurrent: trials at once; null: one per CPU that the cluster has at the moment.
         num_samples: points that a searcher tries; with `grid`, draws of the random verbs for each
             combination.
         max_failures: restarts of a failed trial from its checkpoint, at most.

@@ -8,13 +8,14 @@ Only runs with client actors import Ray.
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from fedray.config import plugins
 from fedray.config.run_config import ResourcesConfig, RunConfig
-from fedray.errors import ConfigError
-from fedray.experiment.cluster import cluster_cpus, cluster_nodes, has_address, start_ray
+from fedray.experiment.cluster import start_ray
+from fedray.experiment.reaching import has_address
+from fedray.experiment.room import check_room, cluster_cpus
 from fedray.federation.aggregate import chunk_size
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
@@ -161,50 +162,6 @@ def actors_for(config: RunConfig, cpus: float) -> list[ActorOptions]:
     if config.clients.actors == 0 or in_trial(config, cpus):
         return [ActorOptions(cpu=min(1.0, cpus))]
     return [group.options for group in groups_for(config, cpus) for _ in range(group.actors)]
-
-
-def check_room(groups: Sequence[Group], who: str) -> None:
-    """Refuse client actors for which the cluster, to which this process is connected, has no room at all.
-
-    Args:
-        groups: groups of actors.
-        who: the run or trial, for the message.
-
-    Raises:
-        ConfigError: with the resources asked for and those of the cluster.
-    """
-    nodes = cluster_nodes()
-    have = {name: sum(node.get(name, 0.0) for node in nodes) for node in nodes for name in node}
-    need: dict[str, float] = {}
-    for group in groups:
-        for name, amount in group.options.bundle.items():
-            need[name] = need.get(name, 0.0) + group.actors * amount
-    lacking = [
-        f"{amount:g} × {name}" for name, amount in need.items() if amount > have.get(name, 0.0) + SLACK
-    ]
-    if lacking:
-        raise ConfigError(
-            f"clients.resources: {who} needs {', '.join(lacking)} for its client actors, but the cluster "
-            f"has {_shown(have)}; lower clients.actors or clients.resources"
-        )
-    for group in groups:
-        bundle = group.options.bundle
-        if not any(all(node.get(n, 0.0) + SLACK >= amount for n, amount in bundle.items()) for node in nodes):
-            raise ConfigError(
-                f"clients.resources: {who} needs client actors with {_shown(bundle)} each, but no node of "
-                f"the cluster has that much: {'; '.join(map(_shown, nodes))}; lower clients.resources"
-            )
-
-
-SLACK = 1e-6
-"""Shares of a resource add up to it but for rounding."""
-
-
-def _shown(resources: Mapping[str, float]) -> str:
-    """Return resources in words, without those that Ray adds by itself."""
-    kept = {"CPU": 0.0, "GPU": 0.0} | dict(resources)
-    inner = ("node:", "memory", "object_store_memory", "accelerator_type:")
-    return ", ".join(f"{kept[name]:g} × {name}" for name in sorted(kept) if not name.startswith(inner))
 
 
 def groups_for(config: RunConfig, cpus: float) -> list[Group]:

@@ -21,10 +21,11 @@ from typing import Any
 
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
-from fedray.errors import ConfigError
-from fedray.experiment.cluster import cluster_cpus, cluster_nodes, has_address, start_ray
+from fedray.experiment.cluster import start_ray
 from fedray.experiment.homes import RUNS
-from fedray.experiment.placement import START_S, check_room, groups_for, in_trial
+from fedray.experiment.placement import START_S, groups_for, in_trial
+from fedray.experiment.reaching import has_address
+from fedray.experiment.room import LOWER, autoscaler, cluster_cpus, cluster_nodes, lacking
 from fedray.experiment.run import run
 from fedray.types import RoundReport
 
@@ -224,9 +225,9 @@ def _cluster() -> _Room:
     """
     start_ray()
     nodes = cluster_nodes()
-    memory = [node.get("memory", 0.0) for node in nodes]
+    memory = [node.resources.get("memory", 0.0) for node in nodes]
     many = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-    cpus = cluster_cpus()
+    cpus = cluster_cpus(at_least_one=autoscaler() is None)
     name = f"the Ray cluster at {os.environ['RAY_ADDRESS']} ({many}, {cpus:g} CPUs)"
     return _Room(name, cpus, sum(memory) or None, max(memory, default=0.0) or None, is_cluster=True)
 
@@ -262,16 +263,16 @@ def _cpu_problems(configs: Sequence[RunConfig], room: _Room, share: float) -> It
 
 def _cluster_problems(configs: Sequence[RunConfig], share: float) -> Iterator[str]:
     """Yield the reasons why the cluster has no room for the actors of a config, each once."""
-    seen: set[str] = set()
+    who, seen = "a trial" if len(configs) > 1 else "the run", set()
+    nodes, grows = cluster_nodes(), autoscaler() is not None
     for config in configs:
         if config.clients.actors == 0 or in_trial(config, share):
             continue
-        try:
-            check_room(groups_for(config, share), "a trial" if len(configs) > 1 else "the run")
-        except ConfigError as error:
-            if str(error) not in seen:
-                yield str(error)
-            seen.add(str(error))
+        lacks = lacking(groups_for(config, share), nodes)
+        if lacks is not None and lacks not in seen:
+            seen.add(lacks)
+            then = "it waits for the cluster's autoscaler" if grows else LOWER
+            yield f"clients.resources: {who} needs {lacks}; {then}"
 
 
 def _actors(config: RunConfig, cpus: float) -> int:

@@ -203,7 +203,7 @@ class Judge(FIFOScheduler):  # type: ignore[misc]
         self.rule, self.compared, self.direction = rule, metric, direction
         self.journal = journal or Journal(None)
         self.on_stop, self.done, self.is_ending = on_stop, is_finished, is_ending
-        self.concurrent = concurrent or len(names)
+        self.limit: Callable[[], int] = lambda: concurrent or len(names)
         self.seats: dict[str, Seat] = {}
         self.desk = Desk(self)
         self.left: Counter[str] = Counter()
@@ -304,7 +304,7 @@ class Judge(FIFOScheduler):  # type: ignore[misc]
     def has_room(self) -> bool:
         """Tell whether one more trial may run."""
         trials = [seat.trial for seat in self.seats.values() if seat.trial is not None]
-        return sum(trial.status in ("PENDING", "RUNNING") for trial in trials) < self.concurrent
+        return sum(trial.status in ("PENDING", "RUNNING") for trial in trials) < self.limit()
 
     # ── decisions
     # ──────────────────────────────────────────────────────────────────────────────────────────────

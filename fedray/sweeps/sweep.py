@@ -20,13 +20,14 @@ from fedray.config.trees import Tree
 from fedray.config.tune_config import first_rung, tune_config
 from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError
-from fedray.experiment.cluster import cluster_cpus, start_ray
+from fedray.experiment.cluster import start_ray
 from fedray.experiment.dealing import check_data
 from fedray.experiment.given import MAPPING, changes_of, tree_of
 from fedray.experiment.homes import RUNS
 from fedray.experiment.interrupt import Stop, signals
-from fedray.experiment.placement import actors_for, check_room, groups_for
+from fedray.experiment.placement import actors_for, groups_for
 from fedray.experiment.progress import SweepProgress, watched
+from fedray.experiment.room import check_room, cluster_cpus, trials_at_once
 from fedray.report.reading import moved_store
 from fedray.storage.directory import Lock, check_free, take, take_next
 from fedray.storage.run_files import RunFiles
@@ -282,7 +283,8 @@ def _fit(
 ) -> dict[str, str]:
     """Run the points as Tune trials; return the errors by name."""
     running = replace(plan, points=tuple(points))
-    cpus, concurrent = _shares(plan, running.most)
+    cpus, _ = _shares(plan, running.most)
+    limit = plan.tune.concurrent or partial(trials_at_once, cpus, running.most)
     trees = Trees(path, plan.tree["base"], {point.name: point.config.to_tree() for point in points})
     job = Job(
         trees=trees,
@@ -302,13 +304,14 @@ def _fit(
         suggestions = Suggestions(
             plan, path, proposer(plan.tune, plan.tree["space"]), partial(_check_point, cpus)
         )
-        search = Suggester(suggestions, lambda: stop.signal is not None or budget.is_over)
+        changing = {"limit": limit} if callable(limit) else {}  # Tune keeps a number
+        search = Suggester(suggestions, lambda: stop.signal is not None or budget.is_over, **changing)
     return fit(
         partial(trial, job),
         trees.each(lambda name, _: path / "trials" / name),
         trees.each(partial(_room, cpus)),
         path / ".tune",
-        concurrent=concurrent,
+        concurrent=limit,
         max_failures=plan.tune.max_failures,
         stop=stop,
         scheduler=judge,

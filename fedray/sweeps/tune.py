@@ -42,7 +42,7 @@ def fit(
     rooms: Mapping[str, Any],
     folder: Path,
     *,
-    concurrent: int | None,
+    concurrent: int | Callable[[], int] | None,
     max_failures: int,
     stop: Stop,
     scheduler: Any = None,
@@ -58,7 +58,8 @@ def fit(
         places: name of each trial → its directory.
         rooms: name of each trial → its placement group, a `tune.PlacementGroupFactory`.
         folder: where Tune may keep its own files.
-        concurrent: trials at once; None: as many as the cluster has room for.
+        concurrent: trials at once; a function is asked again and again, since a cluster may grow; None: as
+            many as the cluster has room for.
         max_failures: how often a failed trial is retried.
         stop: whether a signal has come.
         scheduler: Tune's; None runs every trial to the end.
@@ -110,24 +111,34 @@ def fit(
     }
 
 
-def _limit(scheduler: Any, concurrent: int | None, search: Any) -> dict[str, Any]:
+def _limit(scheduler: Any, concurrent: int | Callable[[], int] | None, search: Any) -> dict[str, Any]:
     """Return the arguments that limit how many trials run at once.
 
-    Tune's limit counts paused trials too, so that the first ones would wait for others that cannot start.
+    Tune's limit is a number, and counts paused trials too, so that the first ones would wait for others that
+    cannot start.
     """
-    if search is not None:  # it says itself when there are no more samples
-        return {"search_alg": search, "num_samples": -1, "max_concurrent_trials": concurrent}
-    if not getattr(scheduler, "pauses", False):
+    if search is not None:  # it says itself when there are no more samples, and keeps a limit that changes
+        fixed = None if callable(concurrent) else concurrent
+        return {"search_alg": search, "num_samples": -1, "max_concurrent_trials": fixed}
+    pauses = getattr(scheduler, "pauses", False)
+    if not pauses and not callable(concurrent):
         return {"max_concurrent_trials": concurrent}
     from ray.tune.search import BasicVariantGenerator
 
+    limit = concurrent if callable(concurrent) else lambda: concurrent or sys.maxsize
+
     class WithRoom(BasicVariantGenerator):  # type: ignore[misc]  # Ray has no types
-        """Adds a trial when the scheduler has room for one more."""
+        """Adds a trial when there is room for one more; the scheduler does not count those that it paused."""
 
         def next_trial(self) -> Any:
-            return super().next_trial() if scheduler.has_room() else None
+            if not pauses:
+                self.max_concurrent = limit()
+            elif not scheduler.has_room():
+                return None
+            return super().next_trial()
 
-    scheduler.concurrent = concurrent or sys.maxsize
+    if pauses:
+        scheduler.limit = limit
     return {"search_alg": WithRoom()}
 
 

@@ -8,7 +8,6 @@ from fedray.errors import ConfigError
 from fedray.experiment import placement
 from fedray.experiment.placement import (
     actors_for,
-    check_room,
     expected_s,
     groups_for,
     in_trial,
@@ -16,6 +15,7 @@ from fedray.experiment.placement import (
     pool_for,
     stack_of,
 )
+from fedray.experiment.room import Node, check_room
 from fedray.experiment.run import Federation
 from fedray.federation.pool import ActorOptions, Group, LocalPool
 from tests.experiment import tiny
@@ -191,7 +191,7 @@ def test_actors_without_a_chunk_are_named(
     )
     monkeypatch.setattr(placement, "start_ray", lambda _: None)
     monkeypatch.setattr(placement, "cluster_cpus", lambda **_: 64.0)
-    monkeypatch.setattr(placement, "cluster_nodes", lambda: [{"CPU": 64.0}])
+    monkeypatch.setattr("fedray.experiment.room.cluster_nodes", lambda: [Node({"CPU": 64.0})])
     placed(config, Federation.of(tiny.config({})).place, lambda: None)
     assert bool(idle) is (f"{idle} of 40 client actors have nothing to do" in caplog.text)
     assert bool(idle) is ("Set clients.chunk=25 or less" in caplog.text)

@@ -20,7 +20,7 @@ import pytest
 
 import fedray
 from fedray.errors import ConfigError, RunError
-from fedray.experiment import cluster
+from fedray.experiment import cluster, reaching, room
 from tests.experiment import tiny
 
 # before any test sets RAY_ADDRESS: a local Ray of this process settles its token here
@@ -29,7 +29,7 @@ ray = cluster.import_ray()
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "ASK_S", 1.0)
+    monkeypatch.setattr(reaching, "ASK_S", 1.0)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def said(address: str) -> str:
     """Return the one message about an address, which must come soon."""
     started = time.monotonic()
     with pytest.raises(RunError) as caught:
-        cluster.reached(address)
+        reaching.reached(address)
     assert time.monotonic() - started < 10
     assert repr(address) in str(caught.value) and "\n" not in str(caught.value)
     return str(caught.value)
@@ -161,7 +161,7 @@ def test_a_server_of_rays_client_is_asked_too() -> None:
     with client_server(refuses=True) as address:
         assert "refuses our token" in said(address)
     with client_server(refuses=False) as address:
-        assert cluster.reached(address) == address
+        assert reaching.reached(address) == address
 
 
 def test_a_cluster_that_refuses_our_token() -> None:
@@ -180,14 +180,14 @@ def test_a_cluster_of_another_version(theirs: tuple[str, str]) -> None:
 
 def test_a_cluster_like_ours_is_taken() -> None:
     with gcs() as address:
-        assert cluster.reached(address).rpartition(":")[2] == address.rpartition(":")[2]
+        assert reaching.reached(address).rpartition(":")[2] == address.rpartition(":")[2]
 
 
 def test_a_cluster_without_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})
     with pytest.raises(RunError, match="has no CPUs"):
-        cluster.cluster_cpus()
-    assert cluster.cluster_cpus(at_least_one=False) == 0
+        room.cluster_cpus()
+    assert room.cluster_cpus(at_least_one=False) == 0
 
 
 # ── the option --address ─────────────────────────────────────────────────────────────────────────────────
@@ -195,15 +195,15 @@ def test_a_cluster_without_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_of_option", None)
+    monkeypatch.setattr(reaching, "_of_option", None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # to be restored
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", " 127.0.0.1:1 ", "ray://127.0.0.1:1"])
 def test_the_option_counts_and_is_named(no_option: None, address: str) -> None:
-    cluster.use(address)
-    assert os.environ["RAY_ADDRESS"] == address.strip() and cluster.has_address()
+    reaching.use(address)
+    assert os.environ["RAY_ADDRESS"] == address.strip() and reaching.has_address()
     message = said(address.strip())
     assert message.startswith(f"no Ray cluster at --address {address.strip()!r}: ")
     assert "give --address its address" in message and "leave out --address" in message
@@ -211,10 +211,10 @@ def test_the_option_counts_and_is_named(no_option: None, address: str) -> None:
 
 
 def test_local_is_a_ray_of_the_commands_own(no_option: None) -> None:
-    cluster.use(None)
-    assert cluster.has_address()
-    cluster.use("local")
-    assert not cluster.has_address()
+    reaching.use(None)
+    assert reaching.has_address()
+    reaching.use("local")
+    assert not reaching.has_address()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_local_is_a_ray_of_the_commands_own(no_option: None) -> None:
 )
 def test_an_option_that_is_no_address_is_refused(no_option: None, address: str) -> None:
     with pytest.raises(ConfigError, match=r"^no Ray cluster at --address .*HOST:PORT"):
-        cluster.use(address)
+        reaching.use(address)
     assert os.environ["RAY_ADDRESS"] == "10.0.0.1:6379"
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fedray import cli
 from fedray.config import yaml_text
 from fedray.errors import RunError
+from fedray.experiment.room import Autoscaler, Node
 from fedray.experiment.run import run
 from fedray.sweeps import planning
 from fedray.sweeps.planning import plan
@@ -47,19 +48,17 @@ def test_what_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 GIB = 2.0**30
-NODES = [{"CPU": 4.0, "memory": 2 * GIB}, {"CPU": 2.0, "GPU": 1.0, "memory": 8 * GIB}]
+NODES = [Node({"CPU": 4.0, "memory": 2 * GIB}), Node({"CPU": 2.0, "GPU": 1.0, "memory": 8 * GIB})]
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of two nodes, to which this process is connected."""
-    from fedray.experiment import placement
-
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(planning, "start_ray", lambda: None)
-    for module in (planning, placement):
-        monkeypatch.setattr(module, "cluster_nodes", lambda: NODES)
-        monkeypatch.setattr(module, "cluster_cpus", lambda **_: 6.0)
+    monkeypatch.setattr(planning, "cluster_nodes", lambda: NODES)
+    monkeypatch.setattr(planning, "cluster_cpus", lambda **_: 6.0)
+    monkeypatch.setattr(planning, "autoscaler", lambda: None)
 
 
 def test_with_an_address_the_plan_is_of_the_cluster(cluster: None) -> None:
@@ -81,6 +80,13 @@ def test_what_does_not_fit_the_cluster_is_named(cluster: None, changes: dict[str
     assert len(found.problems) == 1 and re.search(problem, found.problems[0])
 
 
+def test_a_plan_does_not_wait_for_an_autoscaler(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "autoscaler", Autoscaler)
+    config = tiny.config({"clients.actors": 2, "clients.resources.gpu": 1})
+    (problem,) = plan([config], None, sweeps=False, measures=False).problems
+    assert problem.endswith("1 × GPU; it waits for the cluster's autoscaler")
+
+
 def test_memory_is_that_of_the_nodes(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def of(memory: float) -> tuple[str, ...]:
         small = planning.Measure(1.0, 1.0, (0, 0, 0), (0, 0, 0), 1, int(memory))
@@ -94,7 +100,7 @@ def test_memory_is_that_of_the_nodes(cluster: None, monkeypatch: pytest.MonkeyPa
 
 def test_a_cluster_that_is_not_there_is_one_message(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setattr("fedray.experiment.cluster._of_option", None)
+    monkeypatch.setattr("fedray.experiment.reaching._of_option", None)
     (in_tmp / "x.yaml").write_text(yaml_text.dump(tiny.TREE))
     done = CliRunner().invoke(cli.app, ["plan", "x.yaml", "--address", "127.0.0.1:1"])
     assert isinstance(done.exception, RunError)
