@@ -1,13 +1,18 @@
 """The wheel carries configs and examples; what the README shows works in an empty folder."""
 
 import os
+import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -118,3 +123,77 @@ def test_a_new_config_is_swept_where_it_is_written(installed, tmp_path):
     swept = call(installed, tmp_path / "mine", "sweep", "quickstart.yaml", *SMALL, "method.name=fedavg")
     assert swept.returncode == 0, swept.stderr
     assert (tmp_path / "mine" / "runs" / "quickstart-001" / "best.yaml").is_file()
+
+
+LINES = re.compile(r"^(fedray [^#\n]*?)\s*(?:#.*)?$", re.MULTILINE)
+"""The lines of the README's blocks: `fedray runs | compare A B | …` stands for several commands."""
+
+SWEEP = "runs/quickstart-001"
+SMALLER = ["rounds=4", "eval_every=2", "clients.population=20"]
+GIVEN = {
+    "resume": ["resume", SWEEP],
+    "plan": ["plan", "tune_configs/quickstart.yaml", "rounds=3"],
+    "new": ["new", "mine"],
+    "sweep": ["sweep", "tune_configs/pruning_threshold.yaml", "data.name=digits", "model=mlp"],
+}
+"""Command → the words that stand for the README's DIR and FILE, and for data that has to be downloaded."""
+ELSEWHERE = ("run", "watch", "stop", "agent", "evaluate", "judge")
+"""Commands of the tests above, and those that need a run in progress or a training of minutes."""
+
+
+def lines_of_the_readme() -> list[list[str]]:
+    """Return the words after `fedray` of each command that the README's blocks show."""
+    found = []
+    for line in LINES.findall((ROOT / "README.md").read_text(encoding="utf-8")):
+        for part in line.removeprefix("fedray ").split(" | "):
+            found.append(shlex.split(part))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_line_of_the_readme_works_from_a_wheel_in_an_empty_folder(installed, tmp_path):
+    """The sweep with which the README begins, smaller; then its lines, with the sweep's directory."""
+    first = call(installed, tmp_path, "sweep", "tune_configs/quickstart.yaml", *SMALLER)
+    assert first.returncode == 0, first.stderr
+    assert f"{SWEEP}/report" in first.stdout and "Best val/accuracy" in first.stdout
+    trials = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob(f"{SWEEP}/trials/*"))]
+    given = GIVEN | {"compare": ["compare", *trials[:2]]}
+    given["sweep"] += [*SMALLER, "tune.grace_rounds=2"]
+    shown = [words for words in lines_of_the_readme() if words[0] not in ELSEWHERE]
+    for words in [*(given.get(words[0], words) for words in shown), ["sync", SWEEP]]:
+        if words[0] == "ui":
+            check_ui(installed, tmp_path, words[1])
+            continue
+        done = call(installed, tmp_path, *words)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (words, done.stderr)
+        assert done.stdout.strip(), words
+    assert {"ui", "report", "resume", "runs", "compare", "plan", "new", "methods", "devices"} <= {
+        words[0] for words in shown
+    }
+    assert (tmp_path / SWEEP / "report" / "table.csv").is_file()
+
+
+def check_ui(fedray: Path, folder: Path, directory: str) -> None:
+    """Start `fedray ui`, read the page that it names, and end it as Ctrl-C does."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    command = [str(fedray), "ui", directory, "--port", str(port)]
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert f"http://127.0.0.1:{port}/#/compare-runs" in process.stdout.readline()
+        until = time.monotonic() + 120
+        while True:
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/", timeout=5) as page:
+                    assert b"MLflow" in page.read()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.5)
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0

@@ -110,7 +110,8 @@ def _say_sweep(result: Any) -> None:
     if result.best is not None:
         best, seeds = result.best, len(result.best.trials)
         spread = "" if seeds == 1 else f" ± {best.half:.2g} over {seeds} seeds"
-        text = f"Best {result.metric}: {best.mean:.4g}{spread}, of {best.trials[0].point.name}"
+        name = f"{best.trials[0].point.name}{_last_options(best.trials[0].path)}"
+        text = f"Best {result.metric}: {best.mean:.4g}{spread}, of {name}"
         out.print(f"{text}: fedray run {short(result.path)}/best.yaml", highlight=False, soft_wrap=True)
     _say_search(result)
     for text in _ends(result):
@@ -124,6 +125,16 @@ def _say_sweep(result: Any) -> None:
         path = short(result.path)
         err.print(f"`fedray resume {path}` resumes them from their checkpoints", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _last_options(path: Path) -> str:
+    """Return the options of a run that changed as it ran; its name has the first ones."""
+    from fedray.experiment.forking import lineage
+
+    changed = {key: new for entry in lineage(path) for key, (_, new) in entry["changes"].items()}
+    values = {key: f"{new:.4g}" if isinstance(new, float) else str(new) for key, new in changed.items()}
+    parts = [f"{key.rpartition('.')[2]}={escape(value)}" for key, value in values.items()]
+    return f" (at its end {', '.join(parts)})" if parts else ""
 
 
 def _say_search(result: Any) -> None:

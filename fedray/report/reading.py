@@ -221,6 +221,8 @@ def _runs_below(path: Path) -> Iterable[Path]:
         if "config.yaml" in files or "rounds.jsonl" in files:
             below.clear()
             yield Path(folder)
+        elif "sweep.yaml" in files:
+            below[:] = [name for name in below if name == "trials"]  # PBT keeps parts of runs beside it
         # copies of the files that a tracker keeps are not further runs
         kept = (d for d in below if not d.startswith(".") and d not in ("mlruns", "mlartifacts", "artifacts"))
         below[:] = sorted(kept, key=_natural)

@@ -141,7 +141,8 @@ def _flatten(tree: Mapping[str, Any]) -> Flat:
 def _labels(flats: Sequence[Flat], names: Sequence[str]) -> list[str]:
     """Return a label for each config; where nothing differs, the method's name or the given one."""
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
-    keys = [key for key in keys if _differs(key, flats)]
+    known = [flat for flat in flats if flat]  # a run without a config differs in its name
+    keys = [key for key in keys if _differs(key, known)]
     keys.sort(key=_rank)  # stable: else as in the config
     last_parts = Counter(key.rpartition(".")[2] for key in keys)
     labels: list[str] = []

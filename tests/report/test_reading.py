@@ -104,6 +104,14 @@ def test_runs_are_found_below_sweeps_in_natural_order(tmp_path):
     assert find_runs([tmp_path]) == find_runs([sweep])
 
 
+def test_what_a_population_keeps_of_parents_is_no_run(tmp_path):
+    write_run(tmp_path / "s" / "trials" / "0-a")
+    write_run(tmp_path / "s" / "forks" / "000004" / "0-a")
+    (tmp_path / "s" / "sweep.yaml").write_text("name: s\n")
+    for place in (tmp_path, tmp_path / "s"):
+        assert find_runs([place]) == [tmp_path / "s" / "trials" / "0-a"]
+
+
 def test_a_run_given_twice_is_found_once(tmp_path):
     one, two = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     assert find_runs([two, tmp_path, one]) == [two, one]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedray.report.reading import load_run
+from fedray.report.reading import find_runs, load_run
 from fedray.report.series import label_runs, settings
 from tests.report.rundirs import staged, write_run
 
@@ -60,6 +60,14 @@ def test_labels_name_what_differs(tmp_path, changes, labels):
 def test_equal_runs_of_equal_name_are_labelled_by_path(tmp_path):
     paths = [write_run(tmp_path / side / "run") for side in ("left", "right")]
     assert [run.label for run in label_runs([load_run(p) for p in paths])] == [f"fedavg ({p})" for p in paths]
+
+
+def test_a_run_without_a_config_does_not_lengthen_the_labels_of_others(tmp_path):
+    for name, rate in (("a", 0.1), ("b", 0.2), ("broken", 0.3)):
+        write_run(tmp_path / name, {"method.lr": rate})
+    (tmp_path / "broken" / "config.yaml").unlink()
+    runs = [load_run(path) for path in find_runs([tmp_path])]
+    assert [run.label for run in label_runs(runs)] == ["fedavg lr=0.1", "fedavg lr=0.2", "broken"]
 
 
 def test_a_run_without_a_config_is_labelled_by_its_name(tmp_path):
