@@ -67,7 +67,7 @@ def test_a_run_without_a_config_does_not_lengthen_the_labels_of_others(tmp_path)
         write_run(tmp_path / name, {"method.lr": rate})
     (tmp_path / "broken" / "config.yaml").unlink()
     runs = [load_run(path) for path in find_runs([tmp_path])]
-    assert [run.label for run in label_runs(runs)] == ["fedavg lr=0.1", "fedavg lr=0.2", "broken"]
+    assert [run.label for run in label_runs(runs)] == ["lr=0.1", "lr=0.2", "broken"]
 
 
 def test_a_run_without_a_config_is_labelled_by_its_name(tmp_path):
