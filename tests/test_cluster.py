@@ -91,12 +91,14 @@ def test_node_types_fit_each_other(cluster):
     types = dict(cluster["available_node_types"])
     head = types.pop(cluster["head_node_type"])
     assert head["max_workers"] == 0, "the head is no worker type"
-    assert set(types) == {"cpu", "gpu"}
+    assert set(types) == {"cpu", "cpu_spot", "gpu"}
     for name, node in types.items():
         assert node["min_workers"] == 0, f"{name}: costs nothing before it is asked for"
         assert 0 < node["max_workers"] <= cluster["max_workers"]
-    tiers = [node["labels"]["tier"] for node in (head, *types.values())]
-    assert len(set(tiers)) == 3, "a label selector can tell all types apart"
+    labels = [tuple(node["labels"].items()) for node in (head, *types.values())]
+    assert len(set(labels)) == 4, "a label selector can tell all types apart"
+    assert types["cpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert types["cpu_spot"]["labels"]["market"] == "spot"
     assert len({node["node_config"]["ImageId"] for node in (head, *types.values())}) == 1, "one Python"
 
 
@@ -105,7 +107,8 @@ def test_resources_are_what_the_docs_place_by(cluster):
     for name, node in cluster["available_node_types"].items():
         for resource in node["resources"]:
             assert f"`{resource}`" in docs, f"{name} offers {resource}"
-        assert f"`tier: {node['labels']['tier']}`" in docs
+        shown = ", ".join(f"{key}: {value}" for key, value in node["labels"].items())
+        assert f"| `{name}` | `{shown}` |" in docs
 
 
 def test_what_is_mounted_is_there(cluster):
@@ -198,9 +201,9 @@ def node(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[str]:
             process.kill()
 
 
-def kill_holders(token: Path) -> None:
-    """Kill every process that was given this token: what was started here, and all that came of it."""
-    mark = f"RAY_AUTH_TOKEN_PATH={token}".encode()
+def kill_holders(path: Path, name: str = "RAY_AUTH_TOKEN_PATH") -> None:
+    """Kill every process that has this path in its environment: those of a test, and their children."""
+    mark = f"{name}={path}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if mark in (process / "environ").read_bytes().split(b"\0"):
