@@ -445,10 +445,10 @@ class ClientUpdate:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-Fate = Literal["folded", "late", "dropped", "failed", "malformed", "non-finite"]
+Fate = Literal["folded", "late", "dropped", "failed", "malformed", "non-finite", "too-large"]
 """The fate of an update: only `folded` ones count in the mean. `failed`: the client's code raised."""
 
-FAULTS: tuple[Fate, ...] = ("failed", "malformed", "non-finite")
+FAULTS: tuple[Fate, ...] = ("failed", "malformed", "non-finite", "too-large")
 """Fates that neither a device nor a deadline explains: `clients.max_failed` limits them."""
 
 

@@ -238,7 +238,11 @@ class ClientsConfig(Section):
             for the sampler `fastest` with this option.
         dropout: probability that a client of the cohort never answers, beside its device's own.
         max_failed: share of the asked clients, at most, that may fail: their code raises, or their update is
-            malformed or non-finite. They are left out and named; a run with more of them ends.
+            malformed, not finite or beyond `max_change`. They are left out and named; a run with more of them
+            ends.
+        max_change: how far an update may be from the weights that it started from, for it to count: the L2
+            norm of the difference, in multiples of the norm of those weights, or of what it would be if each
+            were 1. No honest training comes near the default; null sets no bound.
     """
 
     population: PositiveInt = 100
@@ -257,6 +261,7 @@ class ClientsConfig(Section):
     over_selection: Annotated[NonNegativeFloat, Field(le=MOST_OVER_SELECTION)] = 0.0
     dropout: UnitInterval = 0.0
     max_failed: Fraction = 0.1
+    max_change: PositiveFloat | None = 1000.0
 
     def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)
@@ -476,6 +481,7 @@ SINCE: Tree = {
     "eval_clients": 200,
     "train": {"precision": "fp32"},
     "clients.stack": "auto",
+    "clients.max_change": 1000.0,
     "data.client_test_fraction": 0.0,
 }
 """Keys that were added after the first results → the value that all runs had before.

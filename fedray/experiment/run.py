@@ -93,7 +93,7 @@ class Federation:
             dataset=replace(dataset, test=_rows(dataset.test, np.arange(0))),  # out of every method's reach
             population=Population(deal.partition, fleet),
             method=config.method.options,
-            rules=Rules(clients.deadline_s, clients.dropout, clients.max_failed),
+            rules=Rules(clients.deadline_s, clients.dropout, clients.max_failed, clients.max_change),
             seed=seed,
             codec=clients.uplink.options,
             stack=stack_of(config, model.layout.size),

@@ -28,6 +28,7 @@ class Accounts:
         waited_s: simulated seconds in which the server waited for clients to be available.
         absent: clients that were asked and never became available.
         faults: clients that failed, in any exchange.
+        in_turn: those of them that were asked in turn.
     """
 
     asked: Cost = field(default_factory=Cost)
@@ -37,6 +38,7 @@ class Accounts:
     waited_s: float = 0.0
     absent: list[int] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    in_turn: list[Fault] = field(default_factory=list)
 
     def found(self, clients: Iterable[int], waited_s: float) -> None:
         """Note available clients, and the simulated seconds that the server waited for them."""
@@ -111,6 +113,6 @@ def _unmeasured(cohort: CohortUpdate) -> Iterator[str]:
     for name, without in {"loss": diverged, **cohort.unmeasured}.items():
         if without:
             yield (
-                f"train/{name} is the mean without {len(without)} client(s) that sent NaN or infinity: "
-                f"clients {sorted(without)[:10]}"
+                f"train/{name} is the mean without {len(without)} client(s) that sent NaN, infinity or "
+                f"beyond 1e280: clients {sorted(without)[:10]}"
             )

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
-from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,8 @@ Masks = Mapping[bytes, Mask]
 """Masks by digest: what a digest in a partial refers to."""
 
 Weight = Literal["examples", "uniform"]
+LARGEST_METRIC = 1e280
+"""Times the examples of any population, it is still a float."""
 BLOCK = 2**15
 """Entries that are added at once."""
 
@@ -117,7 +118,7 @@ class Partial:
     def _add_metrics(self, metrics: Mapping[str, float], weight: float, client: int) -> None:
         for name, number in metrics.items():
             total, count = self.metrics.get(name, (0.0, 0.0))
-            if isfinite(number):
+            if _averages(number):
                 self.metrics[name] = (total + weight * float(number), count + weight)
             else:
                 self.metrics[name] = (total, count)
@@ -254,6 +255,14 @@ def _add_held(
         np.add(block, np.bitwise_and(some, whole, out=counts[: stop - start]).view(np.float32), out=block)
         np.bitwise_and(values[start:stop].view(np.int32), some, out=some)
         sums[start:stop].add_(kept[: stop - start], alpha=float(weight))
+
+
+def _averages(number: float) -> bool:
+    """Tell whether a metric is finite, and stays so in a mean."""
+    try:
+        return abs(float(number)) <= LARGEST_METRIC  # never true of NaN
+    except OverflowError:  # an int beyond every float
+        return False
 
 
 def _form(array: NDArray[Any]) -> str:

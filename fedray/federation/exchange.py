@@ -28,6 +28,7 @@ class Job:
         training: False for exchanges outside the round's training, in which no client is late or drops out.
         keep_updates: keep every model in the partial.
         may_fail: clients, at most, that may fail.
+        failed: clients that failed before, where a hook asks some in turn.
     """
 
     round: int
@@ -36,6 +37,7 @@ class Job:
     training: bool = True
     keep_updates: bool = False
     may_fail: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Answer:
         Raises:
             ClientError: of the first of them.
         """
-        check_raised(job.round, self.faults, job.may_fail)
+        check_raised(job.round, self.faults, job.may_fail, job.failed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the records as columns."""

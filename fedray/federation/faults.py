@@ -14,22 +14,28 @@ import torch
 
 from fedray.errors import ClientError, RunError
 from fedray.federation.aggregate import Bounds
-from fedray.types import FAULTS, ClientRecord, ClientUpdate, Fate, Fault, within
+from fedray.types import FAULTS, ClientRecord, ClientUpdate, Fate, Fault, Task, within
 
-MAX_FAILED = "clients.max_failed"
-"""Key of the share of clients that may fail, for messages."""
+MAX_FAILED, MAX_CHANGE = "clients.max_failed", "clients.max_change"
+"""Keys of the share of clients that may fail, and of the largest change that counts, for messages."""
+STATISTICS = 1e12
+"""`max_change` of running statistics, at least: those of raw data reach 10⁹."""
 FRAMES = 12
 """Frames of a traceback that are kept: the innermost."""
 LONGEST_CAUSE, LONGEST_TRACEBACK = 200, 20_000
 NAMED = 10
 """Clients, and causes, that a message names."""
 
-REASONS: dict[Fate, str] = {"non-finite": " (NaN, infinite, or too large to be averaged)"}
+REASONS: dict[Fate, str] = {
+    "non-finite": " (NaN, infinite, or too large to be averaged)",
+    "too-large": f" (a larger change than {MAX_CHANGE} allows)",
+}
 """Fate → what a note says of it."""
 HINTS: dict[Fate, str] = {
     "failed": "mend what the clients raise",
     "malformed": "let `client_update` return a ClientUpdate of the model's size",
     "non-finite": "lower method.lr, or check data and model",
+    "too-large": f"raise {MAX_CHANGE} if such updates are meant",
 }
 """Fate → what to change."""
 
@@ -96,21 +102,54 @@ def not_finite(update: ClientUpdate, bounds: Bounds) -> str | None:
     return None
 
 
+def too_far(update: ClientUpdate, task: Task, most: float) -> str | None:
+    """Return why an update of finite weights is too far from its task's, in one line; None if it is not.
+
+    Only entries under the update's mask are read: weights and running statistics, each for themselves.
+
+    Args:
+        update: as it arrived.
+        task: as the client held it.
+        most: the L2 norm of the change, at most, in multiples of the norm that the task's entries have, or
+            would have if each were 1.
+    """
+    moved = update.params.flat - task.params.flat
+    if float(torch.dot(moved, moved)) < most * most * update.mask.count / 4:  # the usual case, in one pass
+        return None
+    trainable = update.mask.layout.trainable_flat
+    for what, part, limit in (
+        ("weights", update.mask.flat & trainable, most),
+        ("running statistics", update.mask.flat & ~trainable, max(most, STATISTICS)),
+    ):
+        if bool(part.any()):
+            before, after = task.params.flat[part].double(), update.params.flat[part].double()
+            change, size = float((after - before).norm()), max(float(before.norm()), len(before) ** 0.5)
+            if change > limit * size:
+                return f"its {what} moved by {change:.1e} (L2 norm), beyond {limit:g} × {size:.3g}"
+    return None
+
+
 def _writable(text: str) -> str:
     """Return a text without lone surrogates, which no file takes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_raised(round: int, faults: Sequence[Fault], may_fail: int) -> None:
+def check_raised(round: int, faults: Sequence[Fault], may_fail: int, before: int = 0) -> None:
     """Refuse more clients whose code raised than may fail; the others are counted once all are known.
+
+    Args:
+        round: of the exchange.
+        faults: of clients so far.
+        may_fail: clients, at most, that may fail.
+        before: clients that failed before, of those that are asked in turn.
 
     Raises:
         ClientError: of the first of them.
     """
     raised = sorted((f for f in faults if f.fate == "failed"), key=lambda fault: fault.client)
-    if len(raised) > may_fail:
+    if raised and before + len(raised) > may_fail:
         first = raised[0]
-        over = f"{len(raised)} client(s) failed so far, and {_allowed(may_fail)}"
+        over = f"{before + len(raised)} client(s) failed so far, and {_allowed(may_fail)}"
         raise ClientError(first.client, round, f"{first.traceback.rstrip()}\n{over}")
 
 

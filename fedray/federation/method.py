@@ -82,7 +82,7 @@ class ServerContext:
     rng: np.random.Generator
     _rounds: Callable[[], int]
     _sample: Callable[[int], tuple[int, ...]]
-    _ask: Callable[[ClientFunction, Mapping[int, Task], bool], CohortUpdate]
+    _ask: Callable[[ClientFunction, Mapping[int, Task], bool, int | None], CohortUpdate]
     _server: Callable[[], Client]
     _validate: Callable[[Params, Mask], tuple[float, float]]
 
@@ -108,7 +108,12 @@ class ServerContext:
         return self._sample(count)
 
     def ask(
-        self, function: ClientFunction, tasks: Mapping[int, Task], *, keep_updates: bool = False
+        self,
+        function: ClientFunction,
+        tasks: Mapping[int, Task],
+        *,
+        keep_updates: bool = False,
+        among: int | None = None,
     ) -> CohortUpdate:
         """Run `function(task, client)` on clients outside the round's training; metered like a round.
 
@@ -120,12 +125,15 @@ class ServerContext:
             function: a method's bound method, or any function that can be pickled.
             tasks: client id → task.
             keep_updates: keep every client's model in `.updates`.
+            among: of how many clients these are a part, if a hook asks them in turn; `clients.max_failed` is
+                then a share of these.
 
         Raises:
             MethodError: if there is no task, or one for a client that does not exist.
-            RunError: if none of the clients becomes available.
+            RunError: if none of the clients becomes available, or more of them fail than may.
+            ClientError: if the code of more of them raises than may fail.
         """
-        return self._ask(function, tasks, keep_updates)
+        return self._ask(function, tasks, keep_updates, among)
 
     @property
     def server(self) -> Client:
@@ -297,6 +305,26 @@ class Method(Generic[M]):
     def measures(self, state: ServerState[M]) -> Mapping[str, float]:
         """Return metrics for the round's report, named `method/<name>` there; called after `prune`."""
         return {}
+
+
+def check_finite(params: Params, mask: Mask, where: str) -> None:
+    """Refuse a model with NaN or infinity: its clients would be blamed for what it does to their training.
+
+    Args:
+        params: of the server's state.
+        mask: entries outside it are not read.
+        where: the method's hook.
+
+    Raises:
+        MethodError: with the tensors.
+    """
+    if params.is_finite() or (held := params.masked(mask)).is_finite():
+        return
+    spoilt = [name for name, tensor in held.items() if not bool(tensor.isfinite().all())]
+    raise MethodError(
+        f"the model that {where} returned has NaN or infinity in {', '.join(spoilt[:5])}, though every "
+        "update that counted is finite; lower method.lr, or check what it computes and its clients' sums"
+    )
 
 
 def check_mask(mask: Mask, groups: Sequence[ChannelGroup], where: str) -> Mask:

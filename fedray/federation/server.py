@@ -31,7 +31,7 @@ from fedray.federation.client import Client, ClientFunction, Outcome, norm_stati
 from fedray.federation.density import above_asked, emptied
 from fedray.federation.exchange import Chunk, Job
 from fedray.federation.faults import check_faults
-from fedray.federation.method import ServerContext, check_mask
+from fedray.federation.method import ServerContext, check_finite, check_mask
 from fedray.federation.pool import ClientPool, one_thread
 from fedray.federation.population import none_came, wait_for_all, wait_for_any
 from fedray.federation.sampling import Ids, Sampler, SamplerContext, expect_cohort, loss_of_model
@@ -190,7 +190,7 @@ class Server:
         """
         started, self._accounts = time.perf_counter(), Accounts()
         state = self.method.setup(self.state, self._context(purpose=0))
-        check_mask(state.mask, self.place.model.channel_groups, "setup")
+        self._check(state, "setup")
         self.checkpoint.state = replace(state, round=1)
         return self._report(0, None, started, evaluate=True)
 
@@ -216,13 +216,14 @@ class Server:
 
         # 4 AGGREGATE: the mask-aware mean of the updates that count
         state = self.wire.keep_norms(state, method.aggregate(state, update))
+        check_finite(state.params, state.mask, "aggregate")
         return OpenRound(state, update, self._context(purpose=1), started)
 
     def _close(self, opened: OpenRound, prune: Prune) -> RoundReport:
         """Finish a round and return its report."""
         # 5 PRUNE: only here the mask moves
         state, update = prune(opened.state, opened.cohort, opened.ctx), opened.cohort
-        check_mask(state.mask, self.place.model.channel_groups, "prune")
+        self._check(state, "prune")
         if self.method.forgets(state):
             self._forget()
 
@@ -232,6 +233,11 @@ class Server:
             state = self._with_statistics(state, update)
         self.checkpoint.state = replace(state, round=state.round + 1)
         return self._report(state.round, update, opened.started, evaluate=evaluate)
+
+    def _check(self, state: ServerState, hook: str) -> None:
+        """Refuse a state whose mask lacks what is not prunable, or whose model is not finite."""
+        check_mask(state.mask, self.place.model.channel_groups, hook)
+        check_finite(state.params, state.mask, hook)
 
     @_at_work
     def open_round(self) -> OpenRound:
@@ -309,19 +315,22 @@ class Server:
         *,
         training: bool = False,
         keep_updates: bool = False,
+        among: int | None = None,
     ) -> CohortUpdate:
         """Send tasks, run `function` on the devices, fold the updates, store the clients' memories."""
         reject_unknown(tasks, len(self.population))
         sent, orders = self.wire.send(tasks, self.checkpoint.holds)
-        may_fail = floor_of(self.place.rules.max_failed, len(orders))
-        job = Job(self.state.round, function, sent, training, keep_updates, may_fail)
+        before = self._accounts.in_turn if among else []
+        may_fail = floor_of(self.place.rules.max_failed, among or len(orders))
+        job = Job(self.state.round, function, sent, training, keep_updates, may_fail, len(before))
         chunks = self._chunks(orders)
         if not chunks:
             raise MethodError("an exchange with no clients: ask at least one")
         with self._visit():
             answer = self.pool.run(job, chunks)
         faults = sorted(answer.faults, key=lambda fault: fault.client)
-        check_faults(job.round, faults, len(orders), may_fail)
+        check_faults(job.round, [*before, *faults], among or len(orders), may_fail)
+        before += faults
         self._accounts.faults += faults
         self.checkpoint.memories |= {k: m for k, m in answer.memories.items() if m}
         for client in [k for k, m in answer.memories.items() if not m]:
@@ -400,8 +409,10 @@ class Server:
             self._accounts.found(clients, waited_s)
             return clients
 
-        def ask(function: ClientFunction, tasks: Mapping[int, Task], keep: bool) -> CohortUpdate:
-            answer = self._exchange(function, self._when_there(tasks), keep_updates=keep)
+        def ask(
+            function: ClientFunction, tasks: Mapping[int, Task], keep: bool, among: int | None
+        ) -> CohortUpdate:
+            answer = self._exchange(function, self._when_there(tasks), keep_updates=keep, among=among)
             self._accounts.asked += answer.cost
             return answer
 

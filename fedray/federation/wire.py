@@ -243,9 +243,18 @@ def malformed(update: object, size: int) -> str | None:
     """Return the problem with the form of an update, or None."""
     if not isinstance(update, ClientUpdate):
         return f"client_update returned {type(update).__name__}, not ClientUpdate"
-    lengths = update.params.flat.numel(), update.mask.flat.numel()
-    if lengths != (size, size):
-        return f"params and mask have lengths {lengths}, the model has {size}"
+    for name, kind in (("params", Params), ("mask", Mask)):
+        part = getattr(update, name)
+        if not isinstance(part, kind):
+            return f"its {name} is {type(part).__name__}, not {kind.__name__}"
+        if part.flat.shape != (size,):
+            return f"its {name} has the shape {tuple(part.flat.shape)}, the model ({size},)"
+        if part.flat.dtype != kind.dtype or part.flat.device.type != "cpu":
+            return f"its {name} is {part.flat.dtype} on {part.flat.device}, not {kind.dtype} on the CPU"
+    for name in ("sums", "each", "metrics"):
+        part = getattr(update, name)
+        if not isinstance(part, Mapping):
+            return f"its {name} is {type(part).__name__}, not a mapping from names"
     return None
 
 

@@ -29,6 +29,7 @@ from fedray.federation.faults import (
     fault_of,
     not_finite,
     of_machine,
+    too_far,
     traceback_of,
 )
 from fedray.federation.method import Method
@@ -54,11 +55,14 @@ class Rules:
         deadline_s: simulated seconds after which an update is late; None waits for every client.
         dropout: probability that an asked client never answers, in [0, 1), beside its device's own.
         max_failed: share of the asked clients, at most, that may fail, in [0, 1].
+        max_change: L2 norm of an update's change, at most, in multiples of the norm of the weights that it
+            started from, or of √entries if that is more; None: any.
     """
 
     deadline_s: float | None = None
     dropout: float = 0.0
     max_failed: float = 0.1
+    max_change: float | None = 1000.0
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,7 @@ class Worker:
         try:
             return self.train(job, order, memory, make)
         except ClientRaised as error:
-            if not job.may_fail:
-                check_raised(job.round, [error.fault], 0)
+            check_raised(job.round, [error.fault], job.may_fail, job.failed)
             self.engine = self._new_engine()  # whatever it left behind in the old one
             return Trained(error.record, None, None, error.fault)
 
@@ -263,7 +266,7 @@ class Worker:
             received, bytes_up, kept = place.wire.upload(task, update, kept, training=job.training)
         record = _record(order, client, "folded", bytes_up)
         missed = self._missed(job, info, record.cost.seconds)
-        fault = None if missed else self._fault(info.id, problem, received)
+        fault = None if missed else self._fault(info.id, problem, received, task)
         fate: Fate = missed or (fault.fate if fault else "folded")
         arrived = replace(record.cost, bytes_up=0 if fate == "dropped" else bytes_up)
         density = float("nan") if problem else update.mask.density
@@ -282,12 +285,15 @@ class Worker:
         deadline = self.place.rules.deadline_s
         return "late" if deadline is not None and seconds > deadline else None
 
-    def _fault(self, client: int, problem: str | None, update: ClientUpdate) -> Fault | None:
-        """Return the fault of an update that arrived, if it is malformed or cannot be averaged."""
+    def _fault(self, client: int, problem: str | None, update: ClientUpdate, task: Task) -> Fault | None:
+        """Return the fault of an update that arrived: malformed, not to be averaged, or too far away."""
         if problem:
             return Fault(client, "malformed", problem)
-        cause = not_finite(update, self._bounds)
-        return Fault(client, "non-finite", cause) if cause else None
+        if cause := not_finite(update, self._bounds):
+            return Fault(client, "non-finite", cause)
+        most = self.place.rules.max_change
+        cause = None if most is None else too_far(update, task, most)
+        return Fault(client, "too-large", cause) if cause else None
 
 
 def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:

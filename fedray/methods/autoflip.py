@@ -147,7 +147,7 @@ class AutoFLIP(Method[AutoFLIPMemory]):
         before = after = state.params
         for client in explorers:
             task = Task(after, state.mask, extras={"epochs": epochs})
-            answer = ctx.ask(self.take_turn, {client: task}, keep_updates=True)
+            answer = ctx.ask(self.take_turn, {client: task}, keep_updates=True, among=len(explorers))
             for update in answer.updates.values():  # none if it diverged
                 flat = torch.where(update.mask.flat, update.params.flat, after.flat)
                 before, after = after, Params(flat, ctx.layout)

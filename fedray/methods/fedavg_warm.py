@@ -54,7 +54,7 @@ class FedAvgWarm(Method[None]):
         explorers = ctx.sample(max(1, round(self.explorers * len(ctx.clients))))
         for client in explorers:
             task = Task(params, state.mask, extras={"epochs": epochs})
-            answer = ctx.ask(self.take_turn, {client: task}, keep_updates=True)
+            answer = ctx.ask(self.take_turn, {client: task}, keep_updates=True, among=len(explorers))
             for update in answer.updates.values():  # none if it diverged
                 flat = torch.where(update.mask.flat, update.params.flat, params.flat)
                 params = Params(flat, ctx.layout)

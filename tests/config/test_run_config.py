@@ -162,6 +162,7 @@ IN_THE_RESULT = {
     "clients.sampler.name": "oort",
     "clients.uplink.name": "topk",
     "clients.dropout": 0.1,
+    "clients.max_change": None,
     "method.name": "staged",
     "method.lr": 0.1,
     "method.density": 0.2,

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fedray.errors import ClientError, MethodError, RunError
+from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
-from fedray.federation.faults import LONGEST_TRACEBACK, fault_of
+from fedray.federation.faults import LONGEST_TRACEBACK, fault_of, too_far
 from fedray.federation.method import Method, ServerContext
 from fedray.federation.pool import ActorOptions, Group, RayPool
 from fedray.federation.server import Schedule, Server
@@ -84,6 +85,8 @@ BAD: dict[str, tuple[Fate, Callable[[Any], Any]]] = {
     "NaN": ("non-finite", with_value(np.nan)),
     "inf": ("non-finite", with_value(-np.inf)),
     "3e38": ("non-finite", with_value(3e38)),
+    "1e30": ("too-large", with_value(1e30)),
+    "-1e5": ("too-large", with_value(-1e5)),
 }
 
 
@@ -182,7 +185,7 @@ def test_the_share_of_a_cohort_may_raise_and_not_one_more(share: float, allowed:
         assert server.state == before and not server.checkpoint.memories
 
 
-@pytest.mark.parametrize("name", ["returns None", "NaN", "inf", "3e38"])
+@pytest.mark.parametrize("name", ["returns None", "NaN", "inf", "3e38", "1e30"])
 def test_a_round_in_which_nobody_counts_ends_the_run(name: str):
     fate, change = BAD[name]
     server = begin(Failing(late=dict.fromkeys(range(COHORT), change)))
@@ -266,6 +269,107 @@ def test_an_interrupt_is_no_fault():
         small.run(begin(Failing(late={3: raises(KeyboardInterrupt())}), rules=Rules(max_failed=1)))
 
 
+# ── too large ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e36, 1e30, 1e20, 1e10, 1e5])
+@pytest.mark.parametrize("how", [{}, {"stack": 8}, {"schedule": Schedule(6, COHORT, chunk=1)}], ids=str)
+def test_three_senders_of_huge_weights_harm_nobody_and_nobody_else_is_blamed(
+    value: float, how: dict[str, Any]
+):
+    def play(change: Callable[[Any], Any]) -> tuple[list[RoundReport], Server]:
+        late = {2: change, 3: change, 11: change}
+        options = {"schedule": Schedule(6, COHORT), "rules": Rules(max_failed=0.15)} | how
+        server = begin(Failing(late=late), **options)
+        return small.run(server), server
+
+    (reports, server), (_, sane) = play(with_value(value)), play(silent)
+    assert [sorted(fates(report)) for report in reports[1:]] == [[2, 3, 11]] * 6
+    assert server.model == sane.model
+
+
+LAYOUT = small.workplace(Method(), architecture=small.CNN).model.layout
+"""349 entries, of which 8 are running statistics."""
+
+
+def moved(by: dict[int, float], start: float = 0.0, held: Mask | None = None) -> tuple[ClientUpdate, Task]:
+    before = Params(torch.full((LAYOUT.size,), start), LAYOUT)
+    after = before.flat.clone()
+    for entry, change in by.items():
+        after[entry] += change
+    mask = held or Mask.full(LAYOUT)
+    return ClientUpdate(Params(after, LAYOUT), mask), Task(before.masked(mask), mask)
+
+
+WEIGHTS = LAYOUT.trainable_flat.nonzero().flatten().tolist()
+STATISTICS = (~LAYOUT.trainable_flat).nonzero().flatten().tolist()
+
+
+def test_the_bound_is_a_multiple_of_the_norm_that_the_weights_have_or_would_have_as_ones():
+    assert (len(WEIGHTS), len(STATISTICS)) == (341, 8)
+    ones = 341**0.5
+    for start, norm in ((0.0, ones), (0.01, ones), (1.0, ones), (-100.0, 100 * ones)):
+        for most in (1000.0, 3.0):
+            assert too_far(*moved({0: 0.999 * most * norm}, start), most) is None
+            told = too_far(*moved({0: 1.001 * most * norm}, start), most)
+            assert told is not None and "its weights moved by" in told and f"beyond {most:g} × " in told
+    for most in (1e-300, 1e300):
+        too_far(*moved({0: 1.0}), most)
+
+
+def test_running_statistics_have_a_bound_that_the_variance_of_raw_data_keeps():
+    assert too_far(*moved(dict.fromkeys(STATISTICS, 1e9)), 3.0) is None
+    told = too_far(*moved(dict.fromkeys(STATISTICS, 1e13)), 1000.0)
+    assert told is not None and told.startswith("its running statistics moved by")
+
+
+def test_behind_the_mask_anything_may_lie():
+    held = Mask(torch.arange(LAYOUT.size) % 2 == 0, LAYOUT)
+    for value in (1e30, np.nan, np.inf):
+        assert too_far(*moved({1: value}, held=held), 1000.0) is None
+        silent_one, task = moved({0: 1.0, 1: value}, held=Mask.none(LAYOUT))
+        assert too_far(silent_one, task, 1000.0) is None
+    assert too_far(*moved({0: 1e6, 1: np.nan}, held=held), 1000.0) is not None
+
+
+def test_the_quick_look_never_lets_pass_what_is_too_far():
+    rng = np.random.default_rng(0)
+    for scale in np.geomspace(1e-2, 1e4, 60):
+        update, task = moved(dict(enumerate((scale * rng.standard_normal(LAYOUT.size)).tolist())))
+        change = (update.params.flat - task.params.flat)[WEIGHTS].double().norm()
+        assert (too_far(update, task, 100.0) is not None) == (float(change) > 100 * 341**0.5)
+
+
+# ── the method's own numbers ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("hook", ["setup", "aggregate", "prune"])
+def test_a_model_that_a_hook_spoils_is_refused_before_clients_are_blamed_for_it(hook: str):
+    @dataclass(frozen=True, kw_only=True)
+    class Spoiling(Method):
+        def spoilt(self, where: str, state: ServerState) -> ServerState:
+            flat = state.params.flat.clone()
+            flat[3] = np.nan if where == hook and state.round in (0, 2) else flat[3]
+            return replace(state, params=Params(flat, state.params.layout))
+
+        def setup(self, state: ServerState, ctx: ServerContext) -> ServerState:
+            return self.spoilt("setup", state)
+
+        def aggregate(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
+            return self.spoilt("aggregate", super().aggregate(state, cohort))
+
+        def prune(self, state: ServerState, cohort: CohortUpdate, ctx: ServerContext) -> ServerState:
+            return self.spoilt("prune", state)
+
+    server = begin(Spoiling(), schedule=Schedule(4, COHORT))
+    with pytest.raises(
+        MethodError, match=rf"the model that {hook} returned has NaN or infinity in fc1\.weight"
+    ):
+        small.run(server)
+    assert server.state.params.is_finite()
+    assert server.state.round == {"setup": 0}.get(hook, 2)
+
+
 # ── outside the training ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -302,6 +406,30 @@ def test_the_share_of_an_exchange_outside_the_training_is_that_of_the_asked(name
     assert "clients [1]" in report.notes[0]
     with pytest.raises((ClientError, RunError), match=r"clients\.max_failed lets none fail"):
         small.run(asked(9))
+
+
+@pytest.mark.parametrize(("bad", "ends"), [((), False), ((4,), False), ((4, 13), False), ((4, 13, 14), True)])
+@pytest.mark.parametrize("name", BAD)
+def test_of_clients_that_are_asked_in_turn_the_share_is_that_of_all(
+    bad: tuple[int, ...], ends: bool, name: str
+):
+    fate, change = BAD[name]
+
+    def answer(task: Task, client: Client) -> Any:
+        update = ClientUpdate(task.params, task.mask)
+        return change(update) if client.id in bad else update
+
+    def in_turn(state: ServerState, ctx: ServerContext) -> None:
+        for client in range(COHORT):
+            found = ctx.ask(answer, {client: Task(state.params, state.mask)}, among=COHORT)
+            assert len(found.folded) == (client not in bad)
+
+    server = begin(Hooked(at_setup=in_turn))
+    if ends:
+        with pytest.raises((ClientError, RunError), match=r"clients\.max_failed lets 2 fail"):
+            server.setup()
+    else:
+        assert [(f.client, f.fate) for f in server.setup().faults] == [(k, fate) for k in bad]
 
 
 # ── what a client that failed leaves behind ──────────────────────────────────────────────────────────────

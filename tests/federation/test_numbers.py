@@ -43,10 +43,12 @@ class Spoiling(Method):
         return self.change(update) if client.id == 2 else update
 
 
-def play(change: Callable[[ClientUpdate], ClientUpdate], **options: Any) -> tuple[RoundReport, Params]:
+def play(
+    change: Callable[[ClientUpdate], ClientUpdate], *, rules: Rules = ONE_IN_THREE, **options: Any
+) -> tuple[RoundReport, Params]:
     """Return the report of a round of all six clients, and the model."""
     method = Spoiling(change=change, **options)
-    server = small.server(method, schedule=Schedule(rounds=1, cohort=COHORT), rules=ONE_IN_THREE)
+    server = small.server(method, schedule=Schedule(rounds=1, cohort=COHORT), rules=rules)
     return small.run(server)[-1], server.model
 
 
@@ -90,12 +92,14 @@ def test_one_of_1e36_among_clients_with_a_thousand_examples() -> None:
 
 
 @pytest.mark.parametrize("value", [1e20, 1e30])
-def test_what_is_large_but_has_a_mean_counts(value: float) -> None:
-    """How large is too large a matter for rules; here only what cannot be computed is left out."""
-    report, model = play(with_weight(value))
+def test_what_is_large_but_has_a_mean_counts_without_a_bound(value: float) -> None:
+    report, model = play(with_weight(value), rules=Rules(max_change=None))
     assert left_out(report) == []
     assert model.is_finite()
     assert model.flat.abs().max() > value / 100
+    report, model = play(with_weight(value))
+    assert [(r.client, r.fate) for r in report.clients if r.fate != "folded"] == [(2, "too-large")]
+    assert model.flat.abs().max() < 10
 
 
 def test_at_the_bound_the_mean_of_all_is_finite() -> None:
@@ -138,7 +142,9 @@ def test_examples_of_nobody_weigh_nothing() -> None:
 # ── metrics ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, torch.tensor(math.nan)])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, torch.tensor(math.nan), 1e308, -1e308, 10**400], ids=str
+)
 def test_a_metric_that_is_not_finite_is_left_out_of_its_mean_and_named(value: float) -> None:
     report, _ = play(lambda update: replace(update, metrics={"steps": value}))
     others = [record for record in report.clients if record.client != 2]
@@ -147,7 +153,7 @@ def test_a_metric_that_is_not_finite_is_left_out_of_its_mean_and_named(value: fl
         sum(r.client * r.num_examples for r in others) / sum(r.num_examples for r in others)
     )
     assert report.notes == (
-        "train/steps is the mean without 1 client(s) that sent NaN or infinity: clients [2]",
+        "train/steps is the mean without 1 client(s) that sent NaN, infinity or beyond 1e280: clients [2]",
     )
 
 
@@ -161,7 +167,7 @@ def test_a_metric_that_nobody_could_measure_is_not_reported() -> None:
     report = small.run(server)[-1]
     assert "train/gain" not in report.metrics
     assert report.notes[0].endswith(
-        "without 6 client(s) that sent NaN or infinity: clients [0, 1, 2, 3, 4, 5]"
+        "without 6 client(s) that sent NaN, infinity or beyond 1e280: clients [0, 1, 2, 3, 4, 5]"
     )
 
 

@@ -1,6 +1,7 @@
 """What becomes of an update: when it counts, what it costs, what is remembered, and who hears of an error."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -250,11 +251,39 @@ def longer(update: ClientUpdate) -> ClientUpdate:
     return ClientUpdate(Params(torch.zeros(WEIGHTS + 1), layout), Mask.full(layout))
 
 
-MALFORMED = [lambda update: None, lambda update: update.params, longer]
+def having(**parts: Any) -> Callable[[ClientUpdate], Any]:
+    return lambda update: replace(update, **parts)
 
 
-@pytest.mark.parametrize("change", MALFORMED, ids=["nothing", "params", "too long"])
-def test_what_is_no_update_of_this_model_is_left_out(change: Callable[[ClientUpdate], Any]):
+def with_vector(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[ClientUpdate], Any]:
+    """Put another vector into params or mask, past the check of their constructors."""
+
+    def spoil(update: ClientUpdate) -> ClientUpdate:
+        copied = getattr(update, part).clone()
+        copied.flat = change(copied.flat)
+        return replace(update, **{part: copied})
+
+    return spoil
+
+
+MALFORMED: dict[str, tuple[Callable[[ClientUpdate], Any], str]] = {
+    "nothing": (lambda update: None, "client_update returned NoneType"),
+    "params": (lambda update: update.params, "client_update returned Params"),
+    "too long": (longer, r"its params has the shape \(164,\), the model \(163,\)"),
+    "no params": (having(params=None), "its params is NoneType, not Params"),
+    "a tensor": (lambda update: having(params=update.params.flat)(update), "its params is Tensor"),
+    "a mask for params": (lambda update: having(params=update.mask)(update), "its params is Mask"),
+    "params for a mask": (lambda update: having(mask=update.params)(update), "its mask is Params"),
+    "doubles": (with_vector("params", torch.Tensor.double), r"its params is torch.float64 on cpu"),
+    "a row": (with_vector("params", lambda flat: flat[None]), r"its params has the shape \(1, 163\)"),
+    "numbers": (with_vector("mask", torch.Tensor.float), r"its mask is torch.float32 on cpu"),
+    "no sums": (having(sums=None), "its sums is NoneType, not a mapping"),
+    "listed metrics": (having(metrics=[("a", 1)]), "its metrics is list"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_update_of_this_model_is_left_out(change: Callable[[ClientUpdate], Any], told: str):
     place = small.workplace(Method())
 
     def one_is_wrong(task: Task, client: Client) -> Any:
@@ -262,6 +291,7 @@ def test_what_is_no_update_of_this_model_is_left_out(change: Callable[[ClientUpd
 
     found = exchange(place, one_is_wrong, [[0, 1, 2]])
     assert fates(found) == {0: "folded", 1: "malformed", 2: "folded"}
+    assert re.match(told, found.faults[0].cause)
     record = found.records[1]
     assert record.cost.bytes_up == 0
     assert record.cost.flops > 0

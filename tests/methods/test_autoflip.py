@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fedray.config.run_config import RunConfig
 from fedray.costs.codec import HEADER_BYTES
-from fedray.errors import ConfigError, MethodError
+from fedray.errors import ConfigError, MethodError, RunError
 from fedray.federation.aggregate import CohortUpdate, Fold, Partial
 from fedray.federation.server import Schedule, Server
+from fedray.federation.worker import Rules
 from fedray.methods.autoflip import AutoFLIP
 from fedray.models.spec import Architecture, ModelSpec
 from fedray.pruning.channels import removed_channels, shrink
@@ -149,6 +150,9 @@ def test_the_share_of_clients_that_explore(share: float, asked: int) -> None:
 @pytest.mark.parametrize("scouts", ["independent", "aliased"])
 def test_nobody_to_learn_from(scouts: Any) -> None:
     with pytest.raises(MethodError, match=r"all 6 explorers diverged; lower method\.lr"):
+        set_up(AutoFLIP(scouts=scouts, lr=1e30, explore_epochs=3), rules=Rules(max_failed=1))
+    told = r"round 0: \d of 6 clients sent no update that counts, .* lets none fail: non-finite: clients \["
+    with pytest.raises(RunError, match=told):
         set_up(AutoFLIP(scouts=scouts, lr=1e30, explore_epochs=3))
 
 
@@ -382,7 +386,7 @@ def test_aliased_scouts_wait_for_each_other() -> None:
 def test_an_explorer_that_diverges_is_left_out_of_the_turns() -> None:
     method = AutoFLIP(scouts="aliased", warm_start=True, lr=1e15)
     partition = small.dealt(50, 20, 50)  # only the second one makes a single step, which is finite
-    server = begin(method, partition=partition)
+    server = begin(method, partition=partition, rules=Rules(max_failed=0.67, max_change=None))
     alone = explored(method, 1, server.state.params, partition=partition)
     server.setup()
     assert server.state.params == alone

@@ -51,7 +51,8 @@ def test_it_starts_where_an_autoflip_with_aliased_scouts_starts(
     options: dict[str, Any], architecture: Architecture
 ) -> None:
     options = dict(options)
-    place = {"architecture": architecture, "partition": options.pop("partition", None)}
+    place: dict[str, Any] = {"architecture": architecture, "partition": options.pop("partition", None)}
+    place["rules"] = Rules(max_failed=0.67, max_change=None)
     control = begin(FedAvgWarm(**options), **place)
     autoflip = begin(AutoFLIP(**ALIASED, **options), **place)
     assert costs(control) == costs(autoflip)
@@ -94,7 +95,7 @@ def test_clients_train_one_after_the_other_and_pay_for_it() -> None:
 
 def test_if_all_diverge_there_is_no_start() -> None:
     with pytest.raises(MethodError, match=r"all 6 explorers diverged; lower method\.lr"):
-        begin(FedAvgWarm(explore_epochs=3, lr=1e30)).setup()
+        begin(FedAvgWarm(explore_epochs=3, lr=1e30), rules=Rules(max_failed=1)).setup()
 
 
 def test_the_start_is_better_than_none() -> None:

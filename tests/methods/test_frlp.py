@@ -20,6 +20,7 @@ from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
 from fedray.federation.method import ServerContext
 from fedray.federation.server import SERVER, Schedule, Server
+from fedray.federation.worker import Rules
 from fedray.methods.frlp import FRLP
 from fedray.policies.line_search import Solver
 from fedray.policies.rate_search import OBSERVATION_VERSION
@@ -34,8 +35,8 @@ UNREACHABLE: dict[str, Any] = {"ratio": 100.0, "step": 0.05, "stride": 1, "sampl
 """Distances never grow hundredfold: every event goes to its limit, and looks at few candidates."""
 
 
-def begin(method: FRLP, rounds: int = 5, cohort: int = 4) -> Server:
-    return small.server(method, schedule=Schedule(rounds, cohort), server_rows=60, data=DATA)
+def begin(method: FRLP, rounds: int = 5, cohort: int = 4, **place: Any) -> Server:
+    return small.server(method, schedule=Schedule(rounds, cohort), server_rows=60, data=DATA, **place)
 
 
 def densities(server: Server) -> list[float]:
@@ -358,4 +359,5 @@ def test_the_path_of_a_policy_holds_from_anywhere(monkeypatch: pytest.MonkeyPatc
 
 def test_an_event_at_which_everything_diverges_says_so() -> None:
     with pytest.raises(MethodError, match="fine-tuning diverged at all 2 sampled rates"):
-        small.run(begin(FRLP(lr=1e30, pretrain_epochs=0, prune_rounds=(1,), **UNREACHABLE)))
+        method = FRLP(lr=1e30, pretrain_epochs=0, prune_rounds=(1,), **UNREACHABLE)
+        small.run(begin(method, rules=Rules(max_failed=1)))

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import sigmoid
 
 from fedray.config.run_config import RunConfig
-from fedray.errors import ConfigError, MethodError
+from fedray.errors import ConfigError, MethodError, RunError
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import Method, ServerContext
@@ -227,8 +227,10 @@ def test_the_client_with_most_examples_is_the_first(calls: Calls) -> None:
 
 def test_divergence_says_so_at_once(calls: Calls) -> None:
     with pytest.raises(MethodError, match=r"initial pruning diverged at client \d; lower method\.lr"):
-        begin(PruneFL(lr=1e30)).setup()
+        begin(PruneFL(lr=1e30), rules=Rules(max_failed=1)).setup()
     assert len(calls.steps) == 1
+    with pytest.raises(RunError, match=r"round 0: 1 of 1 clients .* non-finite: clients .* lower method\.lr"):
+        begin(PruneFL(lr=1e30)).setup()
 
 
 # ── what clients gather
