@@ -1,5 +1,6 @@
 """Errors of a command as a message and an exit status, for `fedray` and for `python -m rllib_pruner.…`."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -7,19 +8,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedray.errors import ConfigError, DataError, FedrayError
+from fedray.experiment.interrupt import signals
 
 err = Console(stderr=True, soft_wrap=True, highlight=False)  # a wrapped path cannot be copied
 
 
 def run_app(app: Callable[[], object]) -> None:
-    """Run a command line; exit with 2 if it cannot run as asked, with 1 if it failed on the way."""
+    """Run a command line; exit with 2 if it cannot run as asked, with 1 if it failed on the way.
+
+    SIGINT ends it with 130, SIGTERM with 143, SIGHUP with 129, whatever it does at that moment.
+    """
     try:
-        app()
+        with signals() as stop, stop.cuts():
+            app()
     except (ConfigError, DataError) as error:
         _exit("cannot run", error, 2)
     except FedrayError as error:
         _exit("failed", error, 1)
-    except KeyboardInterrupt:  # typer exits with 130 itself while a command runs
+    except KeyboardInterrupt:
+        if stop.signal is not None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more, at exit, has no traceback
+        exec("")  # else Python dies of SIGINT if it came inside an `eval`, e.g. of a namedtuple
         sys.exit(130)
 
 

@@ -1,7 +1,8 @@
 """The floors of the house, read from the source: who may import whom, and what only when it is needed.
 
-cli → rllib_pruner → fedray → sweeps → experiment → tracking → overview → publishing → storage → report →
-config → methods → policies → federation → training → pruning · costs · models · data → the ground floor
+__main__ → cli → rllib_pruner → fedray → sweeps → experiment → tracking → overview → publishing → storage →
+report → config → methods → policies → federation → training → pruning · costs · models · data →
+the ground floor
 """
 
 import ast
@@ -38,6 +39,7 @@ FLOORS = (
     {"fedray"},
     {"rllib_pruner"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 RAY = {

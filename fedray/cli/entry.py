@@ -4,8 +4,9 @@ import atexit
 import gc
 import json
 import logging
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 import typer.core
@@ -81,6 +82,17 @@ Import = Annotated[
 ]
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to the stderr of the moment: while a bar is drawn, its lines go above it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None: ...
+
+
 def _say_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
@@ -100,7 +112,8 @@ def _common(
     ] = False,
 ) -> None:
     out.quiet = quiet
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    form = "%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[_StderrHandler()])
     logging.getLogger("fedray").setLevel(logging.INFO if verbose else logging.WARNING)
 
 

@@ -1,7 +1,9 @@
 """`fedray report | ui`: figures and tables, and MLflow's pages."""
 
+import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,10 @@ from fedray.cli.console import out, say_json, say_path, short
 from fedray.cli.entry import Directories, Json, app
 from fedray.cli.outcome import say_address, tracked
 from fedray.errors import ConfigError
+from fedray.experiment.interrupt import signals
+
+SERVER_ENDS_S = 5.0
+"""Seconds that MLflow's server has to end."""
 
 
 @app.command()
@@ -75,15 +81,23 @@ def ui(
         out.print(text, soft_wrap=True, highlight=False)
     if compared is None:
         out.print("Other experiments: choose Model training on its start page. Tick runs, then Compare.")
-    process = subprocess.Popen(command)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    raise typer.Exit(_until_ended(command))
+
+
+def _until_ended(command: list[str]) -> int:
+    """Run a server until it ends or a signal ends it; return its status, 0 after Ctrl-C."""
+    process, status = subprocess.Popen(command, process_group=0), 0  # with the processes that it starts
     try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
+        with signals() as stop, stop.ends():
+            status = process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SERVER_ENDS_S)
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        status = 0
-    raise typer.Exit(status)
+    return status
 
 
 def _compared(directories: list[Path], address: str) -> tuple[str | None, str | None]:

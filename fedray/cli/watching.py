@@ -11,6 +11,7 @@ import typer
 from fedray.cli.console import columns_of, number, out, say, say_json, short
 from fedray.cli.entry import app, readable
 from fedray.errors import ConfigError
+from fedray.experiment.interrupt import signals
 
 
 @app.command()
@@ -40,13 +41,11 @@ def watch(
         raise ConfigError(
             f"{short(path)} does not run: `fedray watch --once {short(path)}` shows how it ended"
         )
-    try:
+    with signals() as stop, stop.ends():  # what it watches runs on
         live = out.is_terminal and not json
         view = _live(view, again, every) if live else _lines(view, again, every, json)
-    except KeyboardInterrupt:
-        return  # what it watched runs on
-    if out.is_terminal and not json:
-        _print(view)
+        if out.is_terminal and not json:
+            _print(view)
 
 
 def _look_again(path: Path, directory: str | None) -> Any:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.errors import RunError
+from fedray.experiment.interrupt import handle_again
 from fedray.experiment.reaching import given_address, no_cluster, reached
 
 CONNECT_S = 20.0
@@ -100,15 +101,22 @@ def import_ray() -> Any:
     return ray
 
 
+def leave_ray() -> None:
+    """Do not disconnect from Ray at the end of this process: its processes may be gone, and it would wait."""
+    import ray
+
+    atexit.unregister(ray.shutdown)
+
+
 def _private_token() -> None:
-    """Give a local Ray a private token, unless one is configured: by default Ray writes one into the home."""
+    """Give a local Ray a token, unless one is configured: by default Ray writes one into the home.
+
+    Only processes of this user can read the variables of a process.
+    """
     if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
-    handle, path = tempfile.mkstemp(prefix="fedray-token-")  # readable by this user alone
-    with os.fdopen(handle, "w") as file:
-        file.write(secrets.token_hex(32))
-    atexit.register(Path(path).unlink, missing_ok=True)  # runs after Ray's own, which is registered later
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}
+    # Ray's processes inherit it; a file would be left behind by SIGKILL
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 # ── ray.init, watched ────────────────────────────────────────────────────────────────────────────────────
@@ -149,6 +157,8 @@ def _watched(
     except BaseException:
         start.end()
         raise
+    finally:
+        handle_again()
     if why is not None:
         start.end()
         raise failed(why) from start.error
@@ -191,7 +201,7 @@ class _Start:
                 with suppress(self._psutil.NoSuchProcess):
                     process.kill()
         if not self._is_over.is_set():
-            atexit.unregister(ray.shutdown)  # it would wait for the thread
+            leave_ray()  # it would wait for the thread
         else:
             ray.shutdown()
 

@@ -12,11 +12,15 @@ and the MLflow runs end as KILLED. The second signal ends the process at once.
 
 SIGINT raises KeyboardInterrupt; SIGTERM and SIGHUP raise SystemExit with status 128 + their number.
 `fedray stop` leaves a file in the directory; `Stop.look` takes it for a SIGTERM that came after the round.
+
+A command handles the signals from its first to its last line (`rllib_pruner.commands.run_app`). There they
+raise at once; the run, sweep or training inside decides with `signals` where they may.
 """
 
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +31,7 @@ from typing import Any
 
 from fedray.durable import shown
 from fedray.storage.directory import is_asked_to_stop
+from fedray.tracking import sender
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +48,35 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._raises_now = False
+        self.handled: list[signal.Signals] = []
+        self._raises_now = self._is_end = False
 
     @contextmanager
     def cuts(self) -> Iterator[None]:
         """Let a signal raise anywhere inside. The caller must be able to drop the work in progress."""
         self.check()
+        with self._raising(True):
+            yield
+
+    @contextmanager
+    def ends(self) -> Iterator[None]:
+        """Let Ctrl-C end the block in good order: nothing is interrupted that has an end of its own."""
+        self._is_end = True
         try:
-            self._raises_now = True
+            with self.cuts():
+                yield
+        except KeyboardInterrupt:
+            self.signal = None
+        finally:
+            self._is_end = False
+
+    @contextmanager
+    def _raising(self, now: bool) -> Iterator[None]:
+        before, self._raises_now = self._raises_now, now
+        try:
             yield
         finally:
-            self._raises_now = False
+            self._raises_now = before
 
     def look(self, folder: Path) -> None:
         """Count `fedray stop` of a directory as a SIGTERM."""
@@ -77,16 +100,38 @@ class Stop:
         assert self.signal is not None
         return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
+    def handle(self) -> None:
+        """Become the handler of `handled`, again after Ray has put its own before it.
+
+        Ray's prints a trace and ends the process 3 s later.
+        """
+        for number in self.handled:
+            signal.signal(number, self.receive)
+
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Be the handler of the signals."""
         if self.signal is not None:
             _end_at_once(number)
         self.signal = signal.Signals(number)
-        with suppress(OSError):  # the terminal may be gone
-            # not by logging or print, which may be in the middle of a line
-            os.write(2, f"\n{self.signal.name}: ending; a second signal ends at once\n".encode())
+        if self.signal == signal.SIGHUP:
+            _leave_terminal()
+        if not self._is_end:
+            with suppress(OSError):
+                # not by logging or print, which may be in the middle of a line
+                os.write(2, f"\n{self.signal.name}: ending; a second signal ends at once\n".encode())
         if self._raises_now:
             raise self.error
+
+    def explains(self, error: BaseException) -> bool:
+        """Tell whether an error is not the signal's own, and came after it.
+
+        It is due to the signal then: Ray's processes may have received it too, and an import that was
+        interrupted leaves half a module.
+        """
+        if self.signal is None:
+            return False
+        own = self.error
+        return not isinstance(error, type(own)) or getattr(error, "code", 0) != getattr(own, "code", 0)
 
 
 @contextmanager
@@ -95,32 +140,39 @@ def signals() -> Iterator[Stop]:
 
     A handler that the user has installed stays, and so does a signal that is ignored (`nohup`). Nothing is
     handled outside the main thread, nor in a worker of Ray, where signals mean something else. Inside another
-    `signals` it is that one.
+    `signals` it is that one, and a signal waits for `cuts` or `check` again.
     """
     global _active
     if threading.current_thread() is not threading.main_thread() or _is_ray_worker():
         yield Stop()
         return
     if _active is not None:
-        yield _active
+        with _active._raising(False):
+            yield _active
         return
     stop = Stop()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    ours = [number for number, handler in before.items() if _is_default(handler)]
+    stop.handled = [number for number, handler in before.items() if _is_default(handler)]
     _active = stop
+    sender.hurried = lambda: stop.signal is not None
     try:
-        for number in ours:
-            signal.signal(number, stop.receive)
+        stop.handle()
         yield stop
     except BaseException as error:
-        # an error after a signal is due to it: Ray's processes may have received it too
-        if stop.signal is not None and not isinstance(error, type(stop.error)):
+        if stop.explains(error):
             raise stop.error from error
         raise
     finally:
         _active = None
-        for number in ours:
+        sender.hurried = sender.never
+        for number in stop.handled:
             signal.signal(number, before[number])
+
+
+def handle_again() -> None:
+    """Handle the signals as before Ray started in this process; outside `signals` nothing changes."""
+    if _active is not None and threading.current_thread() is threading.main_thread():
+        _active.handle()
 
 
 def _is_default(handler: Callable[[int, FrameType | None], Any] | int | None) -> bool:
@@ -134,6 +186,16 @@ def _is_ray_worker() -> bool:
     return (
         ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
     )
+
+
+def _leave_terminal() -> None:
+    """Let streams that were the terminal lead nowhere: one that has hung up refuses to be written."""
+    for stream in (0, 1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def _end_at_once(number: int) -> None:

@@ -8,13 +8,17 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fedray.errors import FedrayError, RunError
+from fedray.experiment.cluster import leave_ray
 from fedray.experiment.interrupt import Stop
 from fedray.federation.pool import ActorOptions
 
@@ -26,6 +30,9 @@ TRACEBACK = "error.txt"
 
 GRACE_S = 5.0
 """Seconds that trials have to end by themselves after a signal."""
+
+LATE_S = 20.0
+"""Seconds after a signal in which Tune has to end; it waits for minutes where Ray received the signal too."""
 
 TAKE_OVER_S = 600
 """Seconds that a stopped trial has to end before the next one takes over its process."""
@@ -100,7 +107,7 @@ def fit(
     )
     _ending(folder.parent).unlink(missing_ok=True)
     try:
-        results = tuner.fit()
+        results = _unless_late(tuner.fit, stop)
     finally:
         _ending(folder.parent).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -109,6 +116,31 @@ def fit(
         for result in results
         if result.error is not None and result.config is not None
     }
+
+
+def _unless_late(call: Callable[[], Any], stop: Stop) -> Any:
+    """Make a call in a thread; stop waiting for it `LATE_S` seconds after a signal, and return nothing then.
+
+    Ray's processes may be gone by then: without them Tune can neither go on nor end, nor can Ray.
+    """
+    made: Future[Any] = Future()
+
+    def make() -> None:
+        try:
+            made.set_result(call())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, name="fedray-tune", daemon=True).start()
+    since: float | None = None
+    while True:
+        with suppress(TimeoutError):
+            return made.result(timeout=0.1)
+        if stop.signal is not None:
+            since = since or time.monotonic()
+            if time.monotonic() - since > LATE_S:
+                leave_ray()
+                return ()
 
 
 def _limit(scheduler: Any, concurrent: int | Callable[[], int] | None, search: Any) -> dict[str, Any]:

@@ -18,8 +18,19 @@ URGENT_PAUSE_S = 1.0
 """The longest pause in seconds while the run waits for the thread."""
 GRACE_S = 3.0
 """Seconds for which a run waits, at its end, for a store that fails at once; a server may be restarting."""
+HURRY_S = 3.0
+"""Seconds for which a process that was asked to end still waits for a store."""
 
 Call = Callable[[], object]
+
+
+def never() -> bool:
+    """Return False."""
+    return False
+
+
+hurried: Callable[[], bool] = never
+"""Whether this process was asked to end; `fedray.experiment.interrupt` sets it."""
 
 
 class Refused(Exception):
@@ -70,7 +81,7 @@ class Sender:
             most_s: seconds after which it ends in any case.
             grace_s: seconds for which a store that fails at once is tried again.
         """
-        started = time.monotonic()
+        started, hurried_at = time.monotonic(), None
         with self._changed:
             self._since, before = started, self._failures
             self._is_urgent = True
@@ -81,6 +92,9 @@ class Sender:
                     if self._failures > before and now - started >= grace_s:
                         return "fails"
                     left = min(self._since + answer_s, started + most_s) - now
+                    if hurried():
+                        hurried_at = hurried_at or now
+                        left = min(left, hurried_at + HURRY_S - now)
                     if left <= 0:
                         took_s = now - self._since if now - started < most_s else most_s
                         return f"did not answer within {took_s:.0f} s"
