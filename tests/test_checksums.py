@@ -206,8 +206,9 @@ def test_rounds_that_are_missing_at_the_end_are_noticed(copy: Path, rounds: int)
     with pytest.raises(RunError, match=r"rounds\.jsonl: (ends with|has no) round.*rounds are missing"):
         load_run(copy)
     assert "rounds are missing" in str(summary(copy).problem)
-    with pytest.raises(RunError, match=r"rounds\.jsonl"):
-        resume(copy)
+    if rounds < 3:
+        with pytest.raises(RunError, match=r"rounds\.jsonl"):
+            resume(copy)
     (copy / "result.json").unlink()
     with pytest.raises(RunError, match=r"rounds\.jsonl: .* its newest checkpoint is of round 3"):
         load_run(copy)

@@ -26,7 +26,7 @@ from fedray.storage.run_files import RunFiles
 LINEAGE = "lineage.jsonl"
 """File of a run that was forked: its parents."""
 
-MOVED = ("rounds.jsonl", "checkpoints", "clients.parquet", "mlflow.json", "warnings.txt", "client_errors.txt")
+MOVED = ("checkpoints", "rounds.jsonl", "clients.parquet", "mlflow.json", "warnings.txt", "client_errors.txt")
 """What a fork sets aside: the run's own past, and its run in MLflow, which has other rounds."""
 
 COPIED = "clients.parquet"
@@ -103,9 +103,9 @@ def fork(
             if (run / name).exists() and not (past / name).exists():
                 rename(run / name, past / name)
         (run / "checkpoints").mkdir(exist_ok=True)
-        stored.write(run / "checkpoints" / stored.name_of(round + 1), found.checkpoint, config)
         shutil.copytree(kept / COPIED, run / COPIED, dirs_exist_ok=True)
         replace_file(run / "rounds.jsonl", (kept / "rounds.jsonl").read_bytes())
+        stored.write(run / "checkpoints" / stored.name_of(round + 1), found.checkpoint, config)
         sealed.write(run / "config.yaml", config)
         own = _since(scan_lines(past / "rounds.jsonl")[0], forks[-1]["round"] if forks else None)
         changed = {key: [_value(before, key), value] for key, value in changes.items()}

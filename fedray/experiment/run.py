@@ -40,6 +40,7 @@ from fedray.randomness import generator, seed_sequence
 from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Stored
 from fedray.storage.directory import Lock, note_actors
+from fedray.storage.final_model import damage_of
 from fedray.storage.run_files import RunFiles
 from fedray.tracking.also import Beside
 from fedray.tracking.catching_up import mend
@@ -217,15 +218,17 @@ def resume(
     path, place = brought(path, overrides, place, patience_s)
     files = RunFiles.open(path)
     before, config = resumed_config(files, overrides)
-    result = finished_result(files, config)
+    result = _sound_result(files, config)
     if result is not None:
         mend(files, config, tracking or Tracking())
+        if (fault := files.rows_fault()) is not None:
+            logger.warning("%s", fault)
         publish_rest(path, place)
         return History(files.path, _history(files), result)
     federation = Federation.of(config)
     with Lock(path, patience_s=patience_s), published(path, place) as publish:
         files.on_saved = publish
-        result = finished_result(files, config)  # another process may have finished it meanwhile
+        result = _sound_result(files, config)  # another process may have finished it meanwhile
         if result is not None:
             return History(files.path, _history(files), result)
         pool = pool or placed(config, federation.place, partial(import_mlflow, config.tracking.uri))
@@ -239,6 +242,16 @@ def resume(
             files.set_end_aside(found.done if found is not None else 0)
         remove_partials(files.path)
         return _run_rounds_tracked(federation, files, found, on_round, pool, tracking or Tracking(), until)
+
+
+def _sound_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None:
+    """Return `result.json` of a finished run; None also if a file beside it is damaged: it is made again."""
+    result = finished_result(files, config)
+    damage = damage_of(config, files, result) if result is not None else None
+    if damage is not None:
+        logger.warning("%s; made again from a checkpoint", damage)
+        return None
+    return result
 
 
 def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None:

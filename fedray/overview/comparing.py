@@ -86,6 +86,8 @@ def sides_of(paths: Sequence[str | Path]) -> list[Side]:
 def _problem(base: Side, side: Side) -> str | None:
     """Return why a side cannot be compared with the first one; None if it can."""
     for one in (base, side):
+        if not one.setting.runs[0].config:
+            return f"{'it' if one is side else one.name} has no config.yaml"
         if one.setting.status == "unfinished":
             done = one.setting.last_round
             rounds = "no round" if done is None else f"round {done} of {one.flat.get('rounds', '?')}"

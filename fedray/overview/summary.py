@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from fedray.config import sealed, yaml_text
+from fedray.config import yaml_text
 from fedray.config.trees import flatten
-from fedray.durable import read_mapping, scan_text, shown
+from fedray.durable import scan_text, shown
 from fedray.errors import FedrayError, RunError
-from fedray.report.reading import check_rounds, find_runs, is_round, newest_saved
+from fedray.report.reading import check_rounds, find_runs, is_round, newest_saved, read_config, read_result
 from fedray.storage.directory import Holder, holder_of
 
 Status = Literal["running", "finished", "stopped", "failed", "interrupted", "damaged"]
@@ -143,10 +143,10 @@ def summary(path: Path, name: str | None = None) -> Summary:
     metrics: dict[str, Any] = {}
     round: int | None = None
     try:
-        config = _quickly(path / "config.yaml")
+        config = read_config(path, quickly=True)
         least = newest_saved(path)
         round, metrics = last_rounds(path / "rounds.jsonl")
-        result = read_mapping(path / "result.json")
+        result = read_result(path)
         check_rounds(path, -1 if round is None else round, least, result)
     except (FedrayError, OSError) as error:
         problem = str(error)
@@ -205,11 +205,6 @@ def _mtime(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _quickly(path: Path) -> dict[str, Any]:
-    """Read a file that fedray wrote."""
-    return sealed.look(path, quickly=True) if path.is_file() else {}
 
 
 def last_rounds(path: Path) -> tuple[int | None, dict[str, Any]]:

@@ -122,7 +122,9 @@ def look(path: Path) -> View:
         )
     if not (path / "sweep.yaml").is_file():
         if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{shown(path)} is not the directory of a run or a sweep")
+            raise ConfigError(
+                f"{shown(path)} is not the directory of a run or a sweep: it has no config.yaml"
+            )
         run = summary(path)
         return View(path, running, (run,), 1, run.rounds or 0)
     tree = yaml_text.load_quickly(path / "sweep.yaml") or {}

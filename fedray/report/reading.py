@@ -5,6 +5,7 @@
 Runs may be finished, stopped, running or broken. This module writes nothing and needs no torch.
 """
 
+import logging
 import os
 import re
 import sqlite3
@@ -25,7 +26,11 @@ from fedray.parquet import read_table
 if TYPE_CHECKING:
     import pandas as pd
 
+logger = logging.getLogger(__name__)
+
 _CHECKPOINT = re.compile(r"round-([0-9]{6,18})\.checkpoint")
+
+_PART = re.compile(r"(?:\.unusable-)?part-([0-9]{1,18})-([0-9]{1,18})")
 
 Status = Literal["finished", "stopped", "unfinished"]
 """At its last round; ended early by a scheduler; running, or broken."""
@@ -55,7 +60,14 @@ class RunData:
 
     @cached_property
     def clients(self) -> "pd.DataFrame | None":
-        """A row per client and round, as far as the last checkpoint; read when first asked for."""
+        """A row per client and round, as far as the last checkpoint; read when first asked for.
+
+        Raises:
+            RunError: if a part of it is damaged or missing.
+        """
+        missing = missing_rows(self.path)
+        if missing is not None:
+            raise RunError(missing)
         return read_table(self.path / "clients.parquet")
 
     @property
@@ -97,10 +109,10 @@ def load_run(path: str | Path) -> RunData:
         RunError: if a file is damaged, or rounds are missing; a torn last line of `rounds.jsonl` is left out.
     """
     folder = local_path(path)
-    config = sealed.look(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    config = read_config(folder) if _has_config(folder) else {}
     least = newest_saved(folder)  # before the rounds are read: the run may be running
     rounds = _read_rounds(folder / "rounds.jsonl")
-    result = read_mapping(folder / "result.json")
+    result = read_result(folder)
     check_rounds(folder, len(rounds) - 1, least, result)
     return RunData(
         path=folder,
@@ -111,6 +123,53 @@ def load_run(path: str | Path) -> RunData:
         client_accuracy=read_table(folder / "client_accuracy.parquet"),
         result=result,
     )
+
+
+def _has_config(path: Path) -> bool:
+    """Tell whether a run has a config; a warning says that it has none, and is shown under its name."""
+    found = os.path.lexists(path / "config.yaml")
+    if not found:
+        logger.warning(
+            "%s: is missing: the run is shown under the name of its directory", path / "config.yaml"
+        )
+    return found
+
+
+def read_config(path: Path, *, quickly: bool = False) -> dict[str, Any]:
+    """Read a run's `config.yaml`; a run writes it before all else.
+
+    Raises:
+        ConfigError, RunError: if it is missing or cannot be read, or its values were changed.
+    """
+    if not (path / "config.yaml").is_file():
+        raise RunError(f"{path / 'config.yaml'}: is missing; restore it from a copy")
+    return sealed.look(path / "config.yaml", quickly=quickly)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Read a run's `result.json`; None if there is none.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    found = read_mapping(path / "result.json")
+    if found is not None and found.get("status") not in ("finished", "stopped"):
+        raise RunError(f"{path / 'result.json'}: is damaged: it has no status of a run that has ended")
+    return found
+
+
+def missing_rows(path: Path) -> str | None:
+    """Return which rounds' rows are missing in a run's `clients.parquet`; None: none are.
+
+    Rows that were lost before, and of which `warnings.txt` tells, do not count.
+    """
+    folder, saved = path / "clients.parquet", newest_saved(path)
+    there: set[int] = set()
+    for found in filter(None, (_PART.fullmatch(part.stem) for part in folder.glob("*part-*.parquet"))):
+        first, last = int(found[1]), int(found[2])
+        there.update(range(first, min(last, saved) + 1))
+    lost = sorted(set(range(1, saved + 1)) - there)
+    return f"{folder}: the rows of rounds {lost[0]} to {lost[-1]} are missing" if lost else None
 
 
 def newest_saved(path: Path) -> int:

@@ -1,5 +1,6 @@
 """The final model of a run as a torch module."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from fedray.config.run_config import RunConfig
 from fedray.data import DATASETS
 from fedray.durable import local_path, shown
 from fedray.errors import RunError
+from fedray.parquet import read_table
 from fedray.storage.run_files import MODEL, SHA256, RunFiles
 from fedray.types import Layout, Params
 
@@ -27,6 +29,25 @@ def load_model(path: str | Path) -> Any:
         raise RunError(f"{folder}: no model.safetensors: the run is not finished; fedray resume {folder}")
     config = RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
     return load_module(config, files).eval()
+
+
+def damage_of(config: RunConfig, files: RunFiles, result: Mapping[str, Any]) -> str | None:
+    """Return which of the files that a finished run ends with is damaged or missing; None: all are sound.
+
+    Args:
+        config: of the run.
+        files: of the run.
+        result: content of `result.json`.
+    """
+    try:
+        files.rounds()
+        load_module(config, files)
+        accuracy = files.path / "client_accuracy.parquet"
+        if read_table(accuracy) is None and "clients/accuracy_mean" in result:
+            return f"{accuracy}: is missing"
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def load_module(config: RunConfig, files: RunFiles) -> Any:

@@ -28,7 +28,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,14 @@ from fedray.durable import local_path, read_mapping, shown
 from fedray.errors import ConfigError, RunError
 from fedray.federation.server import Checkpoint
 from fedray.parquet import read_table, write_table
-from fedray.report.reading import check_rounds, newest_saved, scan_rounds, sound_rounds
+from fedray.report.reading import (
+    check_rounds,
+    missing_rows,
+    newest_saved,
+    read_result,
+    scan_rounds,
+    sound_rounds,
+)
 from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Damaged, Stored
 from fedray.storage.directory import check_held, take
@@ -156,13 +163,10 @@ class RunFiles:
     def result(self) -> dict[str, Any] | None:
         """Read `result.json`; None if it is missing, or damaged, which is logged: resume makes it again."""
         try:
-            found = read_mapping(self.path / RESULT)
-            if found is not None and found.get("status") not in ("finished", "stopped"):
-                raise RunError(f"{self.path / RESULT}: is damaged: its status is {found.get('status')!r}")
+            return read_result(self.path)
         except RunError as error:
             logger.warning("%s; `fedray resume %s` makes it again", error, shown(self.path))
             return None
-        return found
 
     # ── at its end
     # ───────────────────────────────────────────────────────────────────────────────────────────
@@ -232,6 +236,10 @@ class RunFiles:
         """
         done = found.done if found is not None else -1
         rounds, _ = scan_rounds(self.path / "rounds.jsonl")
+        with self._writing(RESULT) as path, suppress(RunError):
+            rounds_of = (read_mapping(path) or {}).get("rounds")
+            if isinstance(rounds_of, int) and rounds_of > done:
+                path.unlink()  # it will be made again, and would claim rounds that are not there
         with self._writing("checkpoints"):
             newer = [path for path in self.checkpoints() if found is None or path.name > found.path.name]
             for path in newer:
@@ -243,6 +251,8 @@ class RunFiles:
         with self._writing("rounds.jsonl") as path:
             durable.replace(path, durable.as_lines(rounds[: done + 1]))
         with self._writing("clients.parquet") as folder:
+            missing = missing_rows(self.path)
+            self.warn([] if missing is None else [f"{missing}: they are lost"])
             for part in sorted(folder.glob("part-*.parquet")):
                 if rounds_in := _PART.fullmatch(part.stem):
                     self._rewind_part(part, int(rounds_in[1]), int(rounds_in[2]), done)
@@ -258,6 +268,14 @@ class RunFiles:
         except RunError as error:
             durable.rename(part, part.with_name(f".unusable-{part.name}"))
             self.warn([f"the clients' rows of rounds {first} to {last} are lost: {error}"])
+
+    def rows_fault(self) -> str | None:
+        """Return what is wrong with the clients' rows, which nothing can make again; None: nothing."""
+        try:
+            read_table(self.path / "clients.parquet")
+        except RunError as error:
+            return str(error)
+        return missing_rows(self.path)
 
     def set_end_aside(self, round: int) -> None:
         """Move a finished run's results to `ended-…/` before it gets more rounds; `result.json` first."""
@@ -276,7 +294,10 @@ class RunFiles:
         """
         saved = newest_saved(self.path)
         rounds = sound_rounds(self.path / "rounds.jsonl")
-        check_rounds(self.path, len(rounds) - 1, saved, self.result())
+        result = None
+        with suppress(RunError):  # whoever needs it will say so
+            result = read_mapping(self.path / RESULT)
+        check_rounds(self.path, len(rounds) - 1, saved, result)
         return rounds
 
     def checkpoints(self) -> list[Path]:

@@ -1,6 +1,5 @@
 """Runs of a fraction of a second: digits, a small network, six clients in process, nothing tracked."""
 
-import json
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +9,7 @@ from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
 from fedray.data import Examples
+from fedray.durable import read_lines, read_mapping
 from fedray.federation.client import Outcome
 from fedray.federation.pool import LocalPool
 from fedray.federation.worker import Workplace
@@ -53,13 +53,10 @@ def figures(path: Path) -> dict[str, Any]:
     """Return all that must be equal of two runs of one config: everything but wall time."""
     import pandas as pd
 
-    rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
-    result = json.loads((path / "result.json").read_text())
+    rounds, result = read_lines(path / "rounds.jsonl"), read_mapping(path / "result.json") or {}
     for metrics in (result, *(line["metrics"] for line in rounds)):
         for clock in [name for name in metrics if name.endswith("wall_s")]:
             del metrics[clock]
-    for mapping in (result, *rounds):
-        del mapping["checksum"]  # of the clocks, too
     clients = pd.read_parquet(path / "clients.parquet").to_dict("records")
     return {
         "rounds": rounds,

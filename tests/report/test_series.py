@@ -70,10 +70,11 @@ def test_a_run_without_a_config_does_not_lengthen_the_labels_of_others(tmp_path)
     assert [run.label for run in label_runs(runs)] == ["lr=0.1", "lr=0.2", "broken"]
 
 
-def test_a_run_without_a_config_is_labelled_by_its_name(tmp_path):
+def test_a_run_without_a_config_is_labelled_by_its_name_and_that_is_said(tmp_path, caplog):
     path = write_run(tmp_path / "a")
     (path / "config.yaml").unlink()
     assert label_runs([load_run(path)])[0].label == "a"
+    assert "a/config.yaml: is missing: the run is shown under the name of its directory" in caplog.text
 
 
 BANDIT = {"policy": "bandit", "steepest": 0.0, "budget": None, "preference": 0.1}

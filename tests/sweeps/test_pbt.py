@@ -129,7 +129,7 @@ def test_a_forked_run_continues_with_the_changed_option(tmp_path):
         resume(b, ["method.lr=0.1"])
 
 
-@pytest.mark.parametrize("step", ["write", "replace_file", "append"])
+@pytest.mark.parametrize("step", ["write", "replace_file", "append_lines"])
 def test_a_fork_that_was_cut_is_made_again(tmp_path, monkeypatch, step):
     a, b = two(tmp_path)
     keep(a, 2, tmp_path / "kept")
