@@ -201,6 +201,18 @@ def node(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[str]:
             process.kill()
 
 
+def own_env(token: Path) -> dict[str, str]:
+    """Write a token, and return the environment of a cluster that has it."""
+    token.write_text("0123456789abcdef" * 2, encoding="utf-8")
+    strangers = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+    return {name: value for name, value in os.environ.items() if name not in strangers} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
 def kill_holders(path: Path, name: str = "RAY_AUTH_TOKEN_PATH") -> None:
     """Kill every process that has this path in its environment: those of a test, and their children."""
     mark = f"{name}={path}".encode()
@@ -216,13 +228,7 @@ def two_nodes() -> Iterator[TwoNodes]:
         pytest.skip("finds its processes by /proc, and Ray has several nodes on Linux only")
     folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="fr"))  # short: sockets' paths end at 107 characters
     token = folder / "token"
-    token.write_text("0123456789abcdef" * 2, encoding="utf-8")
-    strangers = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
-    env = {name: value for name, value in os.environ.items() if name not in strangers} | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    env = own_env(token)
     temp = f"--temp-dir={folder / 'ray'}"
     try:
         head = ["--head", "--port=0", "--num-cpus=1", "--include-dashboard=false", "--labels=tier=fast", temp]
