@@ -113,8 +113,8 @@ def too_far(update: ClientUpdate, task: Task, most: float) -> str | None:
         most: the L2 norm of the change, at most, in multiples of the norm that the task's entries have, or
             would have if each were 1.
     """
-    moved = update.params.flat - task.params.flat
-    if float(torch.dot(moved, moved)) < most * most * update.mask.count / 4:  # the usual case, in one pass
+    squares = sum(float(torch.dot(flat, flat)) for flat in (update.params.flat, task.params.flat))
+    if 8 * squares < most * most * update.mask.count:  # the usual case: |a − b|² ≤ 2·|a|² + 2·|b|²
         return None
     trainable = update.mask.layout.trainable_flat
     for what, part, limit in (
