@@ -7,6 +7,7 @@ at once.
 """
 
 import errno
+import signal
 import traceback
 from collections.abc import Iterator, Sequence
 
@@ -64,6 +65,21 @@ def of_machine(error: BaseException) -> bool:
         return error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE)
     no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return no_memory or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def of_signal(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it came from, was raised by a handler of signals.
+
+    The handlers of fedray and Ray raise SystemExit in whatever code runs: that code is not at fault.
+    """
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = [getattr(getattr(h, "__func__", h), "__code__", None) for h in handlers if callable(h)]
+    while error is not None:
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        if isinstance(error, KeyboardInterrupt) or any(frame.f_code in codes for frame in frames):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def traceback_of(error: BaseException) -> str:

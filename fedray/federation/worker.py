@@ -29,6 +29,7 @@ from fedray.federation.faults import (
     fault_of,
     not_finite,
     of_machine,
+    of_signal,
     too_far,
     traceback_of,
 )
@@ -196,6 +197,8 @@ class Worker:
         except FedrayError as error:
             raise ClientError(order.client, job.round, str(error)) from error
         except (Exception, SystemExit) as error:
+            if of_signal(error):
+                raise
             _check_unchanged(task, versions, order.client, job.round)
             if of_machine(error):
                 raise ClientError(order.client, job.round, traceback_of(error)) from error

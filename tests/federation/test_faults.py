@@ -1,5 +1,8 @@
 """Clients that fail: who is left out and named, and when a run ends."""
 
+import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from fedray.errors import ClientError, MethodError, RunError
+from fedray.experiment.interrupt import signals
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.faults import LONGEST_TRACEBACK, fault_of, too_far
@@ -262,6 +266,40 @@ def test_a_broken_rule_and_a_machine_without_room_end_the_run_at_once(
 ):
     with pytest.raises(ClientError, match=rf"(?s)client 3 failed in round 1.*{told}"):
         small.run(begin(Failing(**options), rules=Rules(max_failed=1), stack=stack))
+
+
+def stop(update: ClientUpdate) -> Any:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return update
+
+
+def stop_and_wrap(update: ClientUpdate) -> Any:
+    try:
+        return stop(update)
+    except SystemExit as error:
+        raise RuntimeError("a library wraps what it meets") from error
+
+
+def own_handler(*_: Any) -> None:
+    sys.exit(7)
+
+
+@pytest.mark.parametrize("handler", ["fedray", "own"])
+@pytest.mark.parametrize("change", [stop, stop_and_wrap])
+def test_a_signal_while_a_client_trains_is_no_fault_of_the_client(change: Callable[[Any], Any], handler: str):
+    server = begin(Failing(late={3: change}), rules=Rules(max_failed=1))
+    server.setup()
+    before, ending = (
+        server.state,
+        pytest.raises(SystemExit if handler == "fedray" else (SystemExit, RuntimeError)),
+    )
+    old = signal.signal(signal.SIGTERM, signal.SIG_DFL if handler == "fedray" else own_handler)
+    try:
+        with ending, signals() as stopping, stopping.cuts():
+            server.step()
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert server.state == before
 
 
 def test_an_interrupt_is_no_fault():
