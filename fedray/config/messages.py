@@ -78,7 +78,10 @@ def line(key: str, text: str, where: Where) -> str:
 
 def shortened(value: Any) -> str:
     """Return the repr of a value, at most 60 characters of it, and without the logins in it."""
-    text = repr(_without_logins(value))
+    try:
+        text = repr(_without_logins(value))
+    except RecursionError:
+        text = f"a {type(value).__name__} with endless nesting"
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

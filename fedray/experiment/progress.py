@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 ERR = Console(stderr=True)
 
@@ -15,15 +24,37 @@ LINES = 20
 """Without a terminal, progress prints about this many lines instead of a bar."""
 
 
+BAR = 16
+"""Characters of a bar."""
+TIME = 7
+"""Characters of the time left, at most."""
+
+
+class _Rest(ProgressColumn):
+    """The text at the end: in a narrow terminal it gives way, and the numbers stay."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def render(self, task: Task) -> Text:
+        """Return as much of the text as there is room for."""
+        counts = 2 * len(str(task.total or "?")) + 1
+        room = self.console.width - sum((len(task.description), BAR, counts, TIME, 4))
+        text = Text(task.fields["now"])
+        text.truncate(max(room, 8), overflow="ellipsis")
+        return text
+
+
 def _bar(console: Console) -> "Progress | NotebookBar":
     if in_notebook():
         return NotebookBar()
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=BAR),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[now]}"),
         TimeRemainingColumn(compact=True),
+        _Rest(console),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -172,7 +203,7 @@ class SweepProgress:
         """Show a round of a trial."""
         before = sum(self.done.values())
         self.done[trial] = int(metrics["round"])
-        done, now = sum(self.done.values()), f"{trial}: {_now(metrics)}"
+        done, now = sum(self.done.values()), f"{_now(metrics)}  {trial}"
         self.bar.update(self.task, completed=done, now=now)
         line = f"{trial}, round {self.done[trial]}: {_now(metrics)}"
         _say_progress(self.console, line, before, done, self.total)

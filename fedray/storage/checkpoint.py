@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
+from struct import error as StructError
 from typing import Any, BinaryIO
 
 from fedray.config.trees import Tree
@@ -35,6 +36,7 @@ _MALFORMED = (
     LookupError,
     MemoryError,
     RuntimeError,
+    StructError,
     TypeError,
     ValueError,
 )

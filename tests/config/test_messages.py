@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedray.config.overrides import override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.errors import ConfigError
+from fedray.sweeps.space import Sweep
 
 
 def refused(*overrides: str, tree: dict[str, Any] | None = None) -> str:
@@ -530,3 +531,16 @@ def test_a_file_with_thousands_of_strange_keys_is_refused_at_once(tree):
         RunConfig.from_tree(tree, "x.yaml")
     assert len(str(error.value).splitlines()) == 51
     assert "key0" in str(error.value) and str(error.value).endswith("are these the keys of fedray?")
+
+
+@pytest.mark.parametrize("depth", [100, 400, 900, 5000])
+def test_a_value_of_endless_nesting_is_one_message(depth):
+    deep: object = 1
+    for _ in range(depth):
+        deep = {"a": [deep]}
+    for tree in ({"rounds": deep}, {"method": {"name": "fedavg", "lr": deep}}):
+        with pytest.raises(ConfigError):
+            RunConfig.from_tree(tree)
+    for sweep in ({"space": {"seed": deep}}, {"space": {"seed": {"grid": deep}}}, {"tune": {"stop": deep}}):
+        with pytest.raises(ConfigError):
+            Sweep.read({"base": {}, "space": {"seed": {"grid": [1]}}, **sweep}, "x", "x", {})

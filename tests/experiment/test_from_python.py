@@ -1,6 +1,7 @@
 """A config made in Python is checked as one from a file, and means the same on every path."""
 
 import pickle
+import re
 import sys
 import types
 from decimal import Decimal
@@ -349,3 +350,24 @@ def test_progress_in_a_notebook_is_one_output(monkeypatch):
         on_round(types.SimpleNamespace(round=2, metrics=metrics))
     (line,) = shown
     assert 'value="2" max="4"' in line and "accuracy 0.500  density 1.00  2.0 MB" in line
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_in_a_narrow_terminal_the_numbers_of_the_bar_stay(width):
+    import io
+
+    from rich.console import Console
+
+    from fedray.experiment.progress import SweepProgress
+
+    screen = io.StringIO()
+    trial = "00-threshold=0.6586,initial_density=0.426,stages=4"
+    metrics = {"round": 3, "val/accuracy": 0.7, "density/global": 0.4, "total/bytes/up": 5e6}
+    with SweepProgress(
+        {f"{n}": 4 for n in range(8)}, Console(file=screen, width=width, force_terminal=True)
+    ) as bar:
+        bar.show(trial, metrics)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    last = [line for line in re.split(r"[\r\n]+", text) if line.strip()][-1]
+    assert last.startswith("rounds ") and " 3/32 " in last and "accuracy 0.7" in last
+    assert (trial in last) == (width == 200) and len(last) <= width

@@ -1,0 +1,1 @@
+"""Damaged and hostile inputs: `python -m benchmarks.fuzz --inputs 1000000 --seed 0`."""
