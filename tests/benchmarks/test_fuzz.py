@@ -107,7 +107,7 @@ def test_a_process_that_dies_or_stands_still_is_a_fault(monkeypatch: pytest.Monk
     monkeypatch.setitem(TARGETS, "x", of(dies if how == "dies" else sleeps))
     outcome = in_child(Piece("x", 0, 100), 0)
     ((number, text),) = outcome.faults
-    assert text == f"the process ended with status -9"
+    assert text == "the process ended with status -9"
     if how == "dies":
         assert Random(f"0 x {number}").random() < 0.1
 
