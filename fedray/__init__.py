@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fedray.report.reading import RunData, find_runs, load_run
     from fedray.report.table import write_report
     from fedray.storage.final_model import load_model
-    from fedray.sweeps.outcome import SweepResult
+    from fedray.sweeps.outcome import Best, SweepResult, Trial
     from fedray.sweeps.space import Sweep
     from fedray.sweeps.sweep import load_sweep, resume_sweep, sweep
     from fedray.types import (
@@ -76,6 +76,7 @@ __all__ = [
     "PARTITIONS",
     "SAMPLERS",
     "Architecture",
+    "Best",
     "Client",
     "ClientError",
     "ClientRecord",
@@ -123,6 +124,7 @@ __all__ = [
     "Sweep",
     "SweepResult",
     "Task",
+    "Trial",
     "UplinkCodec",
     "WireError",
     "find_runs",
@@ -155,7 +157,7 @@ _MODULES = {
     "fedray.experiment.history": "History",
     "fedray.experiment.run": "Federation resume run",
     "fedray.sweeps.space": "Sweep",
-    "fedray.sweeps.outcome": "SweepResult",
+    "fedray.sweeps.outcome": "Best SweepResult Trial",
     "fedray.sweeps.sweep": "load_sweep resume_sweep sweep",
     "fedray.federation.aggregate": "CohortUpdate",
     "fedray.federation.client": "Client Step",

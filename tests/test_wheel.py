@@ -159,7 +159,7 @@ def test_every_line_of_the_readme_works_from_a_wheel_in_an_empty_folder(installe
     assert f"{SWEEP}/report" in first.stdout and "Best val/accuracy" in first.stdout
     trials = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob(f"{SWEEP}/trials/*"))]
     given = GIVEN | {"compare": ["compare", *trials[:2]]}
-    given["sweep"] += [*SMALLER, "tune.grace_rounds=2"]
+    given["sweep"] = [*GIVEN["sweep"], *SMALLER, "tune.grace_rounds=2"]
     shown = [words for words in lines_of_the_readme() if words[0] not in ELSEWHERE]
     for words in [*(given.get(words[0], words) for words in shown), ["sync", SWEEP]]:
         if words[0] == "ui":
@@ -196,4 +196,5 @@ def check_ui(fedray: Path, folder: Path, directory: str) -> None:
                 time.sleep(0.5)
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
+        process.communicate(timeout=60)
+    assert process.returncode == 0

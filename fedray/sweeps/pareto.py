@@ -1,4 +1,7 @@
-"""Pareto sets: the points of which no other is better in one objective and as good in all."""
+"""Pareto sets: the points of which no other is better in one objective and as good in all.
+
+Not among the public names: `SweepResult.pareto` has the points of a sweep.
+"""
 
 from collections.abc import Sequence
 from math import isfinite

@@ -29,6 +29,7 @@ from fedray.config.trees import CHOICES, Tree
 from fedray.config.tune_config import TuneConfig, comparison_problems, tune_config
 from fedray.errors import ConfigError
 from fedray.sweeps.drawing import check_drawable, extremes, mutations_of, points_of, random_points, verb_of
+from fedray.sweeps.refused import Refused
 
 SHARED = {
     "tracking": "all trials are tracked in one store, as children of one run",
@@ -143,21 +144,19 @@ class Sweep:
             on_point: called with the number of points validated so far, and of all.
 
         Raises:
-            ConfigError: with the problems of all points.
+            ConfigError: with the problems of all points, or of the first MOST_REFUSED that have any.
         """
         points: list[Point] = []
-        problems: dict[str, list[str]] = {}
+        refused = Refused(len(changes))
         width = max(2, len(str(len(changes))))
         for number, change in enumerate(changes):
             try:
                 points.append(point_of(tree["base"], change, number, width, where))
             except ConfigError as error:
-                for problem in str(error).splitlines():
-                    problems.setdefault(problem, []).append(_label(change))
+                refused.add(_label(change), str(error).splitlines(), number + 1)
             if on_point is not None:
                 on_point(number + 1, len(changes))
-        if problems:
-            raise ConfigError("\n".join(_of_points(*item, len(changes)) for item in problems.items()))
+        refused.check()
         configs = [point.config for point in points]
         _check_comparison(tune, configs, where, _population_problems(tune, points, where))
         return cls(name, tree | {"base": _located(tree["base"], configs)}, tune, tuple(points))
@@ -180,16 +179,15 @@ class Sweep:
         for key, spec in space.items():
             verb, arguments = verb_of(key, spec, where)
             tried += [[{**point, key: value} for point in contexts] for value in extremes(verb, arguments)]
-        configs, problems = [], dict[str, list[str]]()
+        configs, refused = list[RunConfig](), Refused(len(tried))
         for number, changes in enumerate(tried):
             found, faults = _first_valid(tree["base"], changes, where)
             configs += found
-            for fault in faults:
-                problems.setdefault(fault, []).append(_label(changes[0]))
+            if faults:
+                refused.add(_label(changes[0]), faults, number + 1)
             if on_point is not None:
                 on_point(number + 1, len(tried))
-        if problems:
-            raise ConfigError("\n".join(_of_points(*item, len(tried)) for item in problems.items()))
+        refused.check()
         _check_comparison(tune, configs, where)
         located = {key: _located(spec, configs, key, is_verb=True) for key, spec in space.items()}
         whole = {"base": _located(tree["base"], configs), "space": located}
@@ -374,14 +372,6 @@ def _fix(space: Tree, key: str) -> None:
     section, _, last = key.rpartition(".")
     if CHOICES.get(section) == last:
         space.pop(section, None)
-
-
-def _of_points(problem: str, labels: Sequence[str], points: int) -> str:
-    """Name the points that have a problem, unless all have it."""
-    if len(labels) == points:
-        return problem
-    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-    return f"{problem} [{labels[0]}{more}]"
 
 
 def _label(changes: Mapping[str, Any]) -> str:

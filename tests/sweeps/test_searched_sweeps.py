@@ -18,8 +18,9 @@ from fedray.experiment.forking import lineage
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import SweepResult
 from fedray.sweeps.space import Sweep
+from fedray.sweeps.stopping import Budget
 from fedray.sweeps.suggesting import POINTS
-from fedray.sweeps.sweep import resume_sweep, sweep
+from fedray.sweeps.sweep import load_sweep, resume_sweep, sweep
 from tests.experiment.tiny import TREE
 
 SEARCH = {"search": {"name": "optuna", "n_startup_trials": 2}, "num_samples": 4, "concurrent": 1}
@@ -136,3 +137,31 @@ def test_several_objectives_and_seeds_end_with_a_pareto_set(tmp_path):
     written = json.loads((tmp_path / "made" / "pareto.json").read_text())
     assert [len(point["trials"]) for point in written["points"]] == [2] * len(made.pareto)
     assert (tmp_path / "made" / "best.yaml").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optuna", "hyperopt"])
+def test_a_target_and_a_budget_work_with_a_searcher(tmp_path, monkeypatch, name):
+    """Trials end at their target, as finished; the budget cuts the search, and a resume continues it."""
+    pytest.importorskip(name)
+    spent: list[int] = []
+    # a second is a report, however slow the machine
+    monkeypatch.setattr(Budget, "spent_s", property(lambda budget: budget.before_s + len(spent)))
+    tune = {"search": name, "num_samples": 6, "concurrent": 1, "stop": {"round": 2}, "time_budget_s": 7}
+    made = sweep(
+        Sweep.load(write(tmp_path, tune)), out=tmp_path / "made", on_round=lambda *what: spent.append(1)
+    )
+    assert made.ended == "the time budget of 7 s is spent" and not made.failed
+    finished = [trial for trial in made.trials if trial.status == "finished"]
+    assert 1 <= len(finished) < 6
+    for trial in finished:
+        result = RunFiles(trial.path).result() or {}
+        assert result["ended"] == "round 2 ≥ 2" and result["rounds"] == 2 and "test/accuracy" in result
+    told = [line for line in lines(made.path) if "told" in line]
+    assert len(told) == len(finished) and all("failed" not in line for line in told)
+    before = lines(made.path)
+    spent.clear()
+    more = load_sweep(made.path, overrides=["tune.time_budget_s=1000"])
+    again = resume_sweep(made.path, more, on_round=lambda *what: spent.append(1))
+    assert again.ended is None and [trial.status for trial in again.trials] == ["finished"] * 6
+    assert lines(made.path)[: len(before)] == before and again.best is not None

@@ -379,3 +379,22 @@ def test_an_override_reaches_an_option_of_the_scheduler(load, overrides, name, g
     assert sweep.tune.scheduler.name == name
     assert {option: getattr(sweep.tune.rules, option) for option in given} == given
     assert Sweep.of("again", sweep.tree, sweep.tune, [{}], "x").tune == sweep.tune
+
+
+def test_thousands_of_points_that_cannot_run_are_refused_after_a_hundred():
+    seen: list[int] = []
+    grid = {"method.lr": {"grid": [*range(1, 40), *(-n for n in range(1, 20_000))]}}
+    tree = {"base": {"model": "mlp", "data": {"name": "digits"}}, "space": grid}
+    with pytest.raises(ConfigError) as caught:
+        Sweep.read(tree, "x.yaml", "x", {}, lambda done, all: seen.append(done))
+    lines = str(caught.value).splitlines()
+    assert lines[-1] == "100 of the first 139 points cannot run; 19,899 more points were not checked"
+    assert len(seen) == 138 and len(lines) <= 52
+
+
+def test_a_hundred_points_are_all_checked():
+    tree = {"base": {"model": "mlp", "data": {"name": "digits"}}, "space": {"rounds": {"grid": [0] * 1}}}
+    tree["space"] = {"seed": {"grid": list(range(100))}, "rounds": {"grid": [0]}}
+    with pytest.raises(ConfigError) as caught:
+        Sweep.read(tree, "x.yaml", "x", {})
+    assert "not checked" not in str(caught.value) and "[" not in str(caught.value).splitlines()[-1]
