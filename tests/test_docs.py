@@ -45,6 +45,7 @@ RUN_FILES = {
     "rounds.jsonl",
     "published.json",
     "manifest.json",
+    "imports.json",
     "data.json",
     "stopped.json",
     "error.txt",

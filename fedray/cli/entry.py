@@ -82,6 +82,25 @@ Import = Annotated[
 ]
 
 
+def _trust(context: typer.Context, yes: bool) -> bool:
+    if yes:
+        from fedray.config.trust import trusting
+
+        context.with_resource(trusting())
+    return yes
+
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        callback=_trust,
+        is_eager=True,
+        help="Run the Python files that the config names (imports).",
+    ),
+]
+
+
 class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to the stderr of the moment: while a bar is drawn, its lines go above it."""
 
@@ -166,9 +185,12 @@ def imports_override(file: Path, imports: list[Path] | None) -> list[str]:
     from fedray.config import yaml_text
     from fedray.config.overrides import base_of
     from fedray.config.shipped import located
+    from fedray.config.trust import check, resolved
 
     named = base_of(yaml_text.load(file), file).get("imports") or []
     if not isinstance(named, list):
         return []  # it is refused where the file is validated
+    theirs = {path.resolve() for path in map(located, imports)}
+    check([name for name in map(str, named) if resolved(name) not in theirs], str(file))
     every = [str(path) for path in [*named, *map(located, imports)]]
     return [f"imports={json.dumps(list(dict.fromkeys(every)))}"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fedray.cli.console import err, escape, number, say, say_json
-from fedray.cli.entry import Address, File, Import, Json, Overrides, app, imports_override, use_cluster
+from fedray.cli.entry import Address, File, Import, Json, Overrides, Trust, app, imports_override, use_cluster
 
 
 @app.command("plan")
@@ -14,6 +14,7 @@ def plan_(
     file: File,
     overrides: Overrides = None,
     imports: Import = None,
+    trust: Trust = False,
     address: Address = None,
     measure: Annotated[
         bool, typer.Option(help="Run three real rounds of each kind of point, or only count.")

@@ -13,6 +13,7 @@ from fedray.cli.entry import (
     Json,
     Out,
     Overrides,
+    Trust,
     app,
     import_all,
     imports_override,
@@ -28,6 +29,7 @@ def run(
     overrides: Overrides = None,
     out_dir: Out = None,
     imports: Import = None,
+    trust: Trust = False,
     json: Json = False,
     address: Address = None,
 ) -> None:
@@ -52,6 +54,7 @@ def sweep(
     overrides: Overrides = None,
     out_dir: Out = None,
     imports: Import = None,
+    trust: Trust = False,
     json: Json = False,
     address: Address = None,
 ) -> None:
@@ -85,6 +88,7 @@ def resume(
         ),
     ] = None,
     imports: Import = None,
+    trust: Trust = False,
     json: Json = False,
     address: Address = None,
 ) -> None:
@@ -131,6 +135,7 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: that of the run's config.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow's experiment; default: as above.")] = None,
     imports: Import = None,
+    trust: Trust = False,
 ) -> None:
     """Bring MLflow up to date with runs, sweeps and trainings, e.g. after it was out of reach."""
     import_all(imports)

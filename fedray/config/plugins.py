@@ -69,6 +69,11 @@ def import_modules(paths: Iterable[str | Path]) -> None:
             _imported[path] = _import(path, given)
 
 
+def is_imported(path: Path) -> bool:
+    """Tell whether this process has run a file already, by its path or by its name."""
+    return path in _imported or _adopt(path)
+
+
 def imported_modules() -> tuple[ModuleType, ...]:
     """Return the imported modules of `imports:` files and of their folders."""
     return (*_imported.values(), *_beside.values())

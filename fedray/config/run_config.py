@@ -38,6 +38,8 @@ from fedray.config.places import absolute_place
 from fedray.config.plugins import files_of, import_modules, unrecorded
 from fedray.config.tables import TABLES
 from fedray.config.trees import Tree, decisive
+from fedray.config.trust import check as check_trusted
+from fedray.config.trust import trusting
 from fedray.config.uri import absolute_uri
 from fedray.costs.differences import CODECS, UplinkCodec
 from fedray.data import DATASETS, PARTITIONS
@@ -322,7 +324,7 @@ class Config(Section):
 
     def _fill(self, tree: Mapping[str, Any], where: Where) -> None:
         tree = plain_copy(tree)
-        self._prepare(tree)
+        self._prepare(tree, where)
         try:
             super().__init__(**tree)
         except ValidationError as error:
@@ -333,7 +335,7 @@ class Config(Section):
         if problems:
             raise ConfigError(problems)
 
-    def _prepare(self, tree: Tree) -> None:
+    def _prepare(self, tree: Tree, where: Where) -> None:
         """Prepare for the validation of a plain tree, e.g. import the files that it names."""
 
     def _complete(self) -> None:
@@ -392,20 +394,26 @@ class RunConfig(Config):
         super().__init__(**values)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> "RunConfig":
         """Read a YAML file (its `base:` section, or all of it) and apply `key=value` overrides.
+
+        Args:
+            path: of the file.
+            overrides: of its keys.
+            trust: whether to run the Python files that it names under `imports`.
 
         Raises:
             ConfigError: with every problem found.
         """
         changes = parse_overrides(overrides)
-        return cls.from_tree(
-            override_tree(base_of(yaml_text.load(path), path), changes), origin(path, changes)
-        )
+        tree = override_tree(base_of(yaml_text.load(path), path), changes)
+        with trusting(trust):
+            return cls.from_tree(tree, origin(path, changes))
 
-    def _prepare(self, tree: Tree) -> None:
+    def _prepare(self, tree: Tree, where: Where) -> None:
         imports = tree.get("imports")
         if isinstance(imports, list) and all(isinstance(path, str) for path in imports):
+            check_trusted(imports, where if isinstance(where, str) else where("imports"))
             import_modules(imports)
 
     def _complete(self) -> None:

@@ -13,6 +13,7 @@ from fedray.config.overrides import origin, override_tree, parse_overrides
 from fedray.config.run_config import SINCE, RunConfig
 from fedray.config.tables import TABLES
 from fedray.config.trees import INDECISIVE, Tree, decisive, flat_text
+from fedray.config.trust import IMPORTS, recorded
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
 from fedray.storage.checkpoint import Stored, difference
@@ -47,7 +48,8 @@ def resumed_config(
         raise RunError(f"{path}: {problem}{_against_checkpoint(files)}")
     before = files.read_config()
     given = dict(changes) if isinstance(changes, Mapping) else parse_overrides(changes)
-    changed = RunConfig.from_tree(override_tree(before, given), origin(path, given))
+    with recorded(files.read_json(IMPORTS)):
+        changed = RunConfig.from_tree(override_tree(before, given), origin(path, given))
     fixed = [f"{key} from {old} to {new}" for key, old, new in _differences(before, changed.to_tree())]
     if fixed:
         arguments = " ".join(changes) if not isinstance(changes, Mapping) else "KEY=VALUE"

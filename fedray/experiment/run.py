@@ -19,6 +19,7 @@ import numpy as np
 from fedray.config.places import Place
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
+from fedray.config.trust import IMPORTS, record, trusting
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Partition
@@ -145,6 +146,7 @@ def run(
     tracking: Tracking | None = None,
     until: Until | None = None,
     progress: bool | None = None,
+    trust: bool = False,
     place: Place | None = None,
 ) -> History:
     """Run a federation.
@@ -160,13 +162,15 @@ def run(
         tracking: where to track the run; None: as the config's `tracking` says.
         until: ends the run, as finished, before its last round.
         progress: whether to show a bar; None: in a notebook or at Python's prompt, without an `on_round`.
+        trust: whether to run the Python files that a config file names under `imports`.
         place: where the directory is published; None: as the config's `storage` says.
 
     Raises:
         ConfigError, DataError: if the config cannot run; then nothing has started, and nothing is on disk.
         RunError, ClientError, MethodError: if the run failed; `resume` may continue it.
     """
-    config = run_config(config, overrides)
+    with trusting(trust):
+        config = run_config(config, overrides)
     home = Home.of(config.storage if place is None else None, out)
     federation = Federation.of(config)
     pool = pool or placed(config, federation.place, partial(import_mlflow, config.tracking.uri))
@@ -175,6 +179,7 @@ def run(
         files = RunFiles(path)
         with Lock(path), published(path, place or below, is_new=place is None) as publish:
             files.on_saved = publish
+            _record_imports(files, config)
             files.write_config(config.to_tree())
             files.write_json(DATA, describe(config.data.name, federation.dataset, federation.deal.splits))
             if foreign := config.unrecorded():
@@ -194,6 +199,7 @@ def resume(
     patience_s: float = 0.0,
     until: Until | None = None,
     place: Place | None = None,
+    trust: bool = False,
 ) -> History:
     """Resume a run from its last checkpoint. It ends with the weights of an uninterrupted run.
 
@@ -209,6 +215,7 @@ def resume(
         patience_s: seconds to wait for a process that is leaving the run.
         until: as for `run`.
         place: as for `run`.
+        trust: whether to run Python files of `imports` that the run has not recorded, or that have changed.
 
     Raises:
         ConfigError, DataError, ClientError, MethodError: as for `run`.
@@ -217,7 +224,8 @@ def resume(
     """
     path, place = brought(path, overrides, place, patience_s)
     files = RunFiles.open(path)
-    before, config = resumed_config(files, overrides)
+    with trusting(trust):
+        before, config = resumed_config(files, overrides)
     result = _sound_result(files, config)
     if result is not None:
         mend(files, config, tracking or Tracking())
@@ -241,6 +249,7 @@ def resume(
         if "ended" in (files.result() or {}):  # by `until`
             files.set_end_aside(found.done if found is not None else 0)
         remove_partials(files.path)
+        _record_imports(files, config)
         return _run_rounds_tracked(federation, files, found, on_round, pool, tracking or Tracking(), until)
 
 
@@ -267,6 +276,13 @@ def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None
     if completed > config.rounds:
         raise ConfigError(f"rounds={config.rounds}: {shown(files.path)} is finished, with {completed} rounds")
     return result if completed == config.rounds else None
+
+
+def _record_imports(files: RunFiles, config: RunConfig) -> None:
+    """Record the Python files that the run has imported, unless there are none or they are recorded."""
+    digests = record(config.imports)
+    if digests and digests != files.read_json(IMPORTS):
+        files.write_json(IMPORTS, digests)
 
 
 def _change(files: RunFiles, before: Tree, after: RunConfig, found: Stored | None) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.config.run_config import RunConfig
+from fedray.config.trust import IMPORTS, recorded, trusting
 from fedray.data import DATASETS
 from fedray.durable import local_path, shown
 from fedray.errors import RunError
@@ -13,11 +14,12 @@ from fedray.storage.run_files import MODEL, SHA256, RunFiles
 from fedray.types import Layout, Params
 
 
-def load_model(path: str | Path) -> Any:
+def load_model(path: str | Path, *, trust: bool = False) -> Any:
     """Return the final model of a finished run as a plain `torch.nn.Module`, in evaluation mode.
 
     With `norm=local` and `norm=static`, docs/architecture.md says which statistics its batch normalisation
-    has. The run's `imports` are imported.
+    has. The run's `imports` are imported: those that it has recorded and that have not changed; with `trust`,
+    all of them.
 
     Raises:
         ConfigError: if the run's config is no longer valid.
@@ -27,7 +29,8 @@ def load_model(path: str | Path) -> Any:
     if not (files.path / MODEL).is_file():
         folder = shown(files.path)
         raise RunError(f"{folder}: no model.safetensors: the run is not finished; fedray resume {folder}")
-    config = RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
+    with trusting(trust), recorded(files.read_json(IMPORTS)):
+        config = RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
     return load_module(config, files).eval()
 
 

@@ -1,6 +1,7 @@
 """The files of a run. A crash at any moment leaves a directory that can be read and resumed.
 
     config.yaml              the whole config, defaults included
+    imports.json             path and SHA-256 of each Python file that the run has imported
     data.json                the data set: source; examples, shape and digest of each part
     rounds.jsonl             one line a round; only the last line can be torn
     clients.parquet/         a row per client and round, in part files written at each checkpoint

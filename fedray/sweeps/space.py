@@ -26,6 +26,7 @@ from fedray.config.run_config import RunConfig
 from fedray.config.schedulers import Pbt
 from fedray.config.searches import Grid
 from fedray.config.trees import CHOICES, Tree
+from fedray.config.trust import trusting
 from fedray.config.tune_config import TuneConfig, comparison_problems, tune_config
 from fedray.errors import ConfigError
 from fedray.sweeps.drawing import check_drawable, extremes, mutations_of, points_of, random_points, verb_of
@@ -71,20 +72,25 @@ class Sweep:
 
     @classmethod
     def load(
-        cls, path: str | Path, overrides: Sequence[str] = (), on_point: OnPoint | None = None
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        on_point: OnPoint | None = None,
+        *,
+        trust: bool = False,
     ) -> "Sweep":
         """Read a sweep file and apply `key=value` overrides.
 
         An override of a key of `space` fixes that key, and one of `method.name` a `space` of methods;
         `tune.…` and `space.…` reach those sections, and everything else changes the base. `on_point` is
-        called as points are validated.
+        called as points are validated. With `trust`, the Python files of `imports` are run.
 
         Raises:
             ConfigError: with every problem of every point.
         """
-        return cls.read(
-            yaml_text.load(path), str(path), Path(path).stem, parse_overrides(overrides), on_point
-        )
+        changes = parse_overrides(overrides)
+        with trusting(trust):
+            return cls.read(yaml_text.load(path), str(path), Path(path).stem, changes, on_point)
 
     @classmethod
     def read(

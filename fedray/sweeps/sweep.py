@@ -17,6 +17,7 @@ from fedray.config import plugins, sealed
 from fedray.config.overrides import origin, override_tree, parse_overrides
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
+from fedray.config.trust import IMPORTS, record, recorded, trusting
 from fedray.config.tune_config import first_rung, tune_config
 from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError
@@ -66,6 +67,7 @@ def sweep(
     out: str | Path | None = None,
     on_round: OnTrialRound | None = None,
     progress: bool | None = None,
+    trust: bool = False,
 ) -> SweepResult:
     """Run all points of a sweep.
 
@@ -75,11 +77,13 @@ def sweep(
         out: the sweep's directory, empty or absent; None: the next free one under `runs/`.
         on_round: called for each evaluated round that a trial reports.
         progress: whether to show a bar; None: in a notebook or at Python's prompt, without an `on_round`.
+        trust: whether to run the Python files that a file names under `imports`.
 
     Raises:
         ConfigError, DataError: if a point cannot run; then nothing has started, and nothing is on disk.
     """
-    plan = _planned(plan, overrides)
+    with trusting(trust):
+        plan = _planned(plan, overrides)
     path = None if out is None else local_path(out)
     if path is not None:
         check_free(path)
@@ -97,6 +101,7 @@ def sweep(
     ):
         with on_disk(path / "sweep.yaml"):
             sealed.write(path / "sweep.yaml", _written(plan))
+        _record_imports(plan, path)
         return _run_all(plan, path, on_round)
 
 
@@ -116,13 +121,20 @@ MAY_CHANGE = ("time_budget_s", "concurrent", "max_failures")
 """Keys of `tune` that a resumed sweep may change."""
 
 
-def load_sweep(path: str | Path, on_point: OnPoint | None = None, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(
+    path: str | Path,
+    on_point: OnPoint | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    trust: bool = False,
+) -> Sweep:
     """Read the directory of a sweep and validate its points again, calling `on_point` for each.
 
     Args:
         path: the directory.
         on_point: called as points are validated.
         overrides: changes of the keys `MAY_CHANGE`, e.g. `tune.time_budget_s=3600`.
+        trust: whether to run Python files of `imports` that the sweep has not recorded, or that have changed.
 
     Raises:
         ConfigError: if it is not the directory of a sweep, a point cannot run any more, or another key is
@@ -146,9 +158,10 @@ def load_sweep(path: str | Path, on_point: OnPoint | None = None, overrides: Seq
     tree["tune"] = {**(tree.get("tune") or {}), **{key.removeprefix("tune."): v for key, v in given.items()}}
     where = origin(str(written), given)
     tune = tune_config(dict(tree["tune"]), where)
-    if tune.is_searching:
-        return now(Sweep.searching(name, tree, tune, where, on_point), local_path(path))
-    return Sweep.of(name, tree, tune, changes, where, on_point)
+    with trusting(trust), recorded(RunFiles(local_path(path)).read_json(IMPORTS)):
+        if tune.is_searching:
+            return now(Sweep.searching(name, tree, tune, where, on_point), local_path(path))
+        return Sweep.of(name, tree, tune, changes, where, on_point)
 
 
 def resume_sweep(
@@ -174,6 +187,7 @@ def resume_sweep(
         if _written(plan) != sealed.load(place / "sweep.yaml"):
             with on_disk(place / "sweep.yaml"):
                 sealed.write(place / "sweep.yaml", _written(plan))
+        _record_imports(plan, place)
         return _run_all(plan, place, on_round)
 
 
@@ -186,6 +200,13 @@ def _waiting(plan: Sweep, path: Path) -> list[Point]:
 def _is_left(plan: Sweep, path: Path) -> bool:
     """Tell whether there are trials to run, or points to be suggested."""
     return bool(_waiting(plan, path)) or is_open(plan, path)
+
+
+def _record_imports(plan: Sweep, path: Path) -> None:
+    """Record the Python files that the sweep has imported, unless there are none or they are recorded."""
+    files, digests = RunFiles(path), record([file for config in plan.configs for file in config.imports])
+    if digests and digests != files.read_json(IMPORTS):
+        files.write_json(IMPORTS, digests)
 
 
 def _written(plan: Sweep) -> Tree:

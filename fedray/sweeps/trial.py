@@ -11,6 +11,7 @@ from fedray.config.run_config import RunConfig
 from fedray.config.stop_rules import Targets
 from fedray.config.tables import TABLES
 from fedray.config.trees import Tree
+from fedray.config.trust import trusting
 from fedray.config.tune_config import OWN, TuneConfig
 from fedray.costs import devices
 from fedray.errors import RunError, nearest
@@ -78,6 +79,11 @@ class Job:
 
 def trial(job: Job, name: str) -> None:
     """Run the server of one trial: start or resume it, and report its rounds to Tune."""
+    with trusting():  # the sweep has checked what it sent
+        _trial(job, name)
+
+
+def _trial(job: Job, name: str) -> None:
     config = job.config(name)
     place = job.path / "trials" / name
     targets = Targets(job.tune.stop, job.tune.direction_of, config.eval_every)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedray.config.run_config import RunConfig, TrackingConfig
+from fedray.config.trust import IMPORTS, recorded
 from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
 from fedray.report.reading import moved_store
@@ -118,7 +119,8 @@ def ended_as(files: RunFiles) -> RunStatus:
 
 
 def config_of(files: RunFiles) -> RunConfig:
-    return RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
+    with recorded(files.read_json(IMPORTS)):
+        return RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
 
 
 def store_for(tracking: TrackingConfig, uri: str | None, experiment: str | None) -> Store:

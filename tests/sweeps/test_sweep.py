@@ -39,7 +39,7 @@ def plan(folder: Path, space, tune=None, uri=None, **base) -> Sweep:
     tree["base"]["tracking"] = {"uri": uri or "none", "experiment": "tests"}
     path = folder / "some_sweep.yaml"
     path.write_text(yaml_text.dump(tree))
-    return Sweep.load(path)
+    return Sweep.load(path, trust=True)
 
 
 def results(path: Path) -> dict[str, dict[str, Any]]:
