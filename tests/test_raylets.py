@@ -206,6 +206,12 @@ def notes(folder: Path, kind: str) -> set[str]:
     return {path.name.removeprefix(f"{kind}-") for path in (folder / "notes").glob(f"{kind}-*")}
 
 
+def unfinished(folder: Path) -> int:
+    """Return how many trials have begun and have no result."""
+    trials = list((folder / "out" / "trials").glob("*/config.yaml"))
+    return sum(not (path.parent / "result.json").exists() for path in trials)
+
+
 def wait_for(what: str, ready: Any) -> None:
     ends = time.monotonic() + DRIVE_S
     while not ready():
@@ -218,6 +224,7 @@ def test_a_node_that_joins_during_a_sweep_is_used(raylets: Raylets, tmp_path: Pa
     running = started(raylets, tmp_path, "--address", raylets.address)
     wait_for("the first trial has begun", lambda: notes(tmp_path, "trial"))
     raylets.join("worker", "--num-cpus=2", '--resources={"edge": 2}')
+    wait_for("two trials run at once", lambda: unfinished(tmp_path) > 1)  # one did, on one CPU
     said, _ = running.communicate(timeout=DRIVE_S)
     assert running.returncode == 0, said
     there = {raylets.node_with("node:__internal_head__"), raylets.node_with("edge")}
@@ -277,10 +284,10 @@ def test_two_sweeps_do_not_disturb_each_other(raylets: Raylets, tmp_path: Path) 
     raylets.join("worker", "--num-cpus=3")
     first, second = tmp_path / "first", tmp_path / "second"
     store: dict[str, Any] = {"tracking.uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
-    write(first, [0, 1], store | {"rounds": 40, "method.pause_s": 0.4}, concurrent=2)
+    write(first, [0, 1], store | {"rounds": 300, "method.pause_s": 0.4}, concurrent=2)
     write(second, [2, 3], store | {"rounds": 6}, concurrent=2)
-    one, two = (started(raylets, where, "--address", "auto") for where in (first, second))
-    wait_for("both have begun", lambda: notes(first, "client") and notes(second, "client"))
+    one, two = (started(raylets, where, "--address", raylets.address) for where in (first, second))
+    wait_for("both have begun", lambda: unfinished(first) and unfinished(second))
     one.kill()
     said, _ = two.communicate(timeout=DRIVE_S)
     assert two.returncode == 0, said
