@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -54,12 +54,12 @@ def shown(path: Path) -> str:
 
 
 @contextmanager
-def on_disk(path: Path, then: str = "run the command again") -> Iterator[None]:
+def on_disk(path: Path, then: str | Callable[[], str] = "run the command again") -> Iterator[None]:
     """Turn an OSError of the block into a RunError.
 
     Args:
         path: the file or folder that the block writes.
-        then: advice for the user once the cause is mended.
+        then: advice for the user once the cause is mended, or what returns it.
 
     Raises:
         RunError: with path, reason and advice.
@@ -67,7 +67,8 @@ def on_disk(path: Path, then: str = "run the command again") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {_reason(error)}; {_advice(error)}{then}") from error
+        advice = f"{_advice(error)}{then if isinstance(then, str) else then()}"
+        raise RunError(f"{path}: cannot be written: {_reason(error)}; {advice}") from error
 
 
 def _reason(error: OSError) -> str:

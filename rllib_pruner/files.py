@@ -102,7 +102,13 @@ class TrainFiles:
         Raises:
             RunError: if another line is damaged.
         """
-        return durable.read_lines(self.path / "progress.jsonl")
+        rows = durable.read_lines(self.path / "progress.jsonl")
+        for number, row in enumerate(rows, start=1):
+            if not all(
+                isinstance(row.get(name), int | float) for name in ("iteration", "env_steps", "score")
+            ):
+                raise RunError(f"{self.path / 'progress.jsonl'}, line {number}: not an evaluation")
+        return rows
 
     def rewind(self) -> tuple[list[Row], Path | None]:
         """Go back to the newest sound checkpoint; later evaluations are dropped and made again.

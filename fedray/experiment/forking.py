@@ -16,7 +16,7 @@ from fedray.config import sealed
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
-from fedray.durable import append_lines, as_lines, on_disk, rename, scan_lines, shown
+from fedray.durable import append_lines, as_lines, on_disk, read_lines, rename, scan_lines, shown
 from fedray.durable import replace as replace_file
 from fedray.errors import RunError
 from fedray.storage import checkpoint as stored
@@ -58,8 +58,12 @@ def keep(run: Path, round: int, folder: Path) -> None:
 
 
 def lineage(run: Path) -> list[Tree]:
-    """Return the forks of a run, in order."""
-    return scan_lines(run / LINEAGE)[0]
+    """Return the forks of a run, in order.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    return read_lines(run / LINEAGE)
 
 
 def spent(run: Path) -> dict[str, float]:

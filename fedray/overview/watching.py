@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedray.config import yaml_text
+from fedray.config import sealed
 from fedray.durable import scan_lines, shown
 from fedray.errors import ConfigError
 from fedray.overview.summary import Summary, is_training, summary
@@ -127,7 +127,7 @@ def look(path: Path) -> View:
             )
         run = summary(path)
         return View(path, running, (run,), 1, run.rounds or 0)
-    tree = yaml_text.load_quickly(path / "sweep.yaml") or {}
+    tree = sealed.look(path / "sweep.yaml", quickly=True)
     trials = path / "trials"
     begun = sorted(place for place in trials.glob("*") if (place / "config.yaml").is_file())
     base = tree.get("base")

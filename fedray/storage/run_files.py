@@ -314,8 +314,13 @@ class RunFiles:
         """
         path = self.path / name
         check_held(self.path)
-        with durable.on_disk(path, f"`fedray resume {shown(self.path)}`"):
+        with durable.on_disk(path, self._advice):
             yield path
+
+    def _advice(self) -> str:
+        saved = newest_saved(self.path)
+        last = f" continues after round {saved}, the last checkpoint" if saved >= 0 else ""
+        return f"`fedray resume {shown(self.path)}`{last}"
 
     def _write_rows(self) -> None:
         if not self._unwritten:

@@ -1,5 +1,6 @@
 """The scheduler of a sweep, as its files have it: rule, journal, and which trials were stopped."""
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import Any
 
 from fedray.config.schedulers import Asha, Fifo, HyperBand, Median, Pbt
 from fedray.config.tune_config import first_rung
-from fedray.durable import append_lines, scan_lines
+from fedray.durable import append_lines, as_lines, on_disk, replace, scan_lines
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.drawing import mutations_of
 from fedray.sweeps.outcome import STOPPED, status_of
 from fedray.sweeps.perturbing import recorded
 from fedray.sweeps.space import Sweep
 from fedray.sweeps.tune import import_tune
+
+logger = logging.getLogger(__name__)
 
 JUDGED = "judged.jsonl"
 """File in the directory of a sweep: the reports that its scheduler has judged, in their order."""
@@ -56,6 +59,7 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
     begun = {name: place for name, place in places.items() if (place / "config.yaml").exists()}
     if begun and not (path / JUDGED).exists():
         _write_anew(path / JUDGED, begun, plan.tune.metric)
+    _cut_damage(path / JUDGED)
     _add_finished(path, begun, plan.tune.metric)
     judge.recall(begun)
     return judge
@@ -103,6 +107,15 @@ def rounds_of(place: Path) -> list[dict[str, Any]]:
     if not (place / "config.yaml").exists():
         return []
     return [{"round": line["round"], **line["metrics"]} for line in RunFiles(place).rounds()]
+
+
+def _cut_damage(journal: Path) -> None:
+    """Cut a journal before its first damaged line; the reports after it are judged again."""
+    lines, problem = scan_lines(journal)
+    if problem is not None:
+        logger.warning("%s; the reports from there on are judged again", problem)
+        with on_disk(journal):
+            replace(journal, as_lines(lines))
 
 
 def last_judged(path: Path, name: str) -> int | None:

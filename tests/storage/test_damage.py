@@ -8,17 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import fedray
 from fedray import cli
+from fedray.config import sealed
+from fedray.durable import append_lines
 from fedray.errors import FedrayError
 from fedray.experiment.run import resume, run
 from fedray.overview.comparing import sides_of, to_json
 from fedray.overview.summary import plain, summaries
 from fedray.overview.watching import look
+from fedray.policies.network import Network
+from fedray.policies.trained import PolicyInterface, TrainedPolicy
+from fedray.policies.trained import save as save_policy
 from fedray.report.reading import find_runs, load_run
 from fedray.report.table import comparison
+from fedray.storage.run_files import RunFiles
+from fedray.sweeps import sweep as sweeps
+from fedray.sweeps.outcome import record_best
+from fedray.sweeps.space import Sweep
+from rllib_pruner.config import TrainConfig
+from rllib_pruner.files import TrainFiles
 from tests.experiment import tiny
 from tests.storage.damage import copied, damages
 
@@ -136,9 +148,9 @@ class Damaging:
         except FedrayError as error:
             return f"refused: {error}"
 
-    def all(self) -> None:
-        """Damage each file in every way."""
-        files = sorted(path for path in self.whole.rglob("*") if path.is_file() and path.name != ".lock")
+    def all(self, pattern: str = "**/*") -> None:
+        """Damage each file that fits a pattern in every way."""
+        files = sorted(path for path in self.whole.glob(pattern) if path.is_file() and path.name != ".lock")
         logging.getLogger("fedray").addHandler(self.heard)
         for number, path in enumerate(files):
             file = str(path.relative_to(self.whole))
@@ -221,3 +233,138 @@ def test_a_damaged_file_of_a_run_is_mended_or_named(home: Path, tmp_path: Path, 
     )
     damaging.all()
     damaging.check(30 * COUNT)
+
+
+# ── sweeps
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+SWEEP = {
+    "base": tiny.TREE | {"rounds": 2, "method": {"name": "fedavg"}},
+    "space": {"method.lr": {"grid": [0.1, 0.2]}},
+    "tune": {
+        "scheduler": "asha",
+        "time_budget_s": 1e6,
+    },
+}
+
+
+class Anew(FedrayError):
+    """Trials would be made again, on Ray."""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep that has ended, made without Ray; one of its two trials was stopped."""
+    plan = Sweep.read(SWEEP, "x.yaml", "x", {})
+    place = tmp_path / "sweep"
+    first, second = (place / "trials" / point.name for point in plan.points)
+    run(plan.points[0].config, out=first)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan.points[1].config, out=second, on_round=tiny.ending(1, KeyboardInterrupt))
+    RunFiles(second).write_json("stopped.json", {"round": 1})
+    sweeps._record_stop(second)
+    sealed.write(place / "sweep.yaml", sweeps._written(plan))
+    lines = [
+        {"trial": trial.name, "round": row["round"], "value": row["metrics"]["val/accuracy"]}
+        for trial in (first, second)
+        for row in RunFiles(trial).rounds()
+    ]
+    append_lines(place / "judged.jsonl", lines)
+    RunFiles(place).write_json("spent.json", {"spent_s": 12.5})
+    made = sweeps.resume_sweep(place, plan)
+    assert made.best is not None
+    record_best(place, made.best, "val/accuracy")
+    return place
+
+
+def same_sweep(place: Path, file: str, expected: Any) -> str | None:
+    """Resume a sweep; return what is wrong with it then."""
+    try:
+        made = sweeps.resume_sweep(place)
+    except Anew:
+        return None if file.startswith("trials/") else "makes its trials anew"
+    assert made.best is not None
+    found = [trial.status for trial in made.trials], made.best.mean
+    return None if found == expected else f"another outcome: {found} for {expected}"
+
+
+@pytest.mark.slow
+def test_a_damaged_file_of_a_sweep_is_mended_or_named(
+    home: Path, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_ray(*_: Any) -> None:
+        raise Anew("trials")
+
+    made = sweeps.resume_sweep(sweep)
+    assert made.best is not None
+    expected = [trial.status for trial in made.trials], made.best.mean
+    monkeypatch.setattr(sweeps, "start_ray", no_ray)
+    damaging = Damaging(
+        sweep, home / "other", tmp_path / "copies", lambda place, file: same_sweep(place, file, expected)
+    )
+    for pattern in ("*", "trials/*/config.yaml", "trials/*/*.json"):  # runs' other files: see above
+        damaging.all(pattern)
+    damaging.check(25 * COUNT)
+
+
+# ── trainings
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Learner:
+    """An algorithm of RLlib, as far as a checkpoint goes."""
+
+    def save_to_path(self, path: str) -> None:
+        """Write something."""
+        (Path(path) / "module").mkdir(parents=True)
+        (Path(path) / "module" / "state.pkl").write_bytes(bytes(range(256)))
+
+
+def test_a_damaged_file_of_a_training_is_mended_or_named(tmp_path: Path) -> None:
+    config = TrainConfig.from_tree({})
+    files = TrainFiles.create(tmp_path / "whole", config)
+    rows = [{"iteration": n, "env_steps": 10.0 * n, "score": 0.1 * n} for n in (1, 2)]
+    for row in rows:
+        files.save(Learner(), int(row["iteration"]))
+        files.append(row)
+    files.write_run_id("abc")
+    interface = PolicyInterface("made up", 1, 2, ("a", "b"))
+    layers = {"encoder": [(torch.ones(4, 2), torch.ones(4))], "head": [(torch.ones(2, 4), torch.ones(2))]}
+    save_policy(Network(layers), files.policy, vars(interface) | {"algorithm": "ppo"})
+    wrong, tried = [], 0
+    for number, path in enumerate(sorted(path for path in files.path.rglob("*") if path.is_file())):
+        file = str(path.relative_to(files.path))
+        for how, spoil in damages(path, number, COUNT):
+            tried += 1
+            place = copied(files.path, tmp_path / "copy")
+            spoil(place / file)
+            try:
+                problem = same_training(place, config, rows, interface)
+            except FedrayError as error:
+                unnamed = not names(str(error), file) and "no checkpoint is as it was written" not in str(
+                    error
+                )
+                problem = f"names no file: {error}" if unnamed else None
+            except BaseException as error:
+                problem = f"{type(error).__name__}: {error}"
+            wrong += [] if problem is None else [f"{file}, {how}: {problem}"]
+    assert not wrong, f"{len(wrong)} of {tried}:\n" + "\n".join(wrong)
+    assert tried > 20 * COUNT
+
+
+def same_training(
+    place: Path, config: TrainConfig, rows: list[dict[str, Any]], interface: PolicyInterface
+) -> str | None:
+    """Go back to the last sound checkpoint of a training; return what is wrong with it then."""
+    files = TrainFiles.open(place)
+    if files.config() != config:
+        return "another config"
+    if files.run_id() not in ("abc", None):
+        return "another run of MLflow"
+    policy = TrainedPolicy.load(files.policy, interface)
+    if policy.network(torch.ones(1, 2)).tolist() != [[13.0, 13.0]]:
+        return "another policy"
+    left, checkpoint = files.rewind()
+    if left != rows[: len(left)] or (checkpoint is None) != (not left):
+        return f"other evaluations: {left}"
+    return None
