@@ -87,7 +87,9 @@ def test_a_living_process_of_another_host_keeps_others_out(tmp_path: Path, age_s
     assert json.loads((tmp_path / LOCK).read_text()) == ELSEWHERE
     holder = holder_of(tmp_path)
     assert holder is not None and (holder.pid, holder.host, holder.is_here) == (77, "far-away", False)
+    (tmp_path / "config.yaml").write_text("rounds: 3\n")
     assert summary(tmp_path).status == "running"
+    (tmp_path / "config.yaml").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK]  # no probe is left
 
 
