@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -177,12 +177,12 @@ class TwoNodes:
 
 
 @contextmanager
-def node(arguments: list[str], env: dict[str, str], log: Path) -> Iterator[str]:
-    """Be one node while the context lasts; give what `ray start` printed.
+def node(arguments: list[str], env: dict[str, str], log: Path, within: Sequence[str] = ()) -> Iterator[str]:
+    """Be one node while the context lasts; give what `ray start` printed. `within` starts it, if given.
 
     It is ended by a signal of its own, not by `ray stop`, which ends every Ray of the machine.
     """
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
+    command = [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
     # worker ports at random: two nodes of one machine would share the default range
     command += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"]
     with open(log, "wb") as out, subprocess.Popen(command, env=env, stdout=out, stderr=out) as process:

@@ -80,6 +80,7 @@ _WORDS: dict[Meant, str] = {
     _DEVICE: "device",
     Meant("clients.deadline_s", "in seconds"): "timeout deadline round_timeout",
     Meant("clients.dropout"): "dropout_rate drop_rate client_dropout failure_rate straggler_rate",
+    Meant("storage"): "storage_path storage_uri upload_dir local_dir results_dir output_dir save_dir log_dir",
     Meant("tracking.uri"): "mlflow tracking_uri mlflow_uri mlflow_tracking_uri logger",
     Meant("tracking.experiment"): "experiment experiment_name project project_name",
 }

@@ -8,6 +8,7 @@ refresh(folder, storage)    a directory whose run another node has continued
 
 import json
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -31,7 +32,7 @@ WAIT_S = 60.0
 """Seconds to wait for another process that fetches the same directory."""
 
 
-def fetch(objects: Objects, folder: Path, *, readable: bool = False) -> Manifest:
+def fetch(objects: Objects, folder: Path, *, readable: bool = False, keeps: Collection[str] = ()) -> Manifest:
     """Make a directory's contents those of the current generation; the caller has its lock.
 
     A process that dies here leaves a directory that says so; the next call completes it.
@@ -40,6 +41,7 @@ def fetch(objects: Objects, folder: Path, *, readable: bool = False) -> Manifest
         objects: of the place.
         folder: the directory; files that are not of the generation are removed, hidden ones stay.
         readable: leave checkpoints and models out.
+        keeps: names of files that stay although the generation has none.
 
     Returns:
         The generation; `NOTHING` if nothing is published there, and then nothing is changed.
@@ -58,7 +60,7 @@ def fetch(objects: Objects, folder: Path, *, readable: bool = False) -> Manifest
             return current
         Known(place, is_partial=True, files={}).write(folder)
         try:
-            _bring(objects, folder, wanted)
+            _bring(objects, folder, wanted, keeps)
         except Missing as error:
             if read_manifest(objects).id != current.id:
                 continue  # a later generation, whose publisher has tidied up
@@ -80,7 +82,7 @@ def _wanted(manifest: Manifest, readable: bool) -> dict[str, Entry]:
     return {name: entry for name, entry in manifest.files.items() if not name.startswith(left_out)}
 
 
-def _bring(objects: Objects, folder: Path, wanted: dict[str, Entry]) -> None:
+def _bring(objects: Objects, folder: Path, wanted: dict[str, Entry], keeps: Collection[str]) -> None:
     for name, entry in wanted.items():
         path = folder / name
         with on_disk(path):
@@ -88,7 +90,7 @@ def _bring(objects: Objects, folder: Path, wanted: dict[str, Entry]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _receive(objects, name, entry, path)
     for name in list(names_of(folder)):
-        if name not in wanted:
+        if name not in wanted and name not in keeps:
             with on_disk(folder / name):
                 (folder / name).unlink()
 
@@ -154,7 +156,7 @@ def readable_copy(address: str) -> Path:
     place = Place.parse(address, "address")
     objects = Objects(place)
     objects.check()
-    folder = _cache() / sha256(str(place).encode()).hexdigest()[:16] / place.name
+    folder = cached(place, "published")
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder.parent, "copy", patience_s=WAIT_S):
         if _fetch_all(objects, folder, readable=True):
@@ -208,7 +210,7 @@ def _fetch_below(objects: Objects, name: str, folder: Path) -> bool:
     return False
 
 
-def bring_newer(objects: Objects, folder: Path) -> bool:
+def bring_newer(objects: Objects, folder: Path, *, keeps: Collection[str] = ()) -> bool:
     """Fetch what another node has published since this directory was last published or fetched.
 
     A directory that is as new as the store, or newer, is left alone.
@@ -224,7 +226,7 @@ def bring_newer(objects: Objects, folder: Path) -> bool:
         return False
     if known is not None and known.place == str(objects.place) and known.is_of(current):
         return False
-    fetch(objects, folder)
+    fetch(objects, folder, keeps=keeps)
     return True
 
 
@@ -275,9 +277,14 @@ def is_readable_copy(folder: Path) -> bool:
     return folder.is_relative_to(_cache())
 
 
+def cached(place: Place, kind: str) -> Path:
+    """Return the directory of the cache for a place; it need not exist."""
+    return _cache() / kind / sha256(str(place).encode()).hexdigest()[:16] / place.name
+
+
 def _cache() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "fedray" / "published"
+    return Path(home) / "fedray"
 
 
 def _nothing_at(objects: Objects) -> str:

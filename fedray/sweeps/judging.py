@@ -22,7 +22,12 @@ JUDGED = "judged.jsonl"
 """File in the directory of a sweep: the reports that its scheduler has judged, in their order."""
 
 
-def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
+def judge_of(
+    plan: Sweep,
+    path: Path,
+    is_ending: Callable[[], bool],
+    mirror: Callable[[list[str]], None] = lambda names: None,
+) -> Any:
     """Return the scheduler of a sweep, with all that it has judged before; None for `fifo`.
 
     It notes which trials it stops. Without that note, a stopped trial looks like an interrupted one: Tune
@@ -32,6 +37,7 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
         plan: the sweep.
         path: its directory.
         is_ending: whether the sweep is ending.
+        mirror: brings the directories of trials that ran on other nodes up to date.
     """
     if isinstance(plan.tune.rules, Fifo):
         return None
@@ -42,6 +48,7 @@ def judge_of(plan: Sweep, path: Path, is_ending: Callable[[], bool]) -> Any:
     places = {name: path / "trials" / name for name in names}
 
     def stopped(name: str, round: int) -> None:
+        mirror([name])
         files = RunFiles(path / "trials" / name)  # a searcher suggests names that were not there at the start
         if round < files.read_config()["rounds"] and status_of(files.path) != "finished":
             files.write_json(STOPPED, {"round": round})

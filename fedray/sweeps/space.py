@@ -35,6 +35,7 @@ from fedray.sweeps.refused import Refused
 SHARED = {
     "tracking": "all trials are tracked in one store, as children of one run",
     "imports": "all trials choose from the same tables",
+    "storage": "a sweep and its trials are kept in one place",
 }
 """Sections that all points of a sweep share, and why."""
 

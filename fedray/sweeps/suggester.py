@@ -17,6 +17,7 @@ class Suggester(Searcher):  # type: ignore[misc]  # Ray has no types
         is_ending: tells whether the sweep is ending: then no point is drawn, and an interrupted trial is no
             result.
         limit: trials at once, asked again before each; no limit where Tune keeps one.
+        mirror: brings the directories of trials that ran on other nodes up to date.
     """
 
     def __init__(
@@ -24,9 +25,11 @@ class Suggester(Searcher):  # type: ignore[misc]  # Ray has no types
         suggestions: Suggestions,
         is_ending: Callable[[], bool],
         limit: Callable[[], int] = lambda: sys.maxsize,
+        mirror: Callable[[list[str]], None] = lambda names: None,
     ) -> None:
         super().__init__()
         self.suggestions, self.is_ending, self.limit = suggestions, is_ending, limit
+        self.mirror = mirror
         self.running: set[str] = set()
         self.names: dict[str, str] = {}
 
@@ -50,6 +53,7 @@ class Suggester(Searcher):  # type: ignore[misc]  # Ray has no types
         """Tell the searcher, by the files of the trial."""
         self.running.discard(trial_id)
         if not self.is_ending():
+            self.mirror([self.names[trial_id]])
             self.suggestions.ended(self.names[trial_id], error)
 
     def save(self, checkpoint_path: str) -> None:

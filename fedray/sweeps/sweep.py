@@ -15,24 +15,27 @@ from typing import Any
 
 from fedray.config import plugins, sealed
 from fedray.config.overrides import origin, override_tree, parse_overrides
+from fedray.config.places import is_place
 from fedray.config.run_config import RunConfig
+from fedray.config.schedulers import Pbt
 from fedray.config.trees import Tree
 from fedray.config.trust import IMPORTS, record, recorded, trusting
 from fedray.config.tune_config import first_rung, tune_config
 from fedray.durable import local_path, on_disk, shown
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, RunError
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.dealing import check_data
 from fedray.experiment.given import MAPPING, changes_of, tree_of
-from fedray.experiment.homes import RUNS
+from fedray.experiment.homes import Home, brought, publish_rest, published
 from fedray.experiment.interrupt import Stop, signals
 from fedray.experiment.placement import actors_for, groups_for
 from fedray.experiment.progress import SweepProgress, watched
 from fedray.experiment.room import check_room, cluster_cpus, trials_at_once
 from fedray.report.reading import moved_store
-from fedray.storage.directory import Lock, check_free, take, take_next
+from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.judging import judge_of
+from fedray.sweeps.nodes import Disk, Places, Steady
 from fedray.sweeps.outcome import (
     Status,
     SweepResult,
@@ -74,7 +77,8 @@ def sweep(
     Args:
         plan: a sweep; or the path of a YAML file, or a mapping with its `base`, `space` and `tune`.
         overrides: changes of the file or mapping: `{"tune.concurrent": 2}` or `["tune.concurrent=2"]`.
-        out: the sweep's directory, empty or absent; None: the next free one under `runs/`.
+        out: the sweep's directory, empty or absent; None: the next free one under `runs/`, or in the folder
+            that `storage` names.
         on_round: called for each evaluated round that a trial reports.
         progress: whether to show a bar; None: in a notebook or at Python's prompt, without an `on_round`.
         trust: whether to run the Python files that a file names under `imports`.
@@ -84,25 +88,22 @@ def sweep(
     """
     with trusting(trust):
         plan = _planned(plan, overrides)
-    path = None if out is None else local_path(out)
-    if path is not None:
-        check_free(path)
+    home = Home.of(_storage(plan), out)
     check_data(plan.configs)
     start_ray(partial(_import_all, plan))
     _check_rooms(plan)
-    if path is None:
-        path = take_next(local_path(RUNS), plan.name, "trials", "sweep")
-    else:
-        take(path, "trials", "sweep")
+    path, place = home.make(plan.name, "trials", "sweep")
     rounds = {point.name: point.config.rounds for point in plan.points}
     with (
         Lock(path, "sweep"),
+        published(path, place, is_new=True) as publish,
         watched(progress, on_round, partial(SweepProgress, rounds)) as on_round,
     ):
         with on_disk(path / "sweep.yaml"):
             sealed.write(path / "sweep.yaml", _written(plan))
         _record_imports(plan, path)
-        return _run_all(plan, path, on_round)
+        publish()
+        return _run_all(plan, Disk.of_driver(path, place), on_round, publish)
 
 
 def _planned(
@@ -133,7 +134,7 @@ def load_sweep(
     Args:
         path: the directory.
         on_point: called as points are validated.
-        overrides: changes of the keys `MAY_CHANGE`, e.g. `tune.time_budget_s=3600`.
+        overrides: changes of `storage` and of the keys `MAY_CHANGE`, e.g. `tune.time_budget_s=3600`.
         trust: whether to run Python files of `imports` that the sweep has not recorded, or that have changed.
 
     Raises:
@@ -146,16 +147,18 @@ def load_sweep(
         raise ConfigError(f"{written} was not written by a sweep: it has no name, points or base")
     changes, name = tree.pop("points"), tree.pop("name")
     given = parse_overrides(overrides)
-    fixed = [
-        key for key in given if key.removeprefix("tune.") not in MAY_CHANGE or not key.startswith("tune.")
-    ]
+    tunes = {key.removeprefix("tune."): value for key, value in given.items() if key.startswith("tune.")}
+    fixed = [key for key in given if key != "storage" and key.removeprefix("tune.") not in MAY_CHANGE]
+    fixed += [key for key in given if key in MAY_CHANGE]
     if fixed:
         raise ConfigError(
             f"{shown(local_path(path))} is a sweep, whose points do not change: got {', '.join(fixed)}; "
-            f"resume can change {', '.join(f'tune.{key}' for key in MAY_CHANGE)}. Resume one of its runs, in "
-            "trials/, or start another sweep"
+            f"resume can change {', '.join(f'tune.{key}' for key in MAY_CHANGE)} and storage. Resume one of "
+            "its runs, in trials/, or start another sweep"
         )
-    tree["tune"] = {**(tree.get("tune") or {}), **{key.removeprefix("tune."): v for key, v in given.items()}}
+    tree["tune"] = {**(tree.get("tune") or {}), **tunes}
+    if "storage" in given:
+        tree["base"] = {**tree["base"], "storage": given["storage"]}
     where = origin(str(written), given)
     tune = tune_config(dict(tree["tune"]), where)
     with trusting(trust), recorded(RunFiles(local_path(path)).read_json(IMPORTS)):
@@ -170,13 +173,13 @@ def resume_sweep(
     """Resume a sweep: finished and stopped trials stay, the others continue from their checkpoints.
 
     Args:
-        path: the sweep's directory.
+        path: the sweep's directory; or the address where it is published: then in a copy below `runs/`.
         plan: the sweep, as `load_sweep` returns it; None: read it now.
         on_round: as of `sweep`.
     """
-    place = local_path(path)
+    place, address = brought(path, {} if plan is None else {"storage": plan.configs[0].storage})
     plan = plan or load_sweep(place)
-    with Lock(place, "sweep"):
+    with Lock(place, "sweep"), published(place, address) as publish:
         if Budget(place, plan.tune.time_budget_s).left_s <= 0 and _is_left(plan, place):
             spent = Budget(place, None).spent_s
             raise ConfigError(
@@ -188,7 +191,8 @@ def resume_sweep(
             with on_disk(place / "sweep.yaml"):
                 sealed.write(place / "sweep.yaml", _written(plan))
         _record_imports(plan, place)
-        return _run_all(plan, place, on_round)
+        publish()
+        return _run_all(plan, Disk.of_driver(place, address), on_round, publish)
 
 
 def _waiting(plan: Sweep, path: Path) -> list[Point]:
@@ -212,23 +216,46 @@ def _record_imports(plan: Sweep, path: Path) -> None:
 def _written(plan: Sweep) -> Tree:
     """Return the content of `sweep.yaml`: the points as drawn, with absolute paths."""
     imports = dict.fromkeys(str(path) for config in plan.configs for path in config.imports)
-    paths: Tree = {"tracking.uri": plan.configs[0].tracking.uri}
+    first = plan.configs[0]
+    paths: Tree = {"tracking.uri": first.tracking.uri}
+    if first.storage is not None:
+        paths["storage"] = first.storage
     base = override_tree(plan.tree["base"], paths | ({"imports": list(imports)} if imports else {}))
     points = [] if plan.sample else [dict(point.changes) for point in plan.points]
     return plan.tree | {"base": base, "name": plan.name, "points": points}
 
 
-def _run_all(plan: Sweep, path: Path, on_round: OnTrialRound | None) -> SweepResult:
+def _storage(plan: Sweep) -> str | None:
+    """Return the sweep's `storage`.
+
+    Raises:
+        ConfigError: if its scheduler needs a folder that all nodes see.
+    """
+    storage = plan.configs[0].storage
+    if is_place(storage) and isinstance(plan.tune.rules, Pbt):
+        raise ConfigError(
+            f"storage: {storage}: pbt copies checkpoints from trial to trial in the sweep's directory, which "
+            "all nodes must see: set storage to a shared folder, or another tune.scheduler"
+        )
+    return storage
+
+
+def _run_all(
+    plan: Sweep, disk: Disk, on_round: OnTrialRound | None, publish: Callable[[], object]
+) -> SweepResult:
+    path = disk.path
+    disk.mirror(point.name for point in now(plan, path).points)
     with signals() as stop:
         budget = Budget(path, plan.tune.time_budget_s)
-        judge = judge_of(plan, path, lambda: stop.signal is not None or budget.is_over)
+        judge = judge_of(plan, path, lambda: stop.signal is not None or budget.is_over, disk.mirror)
         waiting = _waiting(plan, path)
         errors = (
-            _run_tracked(plan, waiting, path, on_round, stop, judge, budget)
+            _run_tracked(plan, waiting, disk, on_round, stop, judge, budget, publish)
             if _is_left(plan, path) or _lacks_outcome(plan, path)
             else {}
         )
     plan = now(plan, path)
+    _publish_trials(plan, disk)
     result = _result(plan, path, errors)
     if budget.is_over and _is_left(plan, path):
         result = replace(result, ended=f"the time budget of {plan.tune.time_budget_s:g} s is spent")
@@ -250,13 +277,15 @@ def _result(plan: Sweep, path: Path, errors: Mapping[str, str]) -> SweepResult:
 def _run_tracked(
     plan: Sweep,
     waiting: Sequence[Point],
-    path: Path,
+    disk: Disk,
     on_round: OnTrialRound | None,
     stop: Stop,
     judge: Any,
     budget: Budget,
+    publish: Callable[[], object],
 ) -> dict[str, str]:
     """Run the remaining points and record the sweep's outcome in MLflow; return errors by name."""
+    path = disk.path
     is_left = _is_left(plan, path)
     if is_left:
         with stop.cuts():
@@ -279,7 +308,7 @@ def _run_tracked(
     try:
         stop.check()
         if is_left:
-            errors = _fit(plan, waiting, path, tracking, on_round, stop, judge, budget)
+            errors = _fit(plan, waiting, disk, tracking, on_round, stop, judge, budget, publish)
         early = None
     finally:
         budget.note()
@@ -287,6 +316,7 @@ def _run_tracked(
         parent.close()
         tracking = replace(tracking, parent=parent.run_id)
         is_cut = stop.signal is not None or (budget.is_over and not errors)
+        _mirror_all(plan, disk)
         _record_outcomes(plan, path, tracking, "KILLED" if is_cut else early)
     stop.check()
     return errors
@@ -295,14 +325,16 @@ def _run_tracked(
 def _fit(
     plan: Sweep,
     points: Sequence[Point],
-    path: Path,
+    disk: Disk,
     tracking: Tracking,
     on_round: OnTrialRound | None,
     stop: Stop,
     judge: Any,
     budget: Budget,
+    publish: Callable[[], object],
 ) -> dict[str, str]:
     """Run the points as Tune trials; return the errors by name."""
+    path = disk.path
     running = replace(plan, points=tuple(points))
     cpus, _ = _shares(plan, running.most)
     limit = plan.tune.concurrent or partial(trials_at_once, cpus, running.most)
@@ -312,7 +344,7 @@ def _fit(
         sources=plugins.sources(),
         entries=entries_of(running.configs),
         names=trees.each(partial(_shown_name, _changes(plan))),
-        path=path,
+        disk=disk,
         cpus=cpus,
         tracking=tracking,
         tune=plan.tune,
@@ -326,10 +358,11 @@ def _fit(
             plan, path, proposer(plan.tune, plan.tree["space"]), partial(_check_point, cpus)
         )
         changing = {"limit": limit} if callable(limit) else {}  # Tune keeps a number
-        search = Suggester(suggestions, lambda: stop.signal is not None or budget.is_over, **changing)
+        is_ending = lambda: stop.signal is not None or budget.is_over  # noqa: E731
+        search = Suggester(suggestions, is_ending, mirror=disk.mirror, **changing)
     return fit(
         partial(trial, job),
-        trees.each(lambda name, _: path / "trials" / name),
+        Places(disk, trees),
         trees.each(partial(_room, cpus)),
         path / ".tune",
         concurrent=limit,
@@ -339,6 +372,8 @@ def _fit(
         search=search,
         is_over=budget.check,
         on_result=on_round,
+        on_step=Steady(path, publish),
+        on_ending=disk.ask_to_end,
         # a user's modules may keep state from trial to trial; the package keeps none
         reuse=not job.sources and all(plugins.home(entry) is None for entry in job.entries.values()),
     )
@@ -406,6 +441,27 @@ def _check_rooms(plan: Sweep) -> None:
 
 def _trial_path(path: Path, point: Point) -> Path:
     return path / "trials" / point.name
+
+
+def _mirror_all(plan: Sweep, disk: Disk) -> None:
+    """Fetch what the trials have published; what the store does not give is missing here, and is said."""
+    try:
+        disk.mirror(point.name for point in now(plan, disk.path).points)
+    except RunError as error:
+        logger.warning("trials of other nodes may be missing here: %s", error)
+
+
+def _publish_trials(plan: Sweep, disk: Disk) -> None:
+    """Publish the outcomes of trials that the driver has recorded."""
+    if disk.place is None:
+        return
+    try:
+        for point in plan.points:
+            place = _trial_path(disk.path, point)
+            if (place / "config.yaml").exists():
+                publish_rest(place, disk.place_of(point.name))
+    except RunError as error:
+        logger.warning("%s", error)
 
 
 def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStatus | None) -> None:

@@ -10,7 +10,6 @@ from fedray.config import plugins
 from fedray.config.run_config import RunConfig
 from fedray.config.stop_rules import Targets
 from fedray.config.tables import TABLES
-from fedray.config.trees import Tree
 from fedray.config.trust import trusting
 from fedray.config.tune_config import OWN, TuneConfig
 from fedray.costs import devices
@@ -18,9 +17,11 @@ from fedray.errors import RunError, nearest
 from fedray.experiment.placement import pool_for
 from fedray.experiment.run import resume, run
 from fedray.storage.heartbeat import SILENT_S
+from fedray.sweeps.nodes import Disk
 from fedray.sweeps.outcome import status_of
 from fedray.sweeps.perturbing import fork_if_due
 from fedray.sweeps.reports import Reports
+from fedray.sweeps.suggesting import Trees
 from fedray.tracking.tracked import Tracking
 
 PATIENCE_S = SILENT_S + 30.0
@@ -36,18 +37,18 @@ class Job:
         sources: files that add to the tables, to be imported first.
         names: directory of each trial → its name in MLflow.
         entries: (key, name) → table entry that a script, or a module without a file, added.
-        path: the sweep's directory.
+        disk: where the sweep's files are.
         cpus: that a trial may use.
         tracking: where trials are tracked.
         tune: how trials are compared and stopped.
         needed_by: the round by which the metric must have been reported; None: never.
     """
 
-    trees: Mapping[str, Tree]
+    trees: Trees
     sources: tuple[plugins.Source, ...]
     entries: Mapping[tuple[str, str], Any]
     names: Mapping[str, str]
-    path: Path
+    disk: Disk
     cpus: float
     tracking: Tracking
     tune: TuneConfig
@@ -56,6 +57,7 @@ class Job:
     def config(self, name: str) -> RunConfig:
         """Return a trial's config, after adding to the tables what it chooses from."""
         plugins.take_over(self.sources)
+        self.trees.path = self.disk.here  # points that were suggested later are in a file there
         for (key, named), entry in self.entries.items():
             _tables()[key][named] = entry
         return RunConfig.from_tree(self.trees[name], name)
@@ -79,25 +81,27 @@ class Job:
 
 def trial(job: Job, name: str) -> None:
     """Run the server of one trial: start or resume it, and report its rounds to Tune."""
-    with trusting():  # the sweep has checked what it sent
-        _trial(job, name)
+    job.disk.bring(name)
+    with trusting(), job.disk.heeding():  # the sweep has checked what it sent
+        _run(job, name, job.disk.here)
 
 
-def _trial(job: Job, name: str) -> None:
+def _run(job: Job, name: str, path: Path) -> None:
     config = job.config(name)
-    place = job.path / "trials" / name
+    place = path / "trials" / name
     targets = Targets(job.tune.stop, job.tune.direction_of, config.eval_every)
-    reports = Reports(job.path, place, config, job.tune.metric, targets, job.check)
+    reports = Reports(path, place, config, job.tune.metric, targets, job.check)
     tracking, pool = replace(job.tracking, name=job.names[name]), pool_for(config, job.cpus)
     how: dict[str, Any] = {
         "pool": pool,
         "tracking": tracking,
         "on_round": reports.round,
         "until": reports.ended,
+        "place": job.disk.place_of(name),
     }
     if status_of(place) == "finished":
         return  # it was asked to wait with its last report
-    fork_if_due(job.path, name, PATIENCE_S)
+    fork_if_due(path, name, PATIENCE_S)
     if (place / "config.yaml").exists():
         reports.before(name, place, asks=job.needed_by is not None)
         # the process of an earlier try may take a moment to die

@@ -57,6 +57,8 @@ def fit(
     on_result: OnResult | None = None,
     reuse: bool = False,
     is_over: Callable[[int], bool] = lambda running: False,
+    on_step: Callable[[], None] = lambda: None,
+    on_ending: Callable[[bool], None] = lambda is_ending: None,
 ) -> dict[str, str]:
     """Run trials. A signal ends them after their current rounds, or after `GRACE_S`.
 
@@ -77,6 +79,8 @@ def fit(
             leaves state behind in its process must not.
         is_over: called with the number of running trials; returns whether they shall end after their current
             rounds, and no other begin.
+        on_step: called in the driver after each step of Tune.
+        on_ending: called with whether the trials shall end.
 
     Returns:
         Name → reason, for each failed trial.
@@ -89,7 +93,7 @@ def fit(
         if not _ending(folder.parent).exists():
             attempt(body, sample["name"], places[sample["name"]])
 
-    ending = _stopper(stop, is_over, folder.parent)
+    ending = _stopper(stop, is_over, folder.parent, on_ending)
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda sample: rooms[sample["name"]]),
         param_space={} if search is not None else {"name": tune.grid_search(list(places))},
@@ -100,16 +104,18 @@ def fit(
             name="tune",
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[_callback(on_result, ending)],
+            callbacks=[_callback(on_result, ending, on_step)],
             stop=ending,
             verbose=0,
         ),
     )
-    _ending(folder.parent).unlink(missing_ok=True)
+    ask_to_end(folder.parent, False)
+    on_ending(False)
     try:
         results = _unless_late(tuner.fit, stop)
     finally:
-        _ending(folder.parent).unlink(missing_ok=True)
+        ask_to_end(folder.parent, False)
+        on_ending(False)
     shutil.rmtree(folder, ignore_errors=True)
     return {
         result.config["name"]: _reason(result.error)
@@ -231,11 +237,21 @@ def end_if_asked(folder: Path) -> None:
         raise Asked
 
 
+def ask_to_end(folder: Path, is_ending: bool) -> None:
+    """Ask the trials that see a folder to end, or no longer."""
+    if is_ending:
+        _ending(folder).touch()
+    else:
+        _ending(folder).unlink(missing_ok=True)
+
+
 def _ending(folder: Path) -> Path:
     return folder / ".ending"
 
 
-def _stopper(stop: Stop, is_over: Callable[[int], bool], folder: Path) -> Any:
+def _stopper(
+    stop: Stop, is_over: Callable[[int], bool], folder: Path, on_ending: Callable[[bool], None]
+) -> Any:
     """Return a stopper that ends all trials: it asks by a file first; after a signal, it then forces them."""
     from ray import tune
     from ray.tune.stopper import NoopStopper
@@ -254,7 +270,8 @@ def _stopper(stop: Stop, is_over: Callable[[int], bool], folder: Path) -> Any:
             if stop.signal is None and not is_over(self.running):
                 return False
             if not _ending(folder).exists():
-                _ending(folder).touch()
+                ask_to_end(folder, True)
+                on_ending(True)
             if stop.signal is None:
                 return not self.running
             self.asked_at = self.asked_at or time.monotonic()
@@ -292,7 +309,7 @@ def _reason(error: BaseException) -> str:
     return lines[-1] if lines else type(cause).__name__
 
 
-def _callback(on_result: OnResult | None, ending: Any) -> Any:
+def _callback(on_result: OnResult | None, ending: Any, on_step: Callable[[], None]) -> Any:
     from ray import tune
 
     class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
@@ -306,6 +323,7 @@ def _callback(on_result: OnResult | None, ending: Any) -> Any:
 
         def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
             ending.running = sum(trial.status == "RUNNING" for trial in trials)
+            on_step()
 
         def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
             return tune.Callback, ()
