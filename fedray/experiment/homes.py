@@ -7,6 +7,7 @@
 `--out` names the directory itself; its name is then also that of the place.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,7 +59,8 @@ class Home:
             StoreError: if the store does not answer, or refuses.
         """
         if is_place(str(out)) or str(out)[:4] in ("s3:/", "gs:/"):
-            raise ConfigError(f"--out is a directory of this node; to publish the files: storage={out}")
+            address = re.sub(r"^(\w+):/+", r"\1://", str(out))  # a Path has lost a slash
+            raise ConfigError(f"--out is a directory of this node; to publish the files: storage={address}")
         path = None if out is None else local_path(out)
         if path is not None:
             check_free(path)

@@ -376,7 +376,7 @@ def test_a_readable_copy_is_in_the_cache_and_has_no_checkpoints(s3: S3, tmp_path
     published(here, str(parent.below("run-1")))
     published(filled(tmp_path / "run-2", rounds="2"), str(parent.below("run-2")))
     copy = readable_copy(str(parent))
-    assert (copy.name, sorted(path.name for path in copy.iterdir())) == ("all", [".lock", "run-1", "run-2"])
+    assert (copy.name, sorted(path.name for path in copy.iterdir())) == ("all", ["run-1", "run-2"])
     assert contents(copy / "run-1") == {"rounds": "1"}
     monkeypatch.setattr(objects.Objects, "pieces", nothing_but_the_manifest(objects.Objects.pieces))
     assert readable_copy(str(parent)) == copy  # nothing is fetched twice
