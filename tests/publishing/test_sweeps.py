@@ -71,7 +71,7 @@ def test_a_sweep_whose_driver_was_killed_is_resumed_on_another_node(
     (tmp_path / "x.yaml").write_text(yaml_text.dump(plan(storage)))
     with fedray("sweep", tmp_path / "x.yaml", **here) as driver:
         trials = tmp_path / "a" / "runs" / "x-001" / "trials"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         wanted = "*/result.json" if finished else "*/published.json"
         while len(list(trials.glob(wanted))) < max(1, finished) and driver.poll() is None:
             assert time.monotonic() < deadline
