@@ -32,6 +32,17 @@ CHECKSUM = "checksum"
 _SEAL = re.compile(rb'(.*?),?\s*"checksum": "([0-9a-f]{32})"\s*}', re.DOTALL)
 
 
+_PRIVATE = re.compile(r".*\.(yaml|txt)|mlflow.*|points\.jsonl|registered\.json")
+"""Names of files that may hold a secret: an address, an environment, a traceback."""
+
+
+def _opened(path: Path, mode: str, name: str) -> Any:
+    """Open a file; a new one that may hold a secret is readable by its owner alone."""
+    if _PRIVATE.fullmatch(name) is None:
+        return open(path, mode)
+    return open(path, mode, opener=lambda file, flags: os.open(file, flags, 0o600))
+
+
 def local_path(path: str | Path) -> Path:
     """Return a user's path as an absolute one, so that it never looks like a URI.
 
@@ -90,7 +101,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.writing")  # hidden: a reader of the folder passes over it
     try:
-        with open(partial, "wb") as file:
+        with _opened(partial, "wb", path.name) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -129,7 +140,7 @@ def append(path: Path, text: str) -> None:
         OSError: if it cannot be written; then a part of the text may be in the file.
     """
     is_new = not path.exists()
-    with open(path, "ab") as file:
+    with _opened(path, "ab", path.name) as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -214,7 +225,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, flush: bool =
         OSError: if it cannot be written; then a part of the first new line may be in the file.
     """
     is_new = not path.exists()
-    with open(path, "ab+") as file:
+    with _opened(path, "ab+", path.name) as file:
         last, end = _last_line(file)
         if end != file.seek(0, 2):
             file.truncate(end)

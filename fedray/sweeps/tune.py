@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedray.durable import replace
 from fedray.errors import FedrayError, RunError
 from fedray.experiment.cluster import leave_ray
 from fedray.experiment.interrupt import Stop
@@ -216,7 +217,7 @@ def attempt(body: Body, name: str, place: Path) -> None:
         return  # in good order; when Tune stops a trial, it raises another SystemExit, and awaits it
     except Exception as error:
         place.mkdir(parents=True, exist_ok=True)
-        kept.write_text(traceback.format_exc(), encoding="utf-8")
+        replace(kept, traceback.format_exc().encode())
         raise RunError(f"{described(error)}; traceback in {kept}") from None
 
 
