@@ -57,6 +57,7 @@ RUN_FILES = {
     "mlflow.json",
     "warnings.txt",
     "client_errors.txt",
+    "chaos.jsonl",
     "decisions.png",
     "curve.png",
     "table.md",
