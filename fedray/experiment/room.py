@@ -224,8 +224,10 @@ def _first_version() -> Autoscaler | None:
     each of them.
     """
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.experimental.internal_kv import _internal_kv_get
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
 
+    if not _internal_kv_initialized():
+        return None
     report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report")
     if report is None or all(name.startswith("node_") for name in report["active_nodes"]):
         return None

@@ -1,6 +1,5 @@
 """FRLP: when it prunes, how the rate is found, what happens to zeros, and FedSA: the mask-aware mean."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import torch
 from fedray.config import yaml_text
 from fedray.config.run_config import RunConfig
 from fedray.costs.codec import HEADER_BYTES
+from fedray.durable import as_mapping, read_mapping
 from fedray.errors import ConfigError, MethodError
 from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client
@@ -334,8 +334,8 @@ def test_an_agent_that_cannot_be_used_is_refused_before_anything_starts(tmp_path
         policy=str(absent),
     )
     shutil.copytree(shipped("rate_search"), stranger)
-    about = json.loads((stranger / "policy.json").read_text())
-    (stranger / "policy.json").write_text(json.dumps(about | {"version": OBSERVATION_VERSION + 1}))
+    about = read_mapping(stranger / "policy.json") or {}
+    (stranger / "policy.json").write_bytes(as_mapping(about | {"version": OBSERVATION_VERSION + 1}))
     refused(
         "it reads observations of version 2, and rate_search has 1",
         solver="dqn",
