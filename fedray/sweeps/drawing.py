@@ -126,6 +126,8 @@ def _outside(point: Mapping[str, Any], space: Mapping[str, Any], where: Where) -
         yield f"lacks {key}; a point gives every key of space: {', '.join(sorted(space))}"
     for key in sorted(set(space) & set(point)):
         verb, arguments = verb_of(key, space[key], where)
+        if verb not in ("grid", "choice"):
+            _domain(key, verb, arguments, where)  # refuses arguments that the verb does not take
         if not _is_inside(point[key], verb, arguments):
             yield f"{key}={shortened(point[key])} is outside {{{verb}: {shortened(arguments)}}} of space"
 
@@ -139,10 +141,17 @@ def _is_inside(value: Any, verb: str, arguments: Sequence[Any]) -> bool:
         return True
     if verb in WHOLE and not isinstance(value, int):
         return False
-    if verb.startswith("q") and abs(value / arguments[2] - round(value / arguments[2])) > 1e-9:
+    if verb.startswith("q") and not _is_multiple(value, arguments[2]):
         return False
     low, high = arguments[0], arguments[1]
     return bool(low <= value < high if verb in ("randint", "lograndint") else low <= value <= high)
+
+
+def _is_multiple(value: float, step: float) -> bool:
+    try:
+        return abs(value / step - round(value / step)) <= 1e-9
+    except (ArithmeticError, ValueError):  # no step, or an infinite value
+        return False
 
 
 def expand(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> list[Tree]:

@@ -398,3 +398,24 @@ def test_a_hundred_points_are_all_checked():
     with pytest.raises(ConfigError) as caught:
         Sweep.read(tree, "x.yaml", "x", {})
     assert "not checked" not in str(caught.value) and "[" not in str(caught.value).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"uniform": [0.1]},
+        {"uniform": ["a", 1.0]},
+        {"uniform": [[0.1], 1.0]},
+        {"loguniform": [0.1, "b"]},
+        {"quniform": [0.0, 1.0]},
+        {"quniform": [0.0, 1.0, 0.0]},
+        {"randint": [1]},
+        {"randint": [None, 3]},
+    ],
+)
+def test_first_points_beside_a_verb_that_cannot_be_drawn_are_one_message(spec):
+    tree = {"base": {"model": "mlp", "data": {"name": "digits"}}, "space": {"method.lr": spec}}
+    for point in (0.5, 1, "x", float("inf"), 10**400):
+        tree["tune"] = {"points_to_evaluate": [{"method.lr": point}]}
+        with pytest.raises(ConfigError):
+            Sweep.read(tree, "x.yaml", "x", {})
