@@ -118,12 +118,13 @@ def look(path: Path) -> View:
     if is_training(path):
         raise ConfigError(
             f"{shown(path)} is of the training of an agent, and `watch` shows runs and sweeps; the "
-            "evaluations of a training are in its progress.jsonl, and in MLflow: fedray ui"
+            "evaluations of a training are in its progress.jsonl, and in MLflow: fedray ui; "
+            "a sweep has a sweep.yaml"
         )
     if not (path / "sweep.yaml").is_file():
         if not (path / "config.yaml").is_file():
             raise ConfigError(
-                f"{shown(path)} is not the directory of a run or a sweep: it has no config.yaml"
+                f"{shown(path)} is not the directory of a run or a sweep: it has no sweep.yaml or config.yaml"
             )
         run = summary(path)
         return View(path, running, (run,), 1, run.rounds or 0)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ def rounds_of(place: Path) -> list[dict[str, Any]]:
 def _cut_damage(journal: Path) -> None:
     """Cut a journal before its first damaged line; the reports after it are judged again."""
     lines, problem = scan_lines(journal)
+    sound = list(takewhile(lambda line: isinstance(line.get("trial"), str), lines))
+    if len(sound) < len(lines):
+        lines, problem = sound, f"{journal}, line {len(sound) + 1}: names no trial"
     if problem is not None:
         logger.warning("%s; the reports from there on are judged again", problem)
         with on_disk(journal):
