@@ -254,7 +254,7 @@ def await_room(groups: Sequence[Group], who: str, why: str) -> None:
         for waited, now in _waits(wanted):
             if any(wanted.id.hex() in said for said in now.infeasible):
                 raise ConfigError(
-                    f"clients.resources: {why}, and its autoscaler has no type of node for it; {LOWER}"
+                    f"clients.resources: {why}, and its autoscaler can start no node for it; {LOWER}"
                 )
             if waited.idle_s > IDLE_S:
                 raise ConfigError(

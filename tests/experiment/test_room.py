@@ -181,9 +181,9 @@ def test_an_autoscaler_that_starts_nothing_is_not_waited_for(growing: Any) -> No
     assert growing["removed"] == [growing["group"]]
 
 
-def test_what_its_autoscaler_has_no_type_for_is_refused(growing: Any) -> None:
+def test_what_its_autoscaler_cannot_start_is_refused(growing: Any) -> None:
     growing["group"], growing["says"] = Group2s(1000), Autoscaler(infeasible=("00ff:PACK|PENDING",))
-    with pytest.raises(ConfigError, match="its autoscaler has no type of node for it"):
+    with pytest.raises(ConfigError, match="its autoscaler can start no node for it"):
         check_room(GPUS, "the run")
     assert growing["removed"] == [growing["group"]]
 
