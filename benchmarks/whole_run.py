@@ -82,6 +82,7 @@ def inside(config: str, changes: list[str], started: float) -> None:
         collect_rarely()
         from fedray.config.run_config import RunConfig
         from fedray.experiment import run as runs
+        from fedray.federation.crew import Crew
         from fedray.federation.pool import RayPool
         from fedray.federation.server import Server
         from fedray.storage.run_files import RunFiles
@@ -90,7 +91,7 @@ def inside(config: str, changes: list[str], started: float) -> None:
     shares.watch(runs, "placed", "Ray")
     shares.watch(runs, "import_mlflow", "store")
     shares.watch(RayPool, "__init__", "Ray")
-    shares.watch(RayPool, "_await_start", "Ray")
+    shares.watch(Crew, "assemble", "Ray")
     for name in ("open_tracker", "close_tracker"):
         shares.watch(runs, name, "store")
     for name in ("setup", "step"):

@@ -44,6 +44,8 @@ FLOORS = (
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 RAY = {
     "fedray.federation.pool",
+    "fedray.federation.crew",
+    "fedray.federation.works",
     "fedray.federation.actor",
     "fedray.experiment.cluster",
     "fedray.experiment.reaching",

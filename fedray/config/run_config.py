@@ -60,6 +60,8 @@ from fedray.types import (
     Seed,
 )
 
+MOST_PATIENCE = 1e6
+"""Factor of `clients.patience`, at most; null is longer."""
 MOST_STACKED = 1024
 """Clients that train together; each needs the memory of a model and its batch."""
 
@@ -245,6 +247,9 @@ class ClientsConfig(Section):
         max_change: how far an update may be from the weights that it started from, for it to count: the L2
             norm of the difference, in multiples of the norm of those weights, or of what it would be if each
             were 1. No honest training comes near the default; null sets no bound.
+        patience: a client actor counts as hung, and is replaced, after this many times the seconds that its
+            clients take by the slowest call so far, at least 30 s; the first call may take ten minutes, or
+            longer by the same factor for large models. null waits for ever.
     """
 
     population: PositiveInt = 100
@@ -264,6 +269,7 @@ class ClientsConfig(Section):
     dropout: UnitInterval = 0.0
     max_failed: Fraction = 0.1
     max_change: PositiveFloat | None = 1000.0
+    patience: Annotated[PositiveFloat, Field(ge=1, le=MOST_PATIENCE)] | None = 10.0
 
     def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)

@@ -21,6 +21,7 @@ INDECISIVE = (
     "clients.actors",
     "clients.resources",
     "clients.max_failed",
+    "clients.patience",
     "data.root",
     "imports",
     "storage",

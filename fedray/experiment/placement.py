@@ -17,6 +17,7 @@ from fedray.experiment.cluster import start_ray
 from fedray.experiment.reaching import has_address
 from fedray.experiment.room import check_room, cluster_cpus
 from fedray.federation.aggregate import chunk_size
+from fedray.federation.patience import Patience
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
 from fedray.federation.worker import Workplace
 from fedray.shares import floor_of
@@ -28,6 +29,8 @@ FLOPS_PER_S, STEP_S, CLIENT_S = 8e10, 2e-3, 1e-3
 """Rough cost of training on one core: by FLOPs, by SGD step, by client."""
 START_S = 10.0
 """Rough seconds until a local Ray and its client actors have started."""
+FIRST_S, FIRST_SHARE = 600.0, 10
+"""The first call to a client actor may take these seconds, and as many expected rounds times the patience."""
 STACKED_CLIENTS, STACKED_WEIGHTS = 32, 2**26
 """Most clients, and most weights of them all, that `clients.stack=auto` trains together.
 
@@ -49,9 +52,21 @@ def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
         start_ray()
         groups = groups_for(config, cpus if cpus is not None else _cpus(config))
         prepare = partial(plugins.take_over, plugins.sources())
-        return RayPool(place, groups, per_client=config.clients.actors == "per_client", prepare=prepare)
+        return RayPool(
+            place,
+            groups,
+            per_client=config.clients.actors == "per_client",
+            patience=patience_of(config, place),
+            prepare=prepare,
+        )
 
     return make
+
+
+def patience_of(config: RunConfig, place: Workplace) -> Patience:
+    """Return how long calls to client actors may take; the first one by the expected time of a round."""
+    factor, round_s = config.clients.patience, expected_s(config, place) / config.rounds
+    return Patience(factor, first_s=FIRST_S + FIRST_SHARE * (factor or 0) * round_s)
 
 
 def in_trial(config: RunConfig, cpus: float) -> bool:

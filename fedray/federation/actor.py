@@ -16,7 +16,6 @@ from fedray.data.datasets import Examples
 from fedray.federation.aggregate import Node, Partial, merge_within
 from fedray.federation.client import Outcome
 from fedray.federation.exchange import Answer, Chunk, Job, Trained
-from fedray.federation.wire import Memory, Order
 from fedray.federation.worker import Worker, masks_of
 from fedray.types import Extra, Layout, Mask, Params, Task
 
@@ -106,11 +105,10 @@ class ClientActor:
             partial.arrived(model.layout, masks)
         return None, merge_within(nodes)
 
-    def train(self, packed: PackedJob, orders: Sequence[tuple[Order, Memory]]) -> list[Trained]:
-        """Train clients without folding them, for `actors: per_client`."""
-        job = packed.unpack(self.worker.engine.layout)
+    def train(self, packed: PackedJob, chunk: Chunk) -> list[Trained]:
+        """Train the clients of a chunk without folding them."""
         self.worker.begin()
-        return [self.worker.attempt(job, order, memory) for order, memory in orders]
+        return list(self.worker.results(packed.unpack(self.worker.engine.layout), chunk))
 
     def evaluate(self, packed: PackedJob, examples: Examples, start: int, stop: int) -> list[Outcome]:
         """Classify a range of examples."""

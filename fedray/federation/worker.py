@@ -117,12 +117,12 @@ class Worker:
         self.begin()
         answer = Answer()
         for chunk in chunks:
-            answer.join(fold_chunk(self.place, job, chunk.index, self._results(job, chunk)))
+            answer.join(fold_chunk(self.place, job, chunk.index, self.results(job, chunk)))
             answer.partials = merge_within(answer.partials)  # at once: each holds a vector
             answer.check(job)
         return answer
 
-    def _results(self, job: Job, chunk: Chunk) -> Iterator[Trained]:
+    def results(self, job: Job, chunk: Chunk) -> Iterator[Trained]:
         """Train the clients of a chunk, in order of id."""
 
         def train(order: Order, make: MakeClient) -> Trained:

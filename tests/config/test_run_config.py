@@ -131,6 +131,7 @@ NOT_IN_THE_RESULT = {
     "clients.resources.custom": {"tpu": 1},
     "clients.resources.labels": {"tier": "fast"},
     "clients.max_failed": 0.2,
+    "clients.patience": 20.0,
     "tracking.uri": "none",
     "tracking.experiment": "other",
     "tracking.also": ["tensorboard"],

@@ -6,7 +6,8 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from torch import nn
 
 from fedray.errors import ClientError, RunError
 from fedray.federation.actor import PackedJob
+from fedray.federation.crew import Crew
 from fedray.federation.exchange import Job
 from fedray.federation.method import Method
 from fedray.federation.pool import ActorOptions, Group, LocalPool, RayPool
 from fedray.federation.server import Schedule, Server
+from fedray.federation.works import Works
 from fedray.methods import METHODS
 from fedray.models.spec import Architecture
 from fedray.types import ClientUpdate, DeviceProfile, Mask, Params, Task
@@ -86,17 +89,17 @@ def test_actors_that_merge_for_the_driver_give_the_same_bits(expected, monkeypat
     """Three actors merge in teams of two, and the first partial sums are lost with their node."""
     from ray.exceptions import ObjectLostError
 
-    real, methods = RayPool._call_all, list[str]()
+    real, methods = Crew.do, list[str]()
 
-    def call_all(pool, calls):
-        method = next(iter(calls.values())).method
+    def do(crew, works):
+        method = works[0].method
         methods.extend([method] * (method != "evaluate"))
         if methods == ["fold", "merge"]:
             raise ObjectLostError("00" * 28, "", "")
-        return real(pool, calls)
+        return real(crew, works)
 
     monkeypatch.setattr("fedray.federation.pool.FAN_IN", 2)
-    monkeypatch.setattr(RayPool, "_call_all", call_all)
+    monkeypatch.setattr(Crew, "do", do)
     pool = on_ray(Group(3, ActorOptions(cpu=0.3)))
     assert finish(small.server(Remembering(), clients=CLIENTS, schedule=SCHEDULE, pool=pool)) == expected
     assert methods[:4] == ["fold", "merge"] * 2
@@ -107,12 +110,13 @@ def test_partial_sums_that_are_always_lost_end_the_run(monkeypatch):
     pool = RayPool.__new__(RayPool)
     pool._ray, pool.max_deaths = pytest.importorskip("ray"), 2
 
-    def lost(calls):
+    def lost(works):
         raise pool._ray.exceptions.ObjectLostError("00" * 28, "", "")
 
-    monkeypatch.setattr(pool, "_call_all", lost)
+    pool.crew = cast(Crew, SimpleNamespace(do=lost))
+    monkeypatch.setattr(pool, "_dealt", lambda works: [])
     with pytest.raises(RunError, match="partial sums were lost 3 times in one exchange"):
-        pool._fold_in_actors(None, {})
+        pool._fold_in_actors(cast(Works, SimpleNamespace(given_up=[])))
 
 
 def test_an_actor_for_each_client_gives_the_same_bits(ray_local):
@@ -176,11 +180,11 @@ def test_an_actor_that_always_dies_ends_the_run(ray_local, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def pool(place):
-        return RayPool(place, [Group(1, ActorOptions(cpu=0.5))], max_deaths=2)
+        return RayPool(place, [Group(1, ActorOptions(cpu=0.5))], max_deaths=1)
 
     server = small.server(Deadly(), clients=3, schedule=SCHEDULE, pool=pool)
     server.setup()
-    with pytest.raises(RunError, match="3 actors died in one exchange"):
+    with pytest.raises(RunError, match="2 client actors were lost in one exchange; the last one died: "):
         server.step()
     server.pool.close()
 
