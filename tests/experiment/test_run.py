@@ -302,8 +302,8 @@ def test_runs_that_start_at_once_get_directories_of_their_own(in_tmp, monkeypatc
     barrier = threading.Barrier(starters)
     waited = threading.local()
 
-    def number(folder: Path, stem: str) -> Path:
-        path = numbered(folder, stem)
+    def number(*where: Any) -> Path:
+        path = numbered(*where)
         if not getattr(waited, "once", False):
             waited.once = True
             barrier.wait()
@@ -341,9 +341,9 @@ def test_of_two_runs_for_one_directory_the_second_is_refused(in_tmp, monkeypatch
     def check(path: Path) -> None:
         real(path)
         RunFiles.create(path)
-        monkeypatch.setattr("fedray.experiment.run.check_free", real)
+        monkeypatch.setattr("fedray.experiment.homes.check_free", real)
 
-    monkeypatch.setattr("fedray.experiment.run.check_free", check)
+    monkeypatch.setattr("fedray.experiment.homes.check_free", check)
     with pytest.raises(ConfigError, match=r"is not empty|is another run's directory"):
         run(tiny.config(), out="run")
     assert tiny.listing(in_tmp) == ["run", "run/checkpoints"]
