@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fedray.errors import FedrayError, RunError
 from fedray.federation.losses import Loss, cause_of, first_line, too_little_memory
@@ -242,14 +242,11 @@ class Crew:
         seat.start, seat.is_late = None, False
 
     def _not_started(self, seat: Seat) -> None:
-        """Create an actor that is not ready in time anew, if it hangs or others work meanwhile.
+        """Create an actor that is not ready in time anew, if others work meanwhile.
 
         Raises:
-            RunError: if no actor of the group is placed.
+            RunError: if no actor of the group is ready.
         """
-        if self._is_placed(seat):
-            self.lost(seat, Loss("hung", f"not ready within {self.ready_timeout_s:.0f} s"))
-            return
         told = f"placed within {self.ready_timeout_s:.0f} s"
         if self.ready(seat.group):
             logger.warning("client actor %d was not %s; the others train without it", seat.number, told)
@@ -262,15 +259,6 @@ class Crew:
             f"{self._ray.cluster_resources()}, free are {self._ray.available_resources()}. "
             "Lower clients.actors or clients.resources"
         )
-
-    def _is_placed(self, seat: Seat) -> bool:
-        """Tell whether the actor of a seat has a process. Only Ray's private API says so."""
-        with suppress(Exception):
-            from ray._private.state import actors
-
-            node = actors(cast(Any, seat.actor)._actor_id.hex())["Address"]["NodeID"]
-            return not set(node) <= {"f"}  # of a process, and not the empty or the nil one
-        return False
 
     def _dismiss(self, seat: Seat) -> None:
         if seat.actor is not None:

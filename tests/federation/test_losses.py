@@ -191,18 +191,17 @@ def test_a_clock_does_not_count_the_time_in_which_its_process_is_stopped(monkeyp
 
 @dataclass(frozen=True)
 class Early:
-    """Called in each actor before it is ready: the first `deaths` of them commit the fault."""
+    """Called in each actor before it is ready: the first `deaths` of them die."""
 
     log: str
     deaths: int
-    fault: Callable[[], None] = die
 
     def __call__(self) -> None:
         path = Path(self.log)
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         if len(path.read_text().splitlines()) <= self.deaths:
-            self.fault()
+            die()
 
 
 @pytest.mark.slow
@@ -228,15 +227,6 @@ def test_a_replacement_that_dies_before_it_is_ready_is_replaced(expected, faulty
     server = served(method, crewed(1, prepare=prepare))
     assert finish(server) == expected
     assert deaths_in(server) == 2
-
-
-@pytest.mark.slow
-def test_an_actor_that_hangs_before_it_is_ready_is_replaced(expected, tmp_path):
-    server = served(Faulty(), crewed(1, prepare=Early(str(tmp_path / "log"), 1, stop), ready_timeout_s=15))
-    assert finish(server) == expected
-    assert deaths_in(server) == 1
-    (pid, _) = map(int, (tmp_path / "log").read_text().split())
-    wait_until(lambda: not is_running(pid), 20)
 
 
 @pytest.mark.slow
