@@ -206,7 +206,7 @@ def lack_memory(megabytes: int) -> None:
 
 def test_actors_that_lack_memory_train_again_on_fewer():
     """Two clients at once do not fit, one does."""
-    told = elsewhere("lack_memory(2500)", monitor(4000))
+    told = elsewhere("lack_memory(2500)", monitor(5300))
     assert (told["error"], told["same"]) == ("", True)
     assert told["deaths"] >= 1
     assert sum(told["shortages"]) >= 1
