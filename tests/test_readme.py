@@ -62,7 +62,7 @@ def _without_options(words: list[str]) -> tuple[list[str], list[str]]:
     for word in rest:
         if word == "--import":
             imports.append(next(rest))
-        elif word == "--out":
+        elif word in ("--out", "--address"):
             next(rest)
         else:
             kept.append(word)
