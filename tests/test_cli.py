@@ -684,22 +684,17 @@ def test_report_draws_a_finished_run(fedray, in_tmp):
 
 @pytest.fixture
 def started(monkeypatch) -> list[list[str]]:
-    """The commands of MLflow's UI, none of which is really started."""
+    """The commands of MLflow's UI; instead of each, a process that ends with status 3 is started."""
     commands: list[list[str]] = []
     real = subprocess.Popen
-
-    class Process:
-        def wait(self) -> int:
-            return 3
 
     def popen(command: list[str], *arguments: Any, **options: Any) -> Any:
         if "mlflow" not in command:
             return real(command, *arguments, **options)
         commands.append(command)
-        return Process()
+        return real([sys.executable, "-c", "raise SystemExit(3)"], *arguments, **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     return commands
 
 

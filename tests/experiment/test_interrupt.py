@@ -143,15 +143,31 @@ def test_a_signal_before_the_first_round(in_tmp: Path, undisturbed: dict[str, An
     assert same(in_tmp / "r", undisturbed)
 
 
-@pytest.mark.parametrize("name", ["append", "save", "write_model", "write_json"])
+@pytest.mark.parametrize(
+    ("name", "file", "rounds"),
+    [
+        ("write_json", "imports.json", -1),  # before config.yaml
+        ("write_json", "data.json", -1),
+        ("append", None, 0),
+        ("save", None, 0),
+        ("write_model", None, ROUNDS),
+        ("write_json", "result.json", ROUNDS),
+    ],
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_signal_while_files_are_written(
-    name: str, first: bool, in_tmp: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    file: str | None,
+    rounds: int,
+    first: bool,
+    in_tmp: Path,
+    undisturbed: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write, hit = getattr(RunFiles, name), once(send)
 
     def written(self: RunFiles, *arguments: Any) -> Any:
-        if arguments[0] == "data.json":  # before the first round
+        if file is not None and arguments[0] != file:
             return write(self, *arguments)
         if first:
             hit()
@@ -162,7 +178,7 @@ def test_a_signal_while_files_are_written(
     with pytest.raises(SystemExit), monkeypatch.context() as patch:
         patch.setattr(RunFiles, name, written)
         fedray.run(config(), out="r")
-    assert done(in_tmp / "r") == (0 if name in ("append", "save") else ROUNDS)
+    assert done(in_tmp / "r") == rounds
     fedray.resume("r")
     assert same(in_tmp / "r", undisturbed)
 

@@ -7,11 +7,14 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
+from torch import nn
 
 from fedray.config import sealed
 from fedray.errors import ConfigError, RunError
@@ -80,10 +83,16 @@ def test_files_are_rewound_and_a_torn_line_is_passed_over(tmp_path):
     files = TrainFiles.create(tmp_path / "t", small())
     assert files.progress() == [] and files.config() == small()
     for iteration in (1, 2, 3):
-        files.append({"iteration": iteration, "env_steps": 10 * iteration})
+        files.append({"iteration": iteration, "env_steps": 10 * iteration, "score": 0.1})
     with open(tmp_path / "t" / "progress.jsonl", "a") as file:
         file.write('{"iteration": 4, "env_')
     assert [row["iteration"] for row in files.progress()] == [1, 2, 3]
+    progress = tmp_path / "t" / "progress.jsonl"
+    torn = progress.read_bytes()
+    progress.write_text('{"iteration": 1, "env_steps": 10}\n')  # whole, of an earlier version, without score
+    with pytest.raises(RunError, match=r"progress\.jsonl, line 1: not an evaluation"):
+        files.progress()
+    progress.write_bytes(torn)
     with pytest.raises(
         RunError, match=r"t cannot be resumed: no checkpoint is as it was written \(there is none"
     ):
@@ -174,13 +183,6 @@ def test_an_evaluation_that_a_crash_kept_from_being_written_is_made_again(tmp_pa
     assert ([row["iteration"] for row in rows], usable and usable.name) == ([1, 2], "iteration-000002")
 
 
-class Walker:
-    """A policy that always does the first action."""
-
-    def acts(self, observations: Any) -> Any:
-        return np.zeros(len(observations), np.int64)
-
-
 class Interrupted:
     """An algorithm whose second training is interrupted: by a signal, or by what is called."""
 
@@ -200,36 +202,43 @@ class Interrupted:
             "env_runners": {},
         }
 
-    def get_module(self) -> None: ...
+    def get_module(self) -> SimpleNamespace:
+        """Return a module as RLlib's DQN has it; its policy always does the first action."""
+        last = nn.Linear(8, 2)
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.copy_(torch.tensor([1.0, 0.0]))
+        encoder, head = nn.Sequential(nn.Linear(1, 8), nn.ReLU()), nn.Sequential(last)
+        parts = {
+            name: SimpleNamespace(net=SimpleNamespace(mlp=m))
+            for name, m in (("encoder", encoder), ("af", head))
+        }
+        return SimpleNamespace(**parts, uses_dueling=False)
 
     def stop(self) -> None: ...
-
-
-def test_a_signal_keeps_the_evaluations_and_ends_the_tracking(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(training, "start_ray", lambda: None)
-    monkeypatch.setattr(training, "_build", lambda config: Interrupted())
-    monkeypatch.setattr(training, "save", lambda *_: None)
-    monkeypatch.setattr(training, "TrainedPolicy", lambda *_: Walker())
-    monkeypatch.setattr(TrainFiles, "save", lambda *_: None)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(SystemExit) as ended:
-        train(small(tracking={"uri": uri}), tmp_path / "t")
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert [row["iteration"] for row in TrainFiles.open(tmp_path / "t").progress()] == [1]
-    (run,) = MlflowClient(uri).search_runs(["1"])
-    assert run.info.status == "KILLED"
-    assert "interrupted; `fedray agent train --resume" in caplog.messages[-1]
 
 
 @pytest.fixture
 def without_rllib(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(training, "start_ray", lambda: None)
-    monkeypatch.setattr(training, "save", lambda *_: None)
-    monkeypatch.setattr(training, "TrainedPolicy", lambda *_: Walker())
     monkeypatch.setattr(TrainFiles, "save", lambda *_: None)
     yield monkeypatch
+
+
+def test_a_signal_keeps_the_evaluations_and_ends_the_tracking(
+    tmp_path, without_rllib, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_rllib.setattr(training, "_build", lambda config: Interrupted())
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(SystemExit) as ended:
+        train(small(tracking={"uri": uri}), tmp_path / "t")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [row["iteration"] for row in TrainFiles.open(tmp_path / "t").progress()] == [1]
+    kept = TrainedPolicy.load(tmp_path / "t" / "policy", INTERFACE)
+    assert list(kept.acts(np.zeros((2, 1), np.float32))) == [0, 0]
+    (run,) = MlflowClient(uri).search_runs(["1"])
+    assert run.info.status == "KILLED"
+    assert "interrupted; `fedray agent train --resume" in caplog.messages[-1]
 
 
 def test_fedray_stop_ends_a_training_after_its_evaluation(tmp_path, without_rllib) -> None:
