@@ -16,6 +16,7 @@ from fedray.config import yaml_text
 from fedray.errors import FedrayError
 from fedray.experiment.run import run
 from fedray.sweeps import sweep as sweeps
+from fedray.sweeps.nodes import Disk
 from fedray.sweeps.outcome import SweepResult
 from fedray.sweeps.space import Point, Sweep
 from fedray.sweeps.sweep import resume_sweep, sweep
@@ -41,8 +42,8 @@ def fitting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fit], None]]:
     monkeypatch.setattr(sweeps, "_check_rooms", lambda plan: None)
 
     def set_it(fit: Fit) -> None:
-        def fitted(plan: Any, points: Any, path: Path, tracking: Tracking, *_: Any) -> Any:
-            return fit(points, path, tracking)
+        def fitted(plan: Any, points: Any, disk: Disk, tracking: Tracking, *_: Any) -> Any:
+            return fit(points, disk.path, tracking)
 
         monkeypatch.setattr(sweeps, "_fit", fitted)
 
