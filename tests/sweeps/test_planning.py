@@ -1,16 +1,19 @@
 """`fedray plan`: its estimates beside a real run; it leaves nothing behind, and names what does not fit."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import fedray
 from fedray import cli
 from fedray.config import yaml_text
-from fedray.errors import RunError
 from fedray.experiment.room import Autoscaler, Node
 from fedray.experiment.run import run
 from fedray.sweeps import planning
@@ -98,13 +101,16 @@ def test_memory_is_that_of_the_nodes(cluster: None, monkeypatch: pytest.MonkeyPa
     assert "no node of the Ray cluster at 10.0.0.1:6379 (2 nodes, 6 CPUs) has more than 8" in of(9 * GIB)[0]
 
 
-def test_a_cluster_that_is_not_there_is_one_message(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setattr("fedray.experiment.reaching._of_option", None)
+def test_a_cluster_that_is_not_there_is_one_message(in_tmp: Path) -> None:
     (in_tmp / "x.yaml").write_text(yaml_text.dump(tiny.TREE))
-    done = CliRunner().invoke(cli.app, ["plan", "x.yaml", "--address", "127.0.0.1:1"])
-    assert isinstance(done.exception, RunError)
-    assert "no Ray cluster at --address '127.0.0.1:1'" in str(done.exception)
+    # a new process: this one may be connected to the Ray of an earlier test
+    command = [sys.executable, "-m", "fedray", "plan", "x.yaml", "--address", "127.0.0.1:1"]
+    paths = os.pathsep.join([str(Path(fedray.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"RAY_ADDRESS": "", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("failed: no Ray cluster at --address '127.0.0.1:1'")
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
     assert tiny.listing(in_tmp) == ["x.yaml"]
 
 
