@@ -88,11 +88,6 @@ def test_two_trials_at_once_on_two_cores_finish_and_stand_in_mlflow(ray_local, i
     assert {"config.yaml", "rounds.jsonl", "result.json", "model.safetensors", "data.json"} <= files
 
 
-def process_of(trial: Path) -> int:
-    """Return the id of the process that held a trial's directory last."""
-    return int(json.loads((trial / ".lock").read_text())["pid"])
-
-
 def test_a_trial_takes_over_the_process_of_an_earlier_one_and_none_of_its_state(ray_local, in_tmp):
     import fedray
 
@@ -102,9 +97,15 @@ def test_a_trial_takes_over_the_process_of_an_earlier_one_and_none_of_its_state(
         {"name": "fedavg_warm"},
     ]
     planned = plan(in_tmp, {"method": {"grid": methods}}, {"concurrent": 1})
-    made = sweep(planned, out=in_tmp / "sweep")
+    reported: set[tuple[str, int]] = set()
+    made = sweep(
+        planned,
+        out=in_tmp / "sweep",
+        on_round=lambda trial, metrics: reported.add((trial, metrics["pid"])),
+    )
     assert [trial.status for trial in made.trials] == ["finished"] * 3
-    assert len({process_of(trial.path) for trial in made.trials}) == 1
+    assert {trial for trial, _ in reported} == {trial.point.name for trial in made.trials}
+    assert len({process for _, process in reported}) == 1
     sums = {name: result["weights_sha256"] for name, result in results(made.path).items()}
     for point in planned.points:
         alone = fedray.run(point.config.override({"clients.actors": 0}), out=in_tmp / f"alone-{point.name}")
