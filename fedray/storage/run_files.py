@@ -137,6 +137,7 @@ class RunFiles:
         """
         self._write_rows()
         with self._writing(f"checkpoints/{stored.name_of(checkpoint.state.round)}") as path:
+            path.parent.mkdir(exist_ok=True)  # a copy of a run that has none yet lacks the folder
             stored.write(path, checkpoint, config or {})
             durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
         self.on_saved()

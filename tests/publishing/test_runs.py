@@ -9,12 +9,14 @@ import textwrap
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 import fedray
 from fedray.config.places import Place
 from fedray.errors import ConfigError, RunError
+from fedray.experiment import run as runs
 from fedray.experiment.run import resume, run
 from fedray.publishing import claims, publisher
 from fedray.publishing.manifest import read as read_manifest
@@ -76,6 +78,19 @@ def test_a_run_is_published_below_storage_and_can_be_resumed_on_another_node(s3:
     assert tiny.figures(again.path) == undisturbed
     assert again.path == home / "runs" / name
     assert resume(address).path == home / "runs" / name
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_resumed_on_another_node(
+    s3: S3, nodes, undisturbed, monkeypatch
+):
+    nodes("a")
+    storage = s3.new()
+    with monkeypatch.context() as patch, pytest.raises(Ends):
+        patch.setattr(runs, "Server", Mock(side_effect=Ends))
+        run(tiny.config(method=STAGED, storage=storage))
+    nodes("b")
+    (name,) = s3.objects(storage).folders()
+    assert tiny.figures(resume(str(Place.parse(storage).below(name))).path) == undisturbed
 
 
 KILLED = """
