@@ -137,7 +137,8 @@ class RunFiles:
         """
         self._write_rows()
         with self._writing(f"checkpoints/{stored.name_of(checkpoint.state.round)}") as path:
-            path.parent.mkdir(exist_ok=True)  # a copy of a run that has none yet lacks the folder
+            if not path.parent.exists():  # a copy of a run that had none yet
+                path.parent.mkdir(exist_ok=True)
             stored.write(path, checkpoint, config or {})
             durable.keep_newest(self.checkpoints(), KEPT_CHECKPOINTS)
         self.on_saved()
