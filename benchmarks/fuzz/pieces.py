@@ -19,7 +19,10 @@ from random import Random
 from struct import pack_into, unpack_from
 from typing import Any
 
+import fedray
 from benchmarks.fuzz.targets import TARGETS, Target, workplace
+
+PACKAGE = Path(fedray.__file__).parent
 
 INPUT_S = 5.0
 """CPU seconds that an input may take; a hundred times the mean of the slowest target."""
@@ -138,7 +141,8 @@ def _peak_bytes() -> int:
 
 def _described(error: BaseException) -> str:
     """Return an error with the last place in fedray that it passed."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "fedray/" in frame.filename]
+    passed = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in passed if Path(frame.filename).is_relative_to(PACKAGE)]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}{place}"
