@@ -58,8 +58,24 @@ def local_path(path: str | Path) -> Path:
         raise ConfigError(f"{str(path)!r} is not a path: {error}") from None
 
 
+_addresses: dict[Path, str] = {}
+"""Directory of the cache → the address of which it is a copy."""
+
+
+def show_as(folder: Path, address: str) -> None:
+    """Let `shown` name a directory, and what is in it, by the address of which it is a copy."""
+    _addresses[folder] = address
+
+
 def shown(path: Path) -> str:
-    """Return a path as a user would write it here: relative where it lies below the working directory."""
+    """Return a path as a user would write it here.
+
+    Relative where it lies below the working directory; of a copy in the cache the address.
+    """
+    for folder, address in _addresses.items():
+        if path.is_relative_to(folder):
+            place, mark, options = address.partition("?")
+            return "/".join((place, *path.relative_to(folder).parts)) + mark + options
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 

@@ -5,11 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.raylets import Raylets
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -96,6 +99,15 @@ def ray_local() -> Iterator[None]:
     start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def raylets() -> "Iterator[Raylets]":
+    """Start the head of a cluster, with one CPU and a dashboard; tests add workers."""
+    from tests.raylets import started_raylets
+
+    with started_raylets() as cluster:
+        yield cluster
 
 
 @pytest.fixture

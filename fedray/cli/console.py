@@ -11,6 +11,8 @@ from rich.console import Console, ConsoleDimensions
 from rich.markup import escape
 from rich.table import Table
 
+from fedray.durable import shown
+
 __all__ = [
     "columns_of",
     "err",
@@ -109,7 +111,5 @@ def say_json(value: Any) -> None:
 
 
 def short(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    within = path.resolve()
+    return shown(within if within.is_relative_to(Path.cwd()) else path)

@@ -155,7 +155,7 @@ def _value(value: Any) -> str:
 
 @app.command()
 def stop(
-    directory: Annotated[Path, typer.Argument(help="Directory of a running run, sweep, trial or training.")],
+    directory: Annotated[str, typer.Argument(help="Directory of a running run, sweep, trial or training.")],
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end; 0: do not wait.")] = 600.0,
     now: Annotated[bool, typer.Option("--now", help="Drop the round in progress.")] = False,
 ) -> None:
@@ -163,7 +163,7 @@ def stop(
     from fedray.durable import local_path
     from fedray.overview.stopping import stop as end
 
-    place = local_path(directory)
+    place = local_path(readable(directory))
     asked = end(place, now=now)
     path = short(place)
     err.print(f"{path}: {asked.holder.described} is asked to end", highlight=False, soft_wrap=True)

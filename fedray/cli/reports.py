@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedray.cli.console import out, say_json, say_path, short
-from fedray.cli.entry import Directories, Json, app
+from fedray.cli.entry import Directories, Json, app, readable
 from fedray.cli.outcome import say_address, tracked
 from fedray.errors import ConfigError
 from fedray.experiment.interrupt import signals
@@ -61,7 +61,12 @@ def report(
 @app.command()
 def ui(
     directories: Annotated[
-        list[Path] | None, typer.Argument(help="Runs and sweeps to compare; their store is opened.")
+        list[Path] | None,
+        typer.Argument(
+            parser=readable,
+            metavar="[DIRECTORIES]...",
+            help="Runs and sweeps to compare, or addresses; their store is opened.",
+        ),
     ] = None,
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: the one that runs use.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,

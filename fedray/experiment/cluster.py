@@ -22,7 +22,7 @@ from typing import Any
 
 from fedray.errors import RunError
 from fedray.experiment.interrupt import handle_again
-from fedray.experiment.reaching import given_address, no_cluster, reached
+from fedray.experiment.reaching import check_connected, given_address, no_cluster, reached
 
 CONNECT_S = 20.0
 """Seconds that connecting may take after the answer."""
@@ -38,10 +38,12 @@ def start_ray(meanwhile: Callable[[], object] = lambda: None) -> None:
         meanwhile: called while a local Ray starts, which leaves this process idle for seconds.
 
     Raises:
-        RunError: if it cannot be reached or started; within 30 s for a cluster that does not answer.
+        RunError: if it cannot be reached or started, within 30 s for a cluster that does not answer; or if
+            this process is connected to another one than RAY_ADDRESS says.
     """
     ray = import_ray()
     if ray.is_initialized():
+        check_connected()
         return
     address = given_address()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -15,7 +15,7 @@ from fedray.config import plugins
 from fedray.config.run_config import ResourcesConfig, RunConfig
 from fedray.experiment.cluster import start_ray
 from fedray.experiment.reaching import has_address
-from fedray.experiment.room import check_room, cluster_cpus
+from fedray.experiment.room import busy_with_others, check_room, cluster_cpus
 from fedray.federation.aggregate import chunk_size
 from fedray.federation.patience import Patience
 from fedray.federation.pool import ActorOptions, ClientPool, Group, LocalPool, PoolFactory, RayPool
@@ -58,6 +58,7 @@ def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
             per_client=config.clients.actors == "per_client",
             patience=patience_of(config, place),
             prepare=prepare,
+            busy=partial(busy_with_others, groups),
         )
 
     return make

@@ -75,6 +75,61 @@ def reached(address: str) -> str:
     return resolved
 
 
+def check_connected() -> None:
+    """Make sure that the Ray to which this process is connected is the one whose address is given, if one is.
+
+    Raises:
+        RunError: if an address of another Ray is given, or no Ray answers there.
+    """
+    from ray._private import worker
+
+    address, node = os.environ.get("RAY_ADDRESS", "").strip(), worker._global_node
+    if not address or worker.global_worker.mode not in (None, worker.SCRIPT_MODE):
+        return  # a trial or an actor works in its cluster, whatever its variables are
+    if node is None:
+        ours = _of_client()
+        where, is_same = f"the Ray at {ours!r}", address.rstrip("/") in (ours, ours.removesuffix(":10001"))
+    elif node.is_head():
+        where, is_same = "a Ray that it started", address == "local"
+    else:
+        where, is_same = f"the Ray at {node.gcs_address!r}", _session_at(address) == node.session_name
+    if not is_same:
+        given = f"{OPTION} " if address == _of_option else "RAY_ADDRESS="
+        raise RunError(
+            f"{given}{address!r}: this process is connected to {where}, and uses one Ray at a time. "
+            "Call ray.shutdown() first, unset RAY_ADDRESS to keep that Ray, or start another process"
+        )
+
+
+def _of_client() -> str:
+    """Return the address of the server to which Ray's client in this process is connected."""
+    from ray.util import client
+
+    return f"ray://{client.ray.get_context().client_worker._conn_str}"
+
+
+def _session_at(address: str) -> str | None:
+    """Return the name of the session of the Ray at an address; None for one that has no HOST:PORT.
+
+    Raises:
+        RunError: if no Ray answers there.
+    """
+    if address == "local" or address.startswith("ray://"):
+        return None
+    resolved = reached(address)
+    with _channel(address, resolved) as channel:
+        return _kept(channel, b"session_name", b"session").decode()
+
+
+def _kept(channel: Any, key: bytes, namespace: bytes) -> bytes:
+    """Return a value that the GCS keeps; empty if it has none."""
+    from ray.core.generated import gcs_service_pb2 as messages
+    from ray.core.generated import gcs_service_pb2_grpc as services
+
+    asked = messages.InternalKVGetRequest(key=key, namespace=namespace)
+    return bytes(services.InternalKVGcsServiceStub(channel).InternalKVGet(asked, timeout=ASK_S).value)
+
+
 def _resolved(address: str) -> str:
     """Return host:port as Ray connects to it, or the address of a Ray client's server.
 
@@ -148,8 +203,7 @@ def _ask(address: str, resolved: str) -> None:
         alive = services.NodeInfoGcsServiceStub(channel).CheckAlive(
             messages.CheckAliveRequest(), timeout=ASK_S
         )
-        asked = messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
-        about = services.InternalKVGcsServiceStub(channel).InternalKVGet(asked, timeout=ASK_S).value
+        about = _kept(channel, b"CLUSTER_METADATA", b"cluster")
     _check_versions(address, alive.ray_version, json.loads(about or b"{}").get("python_version"))
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import floor, inf
 from typing import Any
 
@@ -32,10 +32,11 @@ SAY_S = 60.0
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a cluster: its resources by name, and its labels."""
+    """A node of a cluster: its resources by name, its labels, and Ray's id of it."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
 
     def has(self, labels: Mapping[str, str]) -> bool:
         """Tell whether Ray's selector takes the node: for each label `v`, `!v`, `in(v,w)` or `!in(v,w)`."""
@@ -60,7 +61,10 @@ def cluster_nodes() -> list[Node]:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return [Node(dict(node["Resources"]), dict(node.get("Labels") or {})) for node in alive]
+    return [
+        Node(dict(node["Resources"]), dict(node.get("Labels") or {}), node.get("NodeID", ""))
+        for node in alive
+    ]
 
 
 def cluster_cpus(*, at_least_one: bool = True) -> float:
@@ -123,16 +127,61 @@ def check_room(groups: Sequence[Group], who: str) -> None:
     await_room(groups, who, f"{who} needs {lacks}")
 
 
+def busy_with_others(groups: Sequence[Group], options: ActorOptions, actor: Any) -> str | None:
+    """Return what a client actor waits for, if other work holds its place in the cluster.
+
+    Args:
+        groups: of the run; an actor of each must fit on the nodes, were they empty.
+        options: of the actor.
+        actor: its handle.
+
+    Returns:
+        What it needs, what the cluster has and what is free; None if it has a place, if a node has room for
+        it, or if the nodes never have.
+    """
+    import ray
+
+    table, nodes = ray._private.state.actors(actor._actor_id.hex()), cluster_nodes()
+    if not table or table.get("Pid") or lacking([replace(group, actors=1) for group in groups], nodes):
+        return None
+    free = ray._private.state.available_resources_per_node()
+    left = [replace(node, resources=free.get(node.id, {})) for node in nodes]
+    if any(node.actors(options) for node in left):
+        return None
+    return _held(options.bundle, nodes, _sum(left))
+
+
+def missing_now(need: Mapping[str, float]) -> str | None:
+    """Return what is needed, what the cluster has and what is free; None if so much is free."""
+    import ray
+
+    free = ray.available_resources()
+    if all(free.get(name, 0.0) + SLACK >= amount for name, amount in need.items()):
+        return None
+    return _held(need, cluster_nodes(), free)
+
+
+def _held(need: Mapping[str, float], nodes: Sequence[Node], free: Mapping[str, float]) -> str:
+    have = _sum(nodes)
+    left = {name: free.get(name, 0.0) for name in have}
+    return (
+        f"one needs {_shown(need)}; the cluster has {_shown(have)}, free are {_shown(left)}, and other work "
+        "holds the rest"
+    )
+
+
+def _sum(nodes: Sequence[Node]) -> dict[str, float]:
+    """Return the resources of some nodes together."""
+    names = dict.fromkeys(name for node in nodes for name in node.resources)
+    return {name: sum(node.resources.get(name, 0.0) for node in nodes) for name in names}
+
+
 LOWER = "lower clients.actors or clients.resources"
 
 
 def lacking(groups: Sequence[Group], nodes: Sequence[Node]) -> str | None:
     """Return what groups of actors need and the empty nodes do not have, in words; None: they fit."""
-    have = {
-        name: sum(node.resources.get(name, 0.0) for node in nodes)
-        for node in nodes
-        for name in node.resources
-    }
+    have = _sum(nodes)
     need: dict[str, float] = {}
     for group in groups:
         for name, amount in group.options.bundle.items():

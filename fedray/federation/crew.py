@@ -30,7 +30,12 @@ TICK_S = 1.0
 """Seconds between two looks at calls that are not answered."""
 REST_S = 60.0
 """Seconds before another actor takes the place of one that ran out of memory; doubled each time."""
+FIRST_LOOK_S, LOOK_S = 10.0, 60.0
+"""Seconds without an actor until the crew asks what it waits for, and until it asks again."""
 
+
+Busy = Callable[[int, Any], str | None]
+"""Of the group and the handle of an actor: what it waits for; None if other work does not hold its place."""
 
 Key = tuple[int, ...]
 """Names a work among those that are done together."""
@@ -107,6 +112,8 @@ class Crew:
         ready_timeout_s: how long placing and starting actors may take.
         max_deaths: how many losses of actors one exchange survives, beside those to a client alone.
         wanted: the wanted resources, for messages.
+        busy: tells what an actor of a group waits for, if other work holds its place. If it does so for all
+            actors, the wait has no limit: the crew holds nothing for which others wait.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class Crew:
         ready_timeout_s: float,
         max_deaths: int,
         wanted: str,
+        busy: "Busy" = lambda group, actor: None,
     ) -> None:
         import ray
 
@@ -129,13 +137,15 @@ class Crew:
             errors.WorkerCrashedError,
             errors.ObjectLostError,  # of an answer, with the node of its actor
         )
-        self.create, self.patience, self.wanted = create, patience, wanted
+        self.create, self.patience, self.wanted, self.busy = create, patience, wanted, busy
         self.ready_timeout_s, self.max_deaths = ready_timeout_s, max_deaths
         self.clock = Clock()
         self.seats = [Seat(number, group) for number, group in enumerate(groups)]
         self.deaths = 0
         self._counted = 0
         self._are_started = False
+        self._waits_since: float | None = None
+        self._look_at = 0.0
         self.fill()
 
     def do(self, works: Iterable[Work]) -> dict[Key, Any]:
@@ -188,10 +198,29 @@ class Crew:
             if ref in starting:
                 self._started(starting[ref])
         now = self.clock.now()
-        for seat in starting.values():
-            if seat.start is not None and now - seat.since > self.ready_timeout_s:
+        late = [seat for seat in starting.values() if seat.start is not None]
+        if any(seat.is_ready for seat in self.seats):
+            self._waits_since = None
+        elif late:
+            self._look(late, now)
+        for seat in late:
+            if now - seat.since > self.ready_timeout_s:
                 self._not_started(seat)
         return [ref for ref in done if ref not in starting]
+
+    def _look(self, starting: Sequence[Seat], now: float) -> None:
+        """Say now and then that other work holds the places of all actors, and let the limit begin anew."""
+        if self._waits_since is None:
+            self._waits_since, self._look_at = now, now + FIRST_LOOK_S
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_S
+        reasons = [self.busy(seat.group, seat.actor) for seat in starting if seat.actor is not None]
+        if reasons and None not in reasons:
+            waited_s = now - self._waits_since
+            logger.warning("the client actors have waited %.0f s for room: %s", waited_s, reasons[0])
+            for seat in starting:
+                seat.since = now
 
     def lost(self, seat: Seat, loss: Loss, *, again: str = "", counts: bool = True) -> None:
         """End what is left of a lost actor, count it, and let the seat rest if memory is short.

@@ -137,6 +137,7 @@ class RayPool:
         max_deaths: how many losses of actors one exchange survives.
         patience: how long a call to an actor may take.
         prepare: called in each actor before the workplace reaches it.
+        busy: tells what an actor waits for, if other work holds its place; then the run waits, too.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class RayPool:
         max_deaths: int = 20,
         patience: Patience | None = None,
         prepare: Prepare | None = None,
+        busy: "Callable[[ActorOptions, ActorHandle], str | None]" = lambda options, actor: None,
     ) -> None:
         import ray
 
@@ -166,6 +168,7 @@ class RayPool:
             ready_timeout_s=ready_timeout_s,
             max_deaths=max_deaths,
             wanted=", ".join(f"{group.actors} × {group.options.bundle}" for group in self.groups),
+            busy=lambda group, actor: busy(self.groups[group].options, actor),
         )
 
     @property

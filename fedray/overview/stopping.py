@@ -16,6 +16,7 @@ from pathlib import Path
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
 from fedray.overview.summary import is_training, summary
+from fedray.publishing.fetching import is_readable_copy
 from fedray.storage.directory import Holder, ask_to_stop, holder_of
 
 LOOK_S = 0.2
@@ -61,6 +62,11 @@ def stop(path: Path, *, now: bool = False) -> Asked:
     holder = holder_of(path)
     if holder is None:
         raise ConfigError(_not_running(path, what))
+    if is_readable_copy(path):
+        raise ConfigError(
+            f"{shown(path)}: {holder.described} works in a directory of its own node and sees no request in "
+            f"the store: run `fedray stop DIR` with that directory on {holder.host or 'its host'}"
+        )
     if what == "trial" and now:
         raise ConfigError(
             f"--now: {shown(path)} is a trial of a running sweep, which ends after its round; leave out --now"

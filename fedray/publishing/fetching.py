@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fedray.config.places import Place, is_place
-from fedray.durable import on_disk, replacing, shown
+from fedray.durable import on_disk, replacing, show_as, shown
 from fedray.errors import ConfigError, RunError
 from fedray.publishing.manifest import CLAIMS, CONTENTS, NOTHING, Entry, Manifest
 from fedray.publishing.manifest import read as read_manifest
@@ -157,6 +157,7 @@ def readable_copy(address: str) -> Path:
     objects = Objects(place)
     objects.check()
     folder = cached(place, "published")
+    show_as(folder, str(place))
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder.parent, "copy", patience_s=WAIT_S):
         if _fetch_all(objects, folder, readable=True):

@@ -21,7 +21,11 @@ from fedray.durable import replace
 from fedray.errors import FedrayError, RunError
 from fedray.experiment.cluster import leave_ray
 from fedray.experiment.interrupt import Stop
+from fedray.experiment.room import missing_now
+from fedray.federation.crew import FIRST_LOOK_S, LOOK_S
 from fedray.federation.pool import ActorOptions
+
+logger = logging.getLogger(__name__)
 
 ASKS = "asks"
 """In a report: the trial has not trained since its last report, and asks the scheduler whether it may."""
@@ -105,7 +109,7 @@ def fit(
             name="tune",
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[_callback(on_result, ending, on_step)],
+            callbacks=[_callback(on_result, ending, on_step, _Waiting(rooms))],
             stop=ending,
             verbose=0,
         ),
@@ -310,7 +314,34 @@ def _reason(error: BaseException) -> str:
     return lines[-1] if lines else type(cause).__name__
 
 
-def _callback(on_result: OnResult | None, ending: Any, on_step: Callable[[], None]) -> Any:
+class _Waiting:
+    """Says now and then that no trial runs because other work holds the cluster.
+
+    Args:
+        rooms: name of each trial → its placement group.
+    """
+
+    def __init__(self, rooms: Mapping[str, Any]) -> None:
+        self.rooms = rooms
+        self._since = self._look_at = 0.0
+
+    def look(self, trials: Sequence[Any]) -> None:
+        """Look at the trials that Tune knows."""
+        now, pending = time.monotonic(), [trial for trial in trials if trial.status == "PENDING"]
+        if not pending or any(trial.status == "RUNNING" for trial in trials):
+            self._since = 0.0
+            return
+        if not self._since:
+            self._since, self._look_at = now, now + FIRST_LOOK_S
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_S
+        why = missing_now(self.rooms[pending[0].config["name"]].required_resources)
+        if why is not None:
+            logger.warning("the trials have waited %.0f s for room: %s", now - self._since, why)
+
+
+def _callback(on_result: OnResult | None, ending: Any, on_step: Callable[[], None], waiting: _Waiting) -> Any:
     from ray import tune
 
     class Progress(tune.Callback):  # type: ignore[misc]  # Ray has no types
@@ -324,6 +355,7 @@ def _callback(on_result: OnResult | None, ending: Any, on_step: Callable[[], Non
 
         def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
             ending.running = sum(trial.status == "RUNNING" for trial in trials)
+            waiting.look(trials)
             on_step()
 
         def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:

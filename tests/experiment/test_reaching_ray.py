@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,8 +52,10 @@ def web_server() -> Iterator[str]:
 
 
 @contextmanager
-def gcs(ray_version: str = "", python_version: str = "", *, refuses: bool = False) -> Iterator[str]:
-    """A server that answers the two questions as Ray's GCS does."""
+def gcs(
+    ray_version: str = "", python_version: str = "", *, refuses: bool = False, session: str = "session_1"
+) -> Iterator[str]:
+    """A server that answers the three questions as Ray's GCS does."""
     import json
     import platform
 
@@ -70,8 +73,9 @@ def gcs(ray_version: str = "", python_version: str = "", *, refuses: bool = Fals
 
     class Store(services.InternalKVGcsServiceServicer):  # type: ignore[misc]
         def InternalKVGet(self, request: Any, context: Any) -> Any:
-            assert (request.key, request.namespace) == (b"CLUSTER_METADATA", b"cluster")
-            return messages.InternalKVGetReply(value=json.dumps(about).encode())
+            kept = {(b"CLUSTER_METADATA", b"cluster"): json.dumps(about).encode()}
+            kept[b"session_name", b"session"] = session.encode()
+            return messages.InternalKVGetReply(value=kept[request.key, request.namespace])
 
     server = grpc.server(ThreadPoolExecutor(2))
     services.add_NodeInfoGcsServiceServicer_to_server(Nodes(), server)
@@ -181,6 +185,40 @@ def test_a_cluster_of_another_version(theirs: tuple[str, str]) -> None:
 def test_a_cluster_like_ours_is_taken() -> None:
     with gcs() as address:
         assert reaching.reached(address).rpartition(":")[2] == address.rpartition(":")[2]
+
+
+@pytest.mark.parametrize("is_head", [False, True])
+def test_another_address_than_that_of_the_connected_ray_is_refused(
+    monkeypatch: pytest.MonkeyPatch, is_head: bool
+) -> None:
+    """The process is connected to a Ray that it started, or to that of the first server."""
+    from ray._private import worker
+
+    with gcs() as ours, gcs(session="session_2") as other:
+        node = SimpleNamespace(gcs_address=ours, session_name="session_1", is_head=lambda: is_head)
+        node.node_ip_address = "127.0.0.1"
+        monkeypatch.setattr(worker, "_global_node", node)
+        monkeypatch.setattr(worker.global_worker, "mode", worker.SCRIPT_MODE)
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("it is connected"))
+        where = "a Ray that it started" if is_head else f"the Ray at {ours!r}"
+        for address in (None, "", "local", ours, other, f"ray://{ours}", "127.0.0.1:1"):
+            monkeypatch.delenv("RAY_ADDRESS", raising=False)
+            if address is not None:
+                monkeypatch.setenv("RAY_ADDRESS", address)
+            if not address or address == ("local" if is_head else ours):
+                cluster.start_ray()
+                continue
+            with pytest.raises(RunError) as caught:
+                cluster.start_ray()
+            assert f"RAY_ADDRESS={address!r}" in str(caught.value)
+            if is_head or address != "127.0.0.1:1":
+                assert f"connected to {where}, and uses one Ray at a time. Call ray.shutdown() first" in str(
+                    caught.value
+                )
+        monkeypatch.setattr(worker.global_worker, "mode", worker.WORKER_MODE)
+        monkeypatch.setenv("RAY_ADDRESS", other)
+        cluster.start_ray()  # a trial works in its cluster
 
 
 def test_a_cluster_without_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

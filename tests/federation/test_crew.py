@@ -241,6 +241,31 @@ def test_no_actor_in_time_ends_the_run_and_some_do_not(monkeypatch):
     assert 300 < ray.seconds < 303 and crew.deaths == 0
 
 
+def test_a_crew_waits_for_other_work_and_not_for_what_never_comes(monkeypatch, caplog):
+    """Other work holds the cluster for 1,000 s; then an actor has a place, and does not become ready."""
+
+    def answers(actor: Actor, method: str, items: Sequence[int]) -> Any:
+        return NEVER if method == "ready" else sum(items)
+
+    def busy(group: int, actor: Any) -> str | None:
+        for seat in crew.seats if ray.seconds > ready_at else ():
+            cast(Any, seat.start).answer = 1
+        return "one needs 1 × CPU" if ray.seconds < free_at else None
+
+    ready_at = free_at = 1000.0
+    crew, ray = crew_of(answers, 2, monkeypatch, busy=busy)
+    assert added(crew.do([work([1, 2])])) == 3
+    assert 1000 < ray.seconds < 1100 and crew.deaths == 0
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "the client actors have waited 10 s for room: one needs 1 × CPU"
+    assert 16 <= len(told) <= 18  # once a minute
+    ready_at, free_at = 9999.0, 500.0
+    crew, ray = crew_of(answers, 2, monkeypatch, busy=busy)
+    with pytest.raises(RunError, match="not placed within 300 s"):
+        crew.do([work([1, 2])])
+    assert 750 < ray.seconds < 860  # 300 s after it was busy last
+
+
 def test_a_loss_is_told_without_the_guesses_of_ray():
     crew = Crew.__new__(Crew)
     crew._ray = cast(Any, MadeUp(lambda *call: 1))

@@ -1,6 +1,7 @@
 """The commands take the addresses of published runs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from fedray import cli
 from fedray.config.places import Place
+from fedray.errors import ConfigError
 from fedray.experiment.run import run
 from fedray.publishing.fetching import fetch
 from fedray.report.reading import load_run
@@ -49,7 +51,10 @@ def test_runs_lists_what_is_below_an_address(storage: Place, on_another_node: Pa
 
 def test_compare_and_report_take_addresses(storage: Place, on_another_node: Path):
     compared = fedray("compare", storage.below("run-0"), storage.below("run-1"))
-    assert "method.lr" in compared and "run-1" in compared
+    assert "method.lr" in compared
+    for letter, number in (("A", 0), ("B", 1)):  # under the addresses that were given
+        assert f"{letter} = {storage.below(f'run-{number}')}   finished" in compared
+    assert "cache" not in compared
     fedray("report", storage, "--no-pictures")
     assert (on_another_node / "runs-report" / "table.csv").is_file()
 
@@ -59,12 +64,21 @@ def test_watch_shows_a_run_of_another_node(s3: S3, on_another_node: Path, monkey
     seen = []
 
     def look(report: object) -> None:
+        with pytest.raises(ConfigError, match=rf"s3://.*/mine\?.*process {os.getpid()} .* `fedray stop DIR`"):
+            fedray("stop", place.below("mine"))
         seen.append(json.loads(fedray("watch", place.below("mine"), "--once", "--json"))["running"])
         seen.append(json.loads(fedray("runs", place, "--json"))[0]["status"])
 
     run(tiny.config(storage=str(place), rounds=1), out="mine", on_round=look)
     assert seen == [True, "running"] * 2
     assert json.loads(fedray("runs", place, "--json"))[0]["status"] == "finished"
+    with pytest.raises(ConfigError, match=r"s3://.*/mine\?.* does not run: it is finished"):
+        fedray("stop", place.below("mine"))
+    assert (
+        fedray("watch", place.below("mine"), "--once").splitlines()[-1].startswith(f"{place.below('mine')}: ")
+    )
+    with pytest.raises(ConfigError, match=r"s3://.*/mine\?.*: MLflow tracks none of these runs"):
+        fedray("ui", place.below("mine"))
 
 
 def test_resume_takes_an_address_and_says_where_the_run_is(s3: S3, on_another_node: Path, tmp_path: Path):
@@ -87,9 +101,7 @@ def test_sync_brings_a_published_run_to_mlflow_once(s3: S3, on_another_node: Pat
 
 
 def test_an_address_where_nothing_is_is_refused(s3: S3, on_another_node: Path):
-    from fedray.errors import ConfigError
-
-    for command in ("runs", "report", "compare", "watch", "sync", "resume"):
+    for command in ("runs", "report", "compare", "watch", "sync", "resume", "stop", "ui"):
         with pytest.raises(ConfigError, match="no run or sweep is published there"):
             fedray(command, s3.new())
         with pytest.raises(ConfigError, match="unknown scheme 's4'; did you mean 's3'"):

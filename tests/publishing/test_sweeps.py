@@ -1,15 +1,8 @@
 """Sweeps in S3: trials on nodes that do not see the driver's disk; a sweep resumed from another node."""
 
-import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +11,13 @@ import pytest
 from fedray.config import yaml_text
 from fedray.config.places import Place
 from fedray.errors import ConfigError
-from fedray.experiment.run import run
 from fedray.publishing.fetching import fetch
 from fedray.publishing.manifest import read as read_manifest
 from fedray.publishing.publisher import Publisher
 from fedray.sweeps.nodes import DRIVER, Disk
 from fedray.sweeps.sweep import load_sweep, sweep
-from tests.experiment import tiny
+from tests.publishing.nodes import RATES, Apart, fedray, home, plan, weights_of
 from tests.publishing.s3 import S3
-from tests.test_cluster import kill_holders, node
-
-ROOT = Path(__file__).parents[2]
-RATES = [0.05, 0.1, 0.2]
-
-
-def plan(storage: str, **tune: Any) -> dict[str, Any]:
-    base = tiny.config({"storage": storage, "rounds": 4, "clients.actors": "auto"}).to_tree()
-    return {"base": base, "space": {"method.lr": {"grid": RATES}}, "tune": {"concurrent": 1, **tune}}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The weights of the points, each run by itself."""
-    folder = tmp_path_factory.mktemp("alone")
-    config = tiny.config(rounds=4)
-    return {run(config.override({"method.lr": r}), out=folder / str(r)).weights_sha256 for r in RATES}
-
-
-def weights_of(path: Path) -> set[str]:
-    return {json.loads(file.read_text())["weights_sha256"] for file in path.glob("trials/*/result.json")}
-
-
-def fedray(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "fedray.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def home(tmp_path: Path, name: str, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return where and how a command of a node runs."""
-    (tmp_path / name).mkdir()
-    cache = {"XDG_CACHE_HOME": str(tmp_path / f"cache-{name}"), "PYTHONPATH": str(ROOT)}
-    return {"cwd": tmp_path / name, "env": (env or dict(os.environ)) | cache}
 
 
 @pytest.mark.slow
@@ -94,33 +53,6 @@ def test_a_sweep_whose_driver_was_killed_is_resumed_on_another_node(
         assert "result.json" in read_manifest(s3.objects(str(address.below("trials", name)))).files
 
 
-@pytest.fixture
-def apart(tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Two nodes of one CPU; the second has another disk where the first has the folder `a`."""
-    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
-        pytest.skip("a second disk needs the right to mount one")
-    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="fr"))
-    token = folder / "token"
-    token.write_text("0123456789abcdef" * 2, encoding="utf-8")
-    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    driver = home(tmp_path, "a", env)
-    other = driver["env"] | {"XDG_CACHE_HOME": str(tmp_path / "cache-other")}
-    temp = f"--temp-dir={folder / 'ray'}"
-    disk = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path / "a")]
-    try:
-        head = ["--head", "--port=0", "--num-cpus=1", "--include-dashboard=false", temp]
-        with node(head, driver["env"], folder / "head.log") as printed:
-            match = re.search(r"--address='([^']+)'", printed)
-            assert match is not None, printed
-            worker = [f"--address={match[1]}", "--num-cpus=1", temp]
-            with node(worker, other, folder / "worker.log", disk):
-                yield match[1], driver
-    finally:
-        kill_holders(token)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tune",
@@ -133,16 +65,16 @@ def apart(tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     ids=["all points", "asha", "optuna", "hyperband"],
 )
 def test_trials_run_on_nodes_that_do_not_see_the_drivers_disk(
-    s3: S3, tmp_path: Path, apart, weights, tune: dict[str, Any]
+    s3: S3, tmp_path: Path, apart: Apart, weights, tune: dict[str, Any]
 ):
-    address, how = apart
+    here = apart.driver
     storage = s3.new()
     tree = plan(storage, **{"concurrent": 2, **tune})
     if "search" in tune:
         tree["space"] = {"method.lr": {"uniform": [0.05, 0.2]}}
     (tmp_path / "x.yaml").write_text(yaml_text.dump(tree))
     with fedray(
-        "sweep", tmp_path / "x.yaml", cwd=how["cwd"], env=how["env"] | {"RAY_ADDRESS": address}
+        "sweep", tmp_path / "x.yaml", cwd=here["cwd"], env=here["env"] | {"RAY_ADDRESS": apart.address}
     ) as driver:
         said, _ = driver.communicate()
     assert driver.returncode == 0, said
@@ -161,14 +93,14 @@ def test_trials_run_on_nodes_that_do_not_see_the_drivers_disk(
 
 
 @pytest.mark.slow
-def test_a_time_budget_ends_trials_on_other_nodes(s3: S3, tmp_path: Path, apart):
-    address, how = apart
+def test_a_time_budget_ends_trials_on_other_nodes(s3: S3, tmp_path: Path, apart: Apart):
+    here = apart.driver
     tree = plan(s3.new(), concurrent=2, time_budget_s=5.0)
     tree["base"]["rounds"] = 100_000
     tree["base"]["checkpoint_every"] = 100
     (tmp_path / "x.yaml").write_text(yaml_text.dump(tree))
     with fedray(
-        "sweep", tmp_path / "x.yaml", cwd=how["cwd"], env=how["env"] | {"RAY_ADDRESS": address}
+        "sweep", tmp_path / "x.yaml", cwd=here["cwd"], env=here["env"] | {"RAY_ADDRESS": apart.address}
     ) as driver:
         said, _ = driver.communicate(timeout=120)
     assert "time budget of 5 s is spent" in said
