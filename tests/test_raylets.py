@@ -93,6 +93,43 @@ def test_a_sweep_is_submitted_as_a_job(raylets: Raylets, tmp_path: Path) -> None
     assert refused.returncode != 0
 
 
+HOLD = """
+import pathlib, ray, sys, time
+ray.init(sys.argv[1], log_to_driver=False)
+
+@ray.remote(num_cpus=1)
+def hold():
+    pathlib.Path(sys.argv[2]).touch()
+    while pathlib.Path(sys.argv[2]).exists():
+        time.sleep(0.1)
+
+ray.get(hold.remote())
+"""
+"""A job that holds a CPU as long as a file exists."""
+
+
+def test_a_run_and_a_sweep_wait_for_other_work_and_say_so(raylets: Raylets, tmp_path: Path) -> None:
+    write(tmp_path, [0], {"method.pause_s": 0.0, "clients.actors": 1})
+    held = tmp_path / "held"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, raylets.address, str(held)], env=raylets.env)
+    wait_for("the CPU is held", held.exists)
+    commands = [command(tmp_path), command(tmp_path, "seed=1")]
+    commands[1][3:4] = ["run"]
+    commands[1][commands[1].index("--out") + 1] = str(tmp_path / "run")
+    waiting = []
+    for number, one in enumerate(commands):
+        with open(tmp_path / f"said-{number}", "w") as said:
+            env = raylets.env | {"RAY_ADDRESS": raylets.address}
+            waiting.append(subprocess.Popen(one, env=env, cwd=tmp_path, stdout=said, stderr=said))
+    texts = [(tmp_path / f"said-{number}").read_text for number in range(2)]
+    wait_for("both say so", lambda: all("for room: one needs 1 × CPU" in text() for text in texts))
+    assert "the cluster has 1 × CPU, 0 × GPU, free are 0 × CPU, 0 × GPU, and other work holds" in texts[0]()
+    held.unlink()
+    assert [process.wait(DRIVE_S) for process in (*waiting, other)] == [0, 0, 0], [text() for text in texts]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert weights(tmp_path) | {1: result["weights_sha256"]} == alone(tmp_path, [0, 1])
+
+
 def test_two_sweeps_do_not_disturb_each_other(raylets: Raylets, tmp_path: Path) -> None:
     raylets.join("worker", "--num-cpus=3")
     first, second = tmp_path / "first", tmp_path / "second"
