@@ -132,6 +132,7 @@ def workplace(
     server_rows: int = 0,
     architecture: Architecture = MLP,
     norm: Norm = "average",
+    standardize: bool | None = None,
     prune_last: bool = False,
     data: Dataset | None = None,
     partition: Partition | None = None,
@@ -149,6 +150,7 @@ def workplace(
         server_rows: examples that are kept from the clients, for the server.
         architecture: MLP, CNN, LINEAR or another one.
         norm: the policy for its batch normalisation.
+        standardize: whether weights are standardised; None: as the method has it.
         prune_last: whether the last layer's weights may be pruned.
         data: what is learnt; `dataset()` if None.
         partition: who has which examples of it.
@@ -161,7 +163,13 @@ def workplace(
         rows = np.arange(server_rows, len(data.train) - VALIDATION)
         partition = QuantitySkew(alpha=5.0).split(data.train.y, None, rows, clients, seed)
     model = ModelSpec.of(
-        "small", architecture, data.input_shape, data.num_classes, norm=norm, prune_last=prune_last
+        "small",
+        architecture,
+        data.input_shape,
+        data.num_classes,
+        norm=norm,
+        standardize=standardize,
+        prune_last=prune_last,
     )
     return Workplace(
         model=model,

@@ -294,7 +294,7 @@ def test_all_problems_are_said_at_once(fedray):
         "cannot run: rounds (override): got 0; must be greater than 0",
         "modle (override): unknown; did you mean 'model'? Keys here: checkpoint_every, clients, data, "
         "eval_clients, eval_every, imports, method, model, norm, prune_first, prune_last, rounds, seed, "
-        "storage, tracking, train",
+        "storage, tracking, train, weight_standardization",
     ]
 
 

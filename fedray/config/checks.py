@@ -18,6 +18,7 @@ from fedray.federation.density import cannot_start
 from fedray.federation.method import Setting
 from fedray.federation.sampling import Fastest
 from fedray.models import MODELS, OURS, ModelSpec, broken, outline, refusal
+from fedray.models.sparse_layers import kernels_of
 from fedray.training.precision import refusal as refusal_of_precision
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Problem = tuple[str, str]
 def problems(config: "RunConfig") -> list[Problem]:
     """Return every reason why a well-formed config cannot run."""
     found: list[Problem] = []
-    for check in (_clients, _devices, _data, _model, _norm, _method, _precision):
+    for check in (_clients, _devices, _data, _model, _norm, _standardization, _method, _precision):
         found += check(config)
     return found
 
@@ -198,19 +199,38 @@ def _norm(config: "RunConfig") -> Iterator[Problem]:
     spec = DATASETS.get(config.data.name)
     if config.norm == "average" or spec is None:
         return
-
-    def has_batch_norm(model: str) -> bool:
-        with suppress(ConfigError):  # a broken entry says so where it is asked for
-            return bool(outline(model, spec.input_shape, spec.num_classes).norms.names)
-        return False
-
-    able = [name for name, other in MODELS.items() if refusal(other, spec.input_shape, spec.tokens) is None]
-    if config.model in able and not has_batch_norm(config.model):
+    lacks, others = _lacking(config.model, spec, lambda model: bool(model.norms.names))
+    if lacks:
         yield (
             "norm",
             f"{config.norm}, but {config.model} has no BatchNorm, so norm has no effect; leave it at "
-            f"average, or use a model that has one: {', '.join(filter(has_batch_norm, able)) or 'none'}",
+            f"average, or use a model that has one: {others}",
         )
+
+
+def _standardization(config: "RunConfig") -> Iterator[Problem]:
+    spec = DATASETS.get(config.data.name)
+    if not config.weight_standardization or spec is None:
+        return
+    lacks, others = _lacking(config.model, spec, lambda model: bool(kernels_of(model.module)))
+    if lacks:
+        yield (
+            "weight_standardization",
+            f"true, but {config.model} has no convolution, so it has no effect; leave it out, or use a model "
+            f"that has one: {others}",
+        )
+
+
+def _lacking(name: str, spec: DatasetSpec, has: Callable[[ModelSpec], bool]) -> tuple[bool, str]:
+    """Tell whether a model that takes the data lacks a part; name the models that have it."""
+
+    def has_it(model: str) -> bool:
+        with suppress(ConfigError):  # a broken entry says so where it is asked for
+            return has(outline(model, spec.input_shape, spec.num_classes))
+        return False
+
+    able = [name for name, other in MODELS.items() if refusal(other, spec.input_shape, spec.tokens) is None]
+    return name in able and not has_it(name), ", ".join(filter(has_it, able)) or "none"
 
 
 def _method(config: "RunConfig") -> Iterator[Problem]:
@@ -269,6 +289,7 @@ def _outline(config: "RunConfig", spec: DatasetSpec) -> ModelSpec:
         spec.input_shape,
         spec.num_classes,
         norm=config.norm,
+        standardize=config.standardizes,
         prune_first=config.prune_first,
         prune_last=config.prune_last,
     )

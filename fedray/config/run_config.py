@@ -366,6 +366,8 @@ class RunConfig(Config):
         norm: treatment of batch normalisation: `average` averages it like weights, `local` keeps each
             client's own (FedBN), `static` measures its statistics before each evaluation (HeteroFL), `group`
             replaces it by GroupNorm.
+        weight_standardization: whether the weights of convolutions are standardised in every forward pass,
+            each output channel over the weights that it holds; null: as the method has it (`fedmef` does).
         prune_first: whether the weight of the first layer may be pruned.
         prune_last: whether the weight of the classifier, the last convolution or linear layer, may be pruned.
         imports: Python files that add methods, models, devices, … to the tables.
@@ -386,6 +388,7 @@ class RunConfig(Config):
     checkpoint_every: PositiveInt = 10
     model: Annotated[str, Named(MODELS)] = "mlp"
     norm: Norm = "average"
+    weight_standardization: bool | None = None
     prune_first: bool = True
     prune_last: bool = False
     imports: tuple[LocalPath, ...] = ()
@@ -466,7 +469,14 @@ class RunConfig(Config):
             prune_first=self.prune_first,
             prune_last=self.prune_last,
             norm=self.norm,
+            standardize=self.standardizes,
         )
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether weights are standardised: as the run asks, or else as the method has it."""
+        given = self.weight_standardization
+        return self.method.options.standardizes if given is None else given
 
     @cached_property
     def digest(self) -> str:
@@ -490,6 +500,7 @@ class RunConfig(Config):
 
 SINCE: Tree = {
     "norm": "average",
+    "weight_standardization": None,
     "prune_first": True,
     "prune_last": False,
     "eval_clients": 200,

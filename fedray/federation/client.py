@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fedray.errors import MethodError
 from fedray.models.spec import ModelSpec
-from fedray.training.engine import Engine, Forward, Loss, Outcome, Step, Training, View, cut
+from fedray.training.engine import Engine, Forward, Loss, Outcome, Step, View, cut
+from fedray.training.optimizers import Training
 from fedray.training.resident import Share
 from fedray.types import ClientInfo, ClientUpdate, E, Mask, Params, Task, expect
 
@@ -147,9 +148,11 @@ class Client:
             lr: another learning rate than the method's; or number of the step → learning rate.
             seed: order the examples by this instead of by the round: equal seeds see equal batches.
             loss: instead of the cross-entropy of the logits.
-            on_grad: called with the *dense* gradient (size,) before each step; charged as a dense backward.
+            on_grad: called with the *dense* gradient (size,) before each step, by the weights of the forward
+                pass where they are standardised; charged as a dense backward.
             on_step: called with the working vector (size,) after each step, in place of the masking.
-            view: maps the weights, by name, to those of the forward pass; differentiable.
+            view: maps the weights, by name, to those of the forward pass; differentiable. Where the model
+                standardises its weights, that follows.
             forward: how logits are computed from module, weights and examples.
 
         Returns:
@@ -179,6 +182,8 @@ class Client:
         if chain is None:
             engine.module.train()
             optimizer = engine.optimizer(training, training.weight_decay)
+        else:
+            chain.standardise(engine.held(mask))
         total, value, seen = torch.zeros((), device=engine.device), torch.tensor(float("nan")), 0
         rng = self.rng if seed is None else self._generator(seed)
         with torch.set_grad_enabled(chain is None):
@@ -187,9 +192,8 @@ class Client:
                 if chain is not None:
                     value = chain.step(x, y, step_lr, training.weight_decay)
                 else:
-                    value, grads = engine.gradient(engine.batch(x), y, index, loss, view, forward)
-                    if on_grad is not None:
-                        on_grad(engine.dense(grads))
+                    batch = engine.batch(x)
+                    value, grads = engine.gradient(batch, y, index, loss, view, forward, mask, on_grad)
                     optimizer.step(grads, step_lr)
                 if after_step is not None:
                     with torch.no_grad():
@@ -218,7 +222,8 @@ class Client:
         """Return the dense gradient (size,) of the mean loss over the examples at `params ⊙ mask`.
 
         Entries outside the mask have one too; it is charged as a dense backward pass. Running statistics get
-        zeros.
+        zeros. Where weights are standardised it is the gradient by those of the forward pass, in which alone
+        entries outside the mask have a part (`model.forward_params` returns them).
 
         Args:
             params: where the gradient is taken.
@@ -228,7 +233,7 @@ class Client:
         """
         self._check_examples()
         started = time.perf_counter()
-        self._engine.load(params, mask)
+        self._engine.load(self.model.forward_params(params, mask), mask)
         self._engine.module.train()
         total, seen = torch.zeros(self._engine.layout.size), 0
         whole = self._cut(torch.arange(self.num_examples))
@@ -245,6 +250,7 @@ class Client:
     def evaluate(self, params: Params, mask: Mask) -> Outcome:
         """Classify this client's examples with `params ⊙ mask`; one forward pass is charged."""
         started = time.perf_counter()
+        params = self.model.forward_params(params, mask)
         outcome = self._engine.evaluate(params, mask, self.x, self.y)
         self._charge_forward(mask, started)
         return outcome
@@ -255,6 +261,7 @@ class Client:
         Means over batches of the method's size, at the entries `model.norms.statistics`.
         """
         started = time.perf_counter()
+        params = self.model.forward_params(params, mask)
         found = self._engine.statistics(params, mask, self.x, self._training.batch_size)
         self._charge_forward(mask, started)
         return found

@@ -22,7 +22,7 @@ from fedray.federation.aggregate import CohortUpdate, Fold
 from fedray.federation.client import Client, ClientFunction
 from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import removed_entries
-from fedray.training.engine import Optimizer
+from fedray.training.optimizers import Optimizer
 from fedray.types import (
     ChannelGroup,
     ClientInfo,
@@ -299,8 +299,16 @@ class Method(Generic[M]):
         return self.target
 
     def eval_params(self, state: ServerState[M]) -> Params:
-        """Return the weights that are evaluated and saved as the model (under the state's mask)."""
+        """Return the weights that are evaluated and saved as the model (under the state's mask).
+
+        Where the model standardises its weights, that follows.
+        """
         return state.params
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether weights of convolutions are standardised where `weight_standardization` is not given."""
+        return False
 
     def measures(self, state: ServerState[M]) -> Mapping[str, float]:
         """Return metrics for the round's report, named `method/<name>` there; called after `prune`."""

@@ -263,13 +263,18 @@ class Server:
     @property
     @one_thread()
     def model(self) -> Params:
-        """The model as it is evaluated and saved: `eval_params ⊙ mask`."""
+        """The model as it is evaluated and saved: the forward pass of `eval_params`, under the mask."""
+        mask = self.state.mask
+        return self.place.model.forward_params(self._trained_model(), mask).masked(mask)
+
+    def _trained_model(self) -> Params:
+        """Return `eval_params` with the statistics that clients were asked for."""
         norms = self.place.model.norms
         with borrowed(self.place.seed, self.state.round, 0, 0):
             params = self.method.eval_params(self.state)
         if norms.queried:
             params = overlaid(params, norms.statistics, self.state.params.flat[norms.statistics])
-        return params.masked(self.state.mask)
+        return params
 
     def evaluate(self, examples: Examples, client: int | None = None) -> Outcome:
         """Classify examples with the model; if given, with the norms that a client keeps for itself."""
@@ -303,7 +308,7 @@ class Server:
     def _losses(self, clients: Sequence[int]) -> dict[int, float]:
         """Ask clients for the loss of the current model on their examples; charge the round for it."""
         there = self._wait_for(clients)
-        task = Task(self.model, self.state.mask)
+        task = Task(self._trained_model().masked(self.state.mask), self.state.mask)
         answer = self._exchange(loss_of_model, dict.fromkeys(there, task))
         self._accounts.asked += answer.cost
         return {client: float(sent["loss"]) for client, sent in answer.each.items()}
@@ -422,6 +427,7 @@ class Server:
                     f"{type(self.method).__name__} decides by validation data, and there is none: set "
                     "data.validation_fraction above 0, e.g. 0.1"
                 )
+            params = place.model.forward_params(params, mask)
             task = Task(params.masked(mask), place.model.norms.global_mask(mask))
             with self._visit():
                 outcome = self.pool.evaluate(task, self.side.validation)

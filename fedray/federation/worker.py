@@ -70,7 +70,8 @@ class Rules:
 class Workplace:
     """The data, model, clients and method of a run; sent to a worker once. Without the test set.
 
-    `stack` is how many clients are trained together, 1 for one after the other.
+    `stack` is how many clients are trained together, 1 for one after the other. The method decides whether
+    a model standardises its weights that leaves this open.
     """
 
     model: ModelSpec
@@ -83,6 +84,12 @@ class Workplace:
     codec: UplinkCodec = PLAIN
     stack: int = 1
     precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        """Let the method decide what the model leaves open."""
+        if self.model.standardize is None:
+            model = replace(self.model, standardize=self.method.standardizes)
+            object.__setattr__(self, "model", model)
 
     @cached_property
     def wire(self) -> Wire:

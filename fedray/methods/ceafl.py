@@ -180,7 +180,8 @@ class CEAFL(Method[CEAFLMemory]):
     def first_scores(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: the importance of each weight in the untrained model."""
         gradient = client.grad(task.params, task.mask, batches=self.scorer_batches)
-        scores = self.shares(self.score(task.params, gradient), task.mask, client)
+        weights = client.model.forward_params(task.params, task.mask)
+        scores = self.shares(self.score(weights, gradient), task.mask, client)
         return ClientUpdate(task.params, Mask.none(task.mask.layout), sums={"importance": scores})
 
     def configure(self, state: ServerState[CEAFLMemory], client: ClientInfo) -> Task:

@@ -9,7 +9,8 @@ of convolutions are standardised (NSConv), and layers keep only their largest in
 
 Differs from the paper (readings of unclear points, with the flag that restores the other one):
 * in the paper standardised weights replace BatchNorm; here a model keeps its normalisation: `nsconv=false`
-  for plain convolutions. Weights are ranked by their size before standardisation;
+  for plain convolutions (the run's `weight_standardization` overrides it). Weights are ranked by their size
+  before standardisation;
 * η of the step's learning rate is that of the round and η0 that of the first, so ψ = 1 raises it only where
   `lr_decay` has lowered it: `boost` is ψ, and 0 leaves the learning rate alone;
 * new weights are ranked by |Σ n_k g_k| over the cohort, g taken after the local training at the weights that
@@ -21,7 +22,6 @@ Differs from the paper (readings of unclear points, with the flag that restores 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import tanh
 from typing import Annotated, ClassVar
 
@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client, Step
 from fedray.federation.method import MOST_RATE, Method, ServerContext, Setting
-from fedray.models.sparse_layers import PrunedActivations, standardised
+from fedray.models.sparse_layers import PrunedActivations
 from fedray.pruning.masks import erk, grow_per_layer, random, top_k_per_layer
 from fedray.pruning.schedules import adjust_rate, events
 from fedray.pruning.scores import magnitude
@@ -84,7 +84,7 @@ class FedMef(Method[FedMefMemory]):
         extrusion: weight of the penalty on the weights to be removed (λ); 0 turns the extrusion off.
         boost: factor ψ of the learning rate in the extrusion; 0 leaves the learning rate as it is.
         max_lr: the learning rate's upper bound ξ in the extrusion; None: ten times `lr`.
-        nsconv: standardise the weights of convolutions.
+        nsconv: standardise the weights of convolutions, unless the run's `weight_standardization` is given.
         activation_pruning: share of each layer's inputs that is not stored for the backward pass (γ).
     """
 
@@ -105,6 +105,11 @@ class FedMef(Method[FedMefMemory]):
     def target(self) -> float | None:
         """The option `density`."""
         return self.density
+
+    @property
+    def standardizes(self) -> bool:
+        """The option `nsconv`."""
+        return self.nsconv
 
     def events(self, rounds: int) -> range:
         """Return the adjustment rounds of a run."""
@@ -145,24 +150,18 @@ class FedMef(Method[FedMefMemory]):
     def client_update(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: SGD with pruned activations; in an adjustment round extrude, and send gradients."""
         params, mask = task.params, task.mask
-        train = partial(
-            client.sgd,
-            params,
-            mask,
-            view=partial(standardised, mask=mask) if self.nsconv else None,
-            forward=PrunedActivations(self.activation_pruning) if self.activation_pruning else None,
-        )
+        forward = PrunedActivations(self.activation_pruning) if self.activation_pruning else None
         if "adjust" not in task.extras:
-            return ClientUpdate(train(), mask)
+            return ClientUpdate(client.sgd(params, mask, forward=forward), mask)
         share = task.extra("adjust", float)
         low = Mask(mask.flat & ~self.largest(params, mask, share).flat, mask.layout)
         if self.extrusion and low.count:
             squeeze = Extrusion(self, client, params, low)
-            params = train(loss=squeeze.loss, lr=squeeze.lr)
+            params = client.sgd(params, mask, forward=forward, loss=squeeze.loss, lr=squeeze.lr)
         else:
-            params = train()
+            params = client.sgd(params, mask, forward=forward)
         # NaN if training diverged: the server leaves out the update because of its params
-        gradient = client.grad(self.effective(params, mask), mask, batches=1).nan_to_num(0.0, 0.0, 0.0)
+        gradient = client.grad(params, mask, batches=1).nan_to_num(0.0, 0.0, 0.0)
         best = grow_per_layer(gradient.abs(), self.exchanged(mask, share), mask.layout, within=mask)
         positions = (best.flat & ~mask.flat).nonzero().squeeze(1)
         return ClientUpdate(
@@ -186,17 +185,6 @@ class FedMef(Method[FedMefMemory]):
         mask = grow_per_layer(scores, self.exchanged(state.mask, share), ctx.layout, within=kept)
         memory = replace(state.memory, done=state.round)
         return replace(state, params=state.params.masked(kept), mask=mask, memory=memory)
-
-    def eval_params(self, state: ServerState[FedMefMemory]) -> Params:
-        """Return the weights of the forward pass: a plain model, with standardised weights."""
-        return self.effective(state.params, state.mask)
-
-    def effective(self, params: Params, mask: Mask) -> Params:
-        """Return the weights of the forward pass."""
-        if not self.nsconv:
-            return params
-        weights = standardised(params, mask)
-        return Params(torch.cat([weight.flatten() for weight in weights.values()]), params.layout)
 
     def exchanged(self, mask: Mask, share: float) -> dict[str, int]:
         """Return the number of weights that each layer exchanges: min(⌊share·|M_l|⌋, pruned weights)."""

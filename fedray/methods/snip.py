@@ -49,12 +49,8 @@ class SNIP(Method[None]):
                 f"the gradients of all {len(scored.records)} scorers are not finite: check the data and model"
             )
         gradient = scored.sum("gradient") / scored.num_examples
-        return replace(
-            state,
-            mask=top_k(
-                sensitivity(state.params, gradient), self.density, ctx.layout, min_layer=self.min_layer
-            ),
-        )
+        scores = sensitivity(ctx.model.forward_params(state.params, state.mask), gradient)
+        return replace(state, mask=top_k(scores, self.density, ctx.layout, min_layer=self.min_layer))
 
     def score(self, task: Task, client: Client) -> ClientUpdate:
         """ON THE DEVICE: the gradient at the initial weights, summed over the client's examples."""

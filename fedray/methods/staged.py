@@ -225,7 +225,8 @@ class Staged(Method[StagedMemory]):
         metrics = {MOVED: distance(task.params, params, mask)} if task.extras.get("moved") else {}
         if not task.extras.get("score"):
             return ClientUpdate(params, mask, metrics=metrics)
-        scores = sensitivity(params, client.grad(params, mask)) * client.num_examples
+        weights = client.model.forward_params(params, mask)
+        scores = sensitivity(weights, client.grad(params, mask)) * client.num_examples
         return ClientUpdate(params, mask, sums={"importance": scores[mask.flat]})
 
     def aggregate(self, state: ServerState[StagedMemory], cohort: CohortUpdate) -> ServerState[StagedMemory]:

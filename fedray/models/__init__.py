@@ -14,11 +14,12 @@ from typing import Literal
 from fedray.errors import ConfigError, unknown
 from fedray.models.cnn import CNN, CONV2
 from fedray.models.fedlp_cnn import FEDLP_CNN, FEDLP_CNN_EXITS
+from fedray.models.layouts import layout_of
 from fedray.models.lenet import LENET5
 from fedray.models.mlp import MLP, MLP_WIDE
 from fedray.models.norms import Norm
 from fedray.models.resnet import RESNET18
-from fedray.models.spec import Architecture, InputShape, ModelSpec, layout_of
+from fedray.models.spec import Architecture, InputShape, ModelSpec
 from fedray.models.trial import fault
 from fedray.models.vgg import VGG11, VGG19_BN
 
@@ -107,6 +108,7 @@ def build_model(
     models: Mapping[str, Architecture] = MODELS,
     *,
     norm: Norm = "average",
+    standardize: bool | None = None,
     prune_first: bool = True,
     prune_last: bool = False,
 ) -> ModelSpec:
@@ -118,6 +120,7 @@ def build_model(
         num_classes: number of logits.
         models: name → architecture.
         norm: the policy for its batch normalisation, if it has any: see `norms.py`.
+        standardize: whether the weights of its convolutions are standardised; None: as the method has it.
         prune_first: whether the weight of the first layer may be pruned.
         prune_last: whether the weight of the classifier, the last convolution or linear layer, may be.
 
@@ -138,6 +141,7 @@ def build_model(
         input_shape,
         num_classes,
         norm=norm,
+        standardize=standardize,
         prune_first=prune_first,
         prune_last=prune_last,
     )
@@ -149,6 +153,7 @@ def outline(
     num_classes: int,
     *,
     norm: Norm = "average",
+    standardize: bool | None = None,
     prune_first: bool = True,
     prune_last: bool = False,
 ) -> ModelSpec:
@@ -157,7 +162,7 @@ def outline(
     It is built once for the same arguments, on the meta device where the architecture can be built there.
     Arguments and errors are those of `build_model`, for a model of the table that takes such inputs.
     """
-    return _outline(MODELS[name], name, input_shape, num_classes, norm, prune_first, prune_last)
+    return _outline(MODELS[name], name, input_shape, num_classes, norm, standardize, prune_first, prune_last)
 
 
 @lru_cache(maxsize=64)
@@ -167,6 +172,7 @@ def _outline(
     input_shape: InputShape,
     num_classes: int,
     norm: Norm,
+    standardize: bool | None,
     prune_first: bool,
     prune_last: bool,
 ) -> ModelSpec:
@@ -177,6 +183,7 @@ def _outline(
             input_shape,
             num_classes,
             norm=norm,
+            standardize=standardize,
             prune_first=prune_first,
             prune_last=prune_last,
             device=device,

@@ -4,7 +4,7 @@ Both leave the model as it is. `standardised` maps weights to the ones that the 
 `PrunedActivations` is another way to call a module; they fit `view=` and `forward=` of a client's SGD.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Any, NamedTuple
@@ -24,7 +24,10 @@ _BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 
 
 def standardised(
-    weights: Mapping[str, Tensor], mask: Mapping[str, Tensor], gain: float = RELU_GAIN
+    weights: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor],
+    gain: float = RELU_GAIN,
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Standardise the weights of convolutions, each output channel over the weights it holds.
 
@@ -34,18 +37,42 @@ def standardised(
     than two has nothing to standardise, and keeps its weights. It can be differentiated by the weights.
 
     Args:
-        weights: name → weight; those of four dimensions (out, in, kh, kw) belong to convolutions, and all
-            others are returned as they are.
+        weights: name → weight, (out, …); those that are not standardised are returned as they are.
         mask: name → bool, of the same shapes; names beyond those of the weights do not matter.
         gain: of the activation that follows.
+        names: of the weights to standardise; None: those of four dimensions (out, in, kh, kw).
 
     Source: NSConv in Huang et al., "FedMef", CVPR 2024, after scaled weight standardisation, Brock et al.,
         ICLR 2021.
     """
     return {
-        name: _standardise(weight, mask[name].to(weight.device), gain) if weight.dim() == 4 else weight
+        name: _standardise(weight, mask[name].to(weight.device), gain)
+        if (weight.dim() == 4 if names is None else name in names)
+        else weight
         for name, weight in weights.items()
     }
+
+
+def kernels_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of a module's convolutions: those that standardisation is defined for.
+
+    A weight of four dimensions that is no layer's of torch counts as one, since a user's module may call
+    `conv2d` with it. Those of transposed convolutions do not: their rows are inputs.
+    """
+    found = []
+    for prefix, layer in module.named_modules():
+        convolves = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        foreign = not type(layer).__module__.startswith("torch.")
+        for name, weight in layer.named_parameters(prefix, recurse=False):
+            own = name.rpartition(".")[2]
+            if (convolves and own == "weight") or (foreign and not convolves and _like_kernel(weight)):
+                found.append(name)
+    return tuple(found)
+
+
+def _like_kernel(weight: Tensor) -> bool:
+    """Tell whether a user's parameter has the shape of a kernel; a shift of shape (1, c, 1, 1) has not."""
+    return weight.dim() == 4 and sum(size > 1 for size in weight.shape) > 1
 
 
 def _standardise(weight: Tensor, held: Tensor, gain: float) -> Tensor:

@@ -5,8 +5,7 @@ data set. Parameters come first in the vector, then the running statistics of no
 names of `state_dict`. Integer buffers (`num_batches_tracked`) stay with the module.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from traceback import walk_tb
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +21,11 @@ from torch.nn.parameter import is_lazy
 
 from fedray.errors import ConfigError, FedrayError
 from fedray.models.channels import Chains, channel_groups, not_followed, sequential, shared_parameters
+from fedray.models.layouts import layout_of, tensors_of
 from fedray.models.norms import Norm, Norms, under_policy
+from fedray.models.sparse_layers import kernels_of, standardised
 from fedray.randomness import borrowed
-from fedray.types import ChannelGroup, Layout, Params
-
-PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers of which the last one is the classifier."""
-LAYERS = (
-    *PRODUCTS,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-)
-"""Layers of which the first one is the input layer."""
+from fedray.types import ChannelGroup, Layout, Mask, Params
 
 InputShape = tuple[int, ...]
 """Shape of one example: (channels, height, width) of an image, (features,), (length,), (channels, length)."""
@@ -108,6 +93,7 @@ class ModelSpec:
         module: the structure. Its tensors in the layout are on torch's meta device, without values, so that
             the module needs no memory and cannot be mistaken for a trained one; `bind` gives it values.
         norm: the policy for its batch normalisation.
+        standardize: whether the weights of its convolutions are standardised; None: as the method has it.
     """
 
     name: str
@@ -117,6 +103,7 @@ class ModelSpec:
     layout: Layout = field(repr=False)
     module: nn.Module = field(compare=False, repr=False)
     norm: Norm = "average"
+    standardize: bool | None = None
 
     @classmethod
     def of(
@@ -127,6 +114,7 @@ class ModelSpec:
         num_classes: int,
         *,
         norm: Norm = "average",
+        standardize: bool | None = None,
         prune_first: bool = True,
         prune_last: bool = False,
         device: Literal["cpu", "meta"] = "cpu",
@@ -139,6 +127,7 @@ class ModelSpec:
             input_shape: shape of one example.
             num_classes: number of logits.
             norm: the policy for its batch normalisation.
+            standardize: whether the weights of its convolutions are standardised; None: as the method has it.
             prune_first: whether the weight of the first layer may be pruned.
             prune_last: whether the weight of the classifier, the last convolution or linear layer, may be.
             device: where it is built; on `meta` nothing is initialised, and the module cannot be run.
@@ -160,7 +149,25 @@ class ModelSpec:
         if not layout.names:
             raise ConfigError(f"model: {name} has no parameters, so there is nothing to train")
         empty = {n: torch.empty(layout.shape_of[n], device="meta") for n in layout.names}
-        return cls(name, input_shape, num_classes, architecture, layout, _with_tensors(module, empty), norm)
+        structure = _with_tensors(module, empty)
+        return cls(name, input_shape, num_classes, architecture, layout, structure, norm, standardize)
+
+    @cached_property
+    def kernels(self) -> tuple[str, ...]:
+        """The weights that are standardised in every forward pass; empty if none is."""
+        return kernels_of(self.module) if self.standardize else ()
+
+    def forward_params(self, params: Params, mask: Mask) -> Params:
+        """Return the weights that the forward pass uses: a plain model with them computes the same.
+
+        Args:
+            params: as they are trained; not changed. Returned themselves if nothing is standardised.
+            mask: entries that are held.
+        """
+        if not self.kernels:
+            return params
+        weights = standardised(params, mask, names=self.kernels)
+        return Params(torch.cat([weight.flatten() for weight in weights.values()]), params.layout)
 
     @cached_property
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
@@ -238,7 +245,7 @@ class ModelSpec:
             seed: in [0, 2⁶⁴).
         """
         module = _build(self.architecture, self.input_shape, self.num_classes, self.norm, seed)
-        tensors = dict(_tensors(module))
+        tensors = dict(tensors_of(module))
         return Params(torch.cat([tensors[n].detach().flatten() for n in self.layout.names]), self.layout)
 
     def bind(self, flat: Tensor) -> nn.Module:
@@ -254,75 +261,6 @@ class ModelSpec:
             ValueError: if length or dtype do not fit the layout.
         """
         return _with_tensors(self.module, dict(Params(flat, self.layout))).to(flat.device)
-
-
-def layout_of(module: nn.Module, *, prune_first: bool = True, prune_last: bool = False) -> Layout:
-    """Return the layout of a module's flat vector: parameters, then float buffers that `state_dict` saves.
-
-    Prunable is every parameter of two or more dimensions but those of normalisation and of the classifier
-    (see `_weights`); never a bias or a running statistic. The flags are those of `ModelSpec.of`.
-
-    Raises:
-        ConfigError: if it is no module, if a tensor is not float32 or has no entries.
-    """
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"model: `build` returned {type(module).__name__}, not an nn.Module")
-    named = list(_tensors(module))
-    for name, tensor in named:
-        if not tensor.numel():
-            raise ConfigError(f"model: {name} of shape {tuple(tensor.shape)} has no entries; leave it out")
-        if tensor.dtype != torch.float32:
-            raise ConfigError(
-                f"model: {name} is {tensor.dtype}; a model is one float32 vector. Build it in torch.float32"
-            )
-    weights = _weights(module)
-    fixed = (weights.first if not prune_first else set()) | (weights.last if not prune_last else set())
-    prunable = weights.all - fixed
-    return Layout(
-        names=tuple(name for name, _ in named),
-        shapes=tuple(tuple(tensor.shape) for _, tensor in named),
-        prunable=tuple(id(tensor) in prunable for _, tensor in named),
-        trainable=tuple(tensor.requires_grad for _, tensor in named),
-    )
-
-
-class _Weights(NamedTuple):
-    """Ids of parameters: all weights, and those of the first and of the last layer that has some."""
-
-    all: set[int]
-    first: set[int]
-    last: set[int]
-
-
-def _weights(module: nn.Module) -> _Weights:
-    """Return the parameters of two or more dimensions that belong to no normalisation.
-
-    A parameter with at most one dimension longer than 1, such as a shift of shape (1, c, 1, 1), is a vector,
-    unless it is the weight of a convolution or linear layer. The last layer, the classifier, is the last
-    convolution or linear layer; where there is none, the last weight.
-    """
-    norms = {id(p) for m in module.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
-    products = [m for m in module.modules() if isinstance(m, PRODUCTS)]
-    kernels = {id(m._parameters.get("weight")) for m in products}
-    weights = [
-        id(p)
-        for p in module.parameters()
-        if id(p) not in norms and p.dim() > 1 and (id(p) in kernels or sum(n > 1 for n in p.shape) > 1)
-    ]
-
-    def held(layer: nn.Module) -> list[int]:
-        own = {id(p) for p in layer.parameters()}  # a parametrised layer keeps its weight in a child
-        return [weight for weight in weights if weight in own]
-
-    firsts = [held(m)[:1] for m in module.modules() if isinstance(m, LAYERS) and held(m)]
-    lasts = [held(m) for m in products if held(m)]
-    first, last = next(iter(firsts), weights[:1]), next(reversed(lasts), weights[-1:])
-    return _Weights(set(weights), set(first), set(last))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Tell whether a module normalises: one of torch, or another whose class is named …Norm."""
-    return not isinstance(module, LAYERS) and re.search(r"Norm(\dd)?$", type(module).__name__) is not None
 
 
 def _build(
@@ -371,17 +309,10 @@ def _place(error: Exception) -> str:
     return f" ({Path(frame.f_code.co_filename).name}, line {line})"
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the flat vector, in its order; a tied tensor once, under its first name."""
-    yield from module.named_parameters()
-    saved = module.state_dict().keys()
-    yield from ((n, b) for n, b in module.named_buffers() if b.is_floating_point() and n in saved)
-
-
 def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Return a copy of `module` with `tensors` themselves in place of the module's."""
     replaced: dict[int, Tensor] = {}
-    for name, old in _tensors(module):
+    for name, old in tensors_of(module):
         new = tensors[name]
         # views of one vector share its version counter, so that autograd notices who writes to it between
         # forward and backward; `.data` has a separate one, for statistics may be updated just then

@@ -19,6 +19,7 @@ def declared(config: "RunConfig") -> dict[str, str | float]:
     method = config.method.options
     return {
         "norm": config.norm,
+        "weight_standardization": config.standardizes,
         "zero_policy": method.zero_policy,
         "precision": config.train.precision,
         "client_accuracy": "held-out examples" if config.data.client_test_fraction else "training examples",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedray.randomness import Watch, borrowed
 from fedray.training.dropout import generator_on
-from fedray.training.engine import SGD, Engine, Optimizer
+from fedray.training.engine import Engine
+from fedray.training.optimizers import SGD, Optimizer
 from fedray.training.plan import Request
 from fedray.training.stacked import Stack, stream_of
 from fedray.types import Mask, Params
@@ -85,7 +86,7 @@ def _alone(engine: Engine, start: Params, x: Tensor, y: Tensor) -> Tensor:
     """Return the weights (size,) after one step of a single client."""
     engine.load(start, Mask.full(start.layout))
     engine.module.train()
-    _, grads = engine.gradient(engine.batch(x), y.to(engine.device))
+    _, grads = engine.gradient(engine.batch(x), y.to(engine.device), mask=Mask.full(start.layout))
     SGD(list(engine.leaves.values()), 0.0, 0.0).step(grads, RATE)
     return engine.flat.to("cpu", copy=True)
 

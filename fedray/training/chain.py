@@ -7,6 +7,7 @@ rounding. The choice depends only on the model and the options of the call, so a
 """
 
 import re
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 from fedray.models.channels import is_sequence
-from fedray.training.layers import Convolution, Flatten, Layer, Linear, MaxPool, ReLU, patches_of
+from fedray.training.layers import (
+    Convolution,
+    Flatten,
+    Layer,
+    Linear,
+    MaxPool,
+    ReLU,
+    Standardised,
+    patches_of,
+)
 
 MOST_PATCHES = 2**19
 """Numbers in the patches of a batch, up to which they stay in a cache, and beat torch's own convolution."""
@@ -32,10 +42,13 @@ class Chain:
         layers: in the order of the network; the last one makes the logits.
         one_hot: (classes, classes), the identity.
         at_once: the largest batch for which it is the faster way; None for any.
+        kernels: name of a weight → its convolution.
     """
 
-    def __init__(self, layers: list[Layer], one_hot: Tensor, at_once: int | None) -> None:
-        self.layers, self.at_once, self._one_hot = layers, at_once, one_hot
+    def __init__(
+        self, layers: list[Layer], one_hot: Tensor, at_once: int | None, kernels: Mapping[str, Convolution]
+    ) -> None:
+        self.layers, self.at_once, self._one_hot, self._kernels = layers, at_once, one_hot, kernels
         self._of_maps = isinstance(layers[0], Convolution)
 
     @classmethod
@@ -61,11 +74,18 @@ class Chain:
             return None
         layers = [_layer(m, first=index == 0) for index, m in enumerate(modules[kinds[0] == "F" :])]
         one_hot = torch.eye(_outputs(modules[-1]), device=device)
-        return cls(layers, one_hot, at_once)
+        names = (f"{name}.weight" for name, m in module.named_children() if isinstance(m, nn.Conv2d))
+        convolutions = (layer for layer in layers if isinstance(layer, Convolution))
+        return cls(layers, one_hot, at_once, dict(zip(names, convolutions, strict=True)))
 
     def takes(self, batch_size: int) -> bool:
         """Tell whether it is the faster way to train on batches of a size."""
         return self.at_once is None or batch_size <= self.at_once
+
+    def standardise(self, held: Mapping[str, Tensor]) -> None:
+        """Standardise some weights from here on, name → bool of their shapes; use the others as they are."""
+        for name, layer in self._kernels.items():
+            layer.standardised = Standardised(held[name]) if name in held else None
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (batch, classes) of examples (batch, …), float32."""

@@ -7,21 +7,21 @@ rounding. The choice depends only on the model, the mask and the options of the 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.adam import adam
 
 from fedray.costs.flops import FlopModel
 from fedray.models.norms import batch_norms
+from fedray.models.sparse_layers import standardised
 from fedray.models.spec import ModelSpec
 from fedray.pruning.channels import Shrunken, shrink
 from fedray.training.chain import Chain
+from fedray.training.optimizers import SGD, Adam, Training
 from fedray.training.precision import Precision, computing
 from fedray.types import Layout, Mask, Params
 
@@ -55,28 +55,6 @@ class Step:
 
 
 Loss = Callable[[Step], Tensor]
-Optimizer = Literal["sgd", "adam"]
-
-
-class Training(Protocol):
-    """The options of a client's SGD that every method has."""
-
-    @property
-    def local_epochs(self) -> int: ...
-    @property
-    def steps(self) -> int | None: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def lr_decay(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
-    @property
-    def momentum(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
 
 
 def cut(rows: Tensor, size: int, *, pairs: bool) -> list[Tensor]:
@@ -132,6 +110,7 @@ class Engine:
         )
         self._own_masks: dict[bytes, Mask] = {}  # this engine's part of the mask used last
         self._masking: dict[bytes, Tensor | None] = {}  # of the mask used last
+        self._held: dict[bytes, dict[str, Tensor]] = {}  # of the mask used last
 
     def smaller(self, mask: Mask) -> "Engine":
         """Return the engine of the physically smaller model under a mask; itself where that saves little."""
@@ -206,6 +185,13 @@ class Engine:
         factor = self._masking[mask.digest]
         return None if factor is None else lambda flat: flat.mul_(factor)
 
+    def held(self, mask: Mask) -> dict[str, Tensor]:
+        """Return name → bool tensor on the device, of each weight that is standardised under a mask."""
+        if mask.digest not in self._held:
+            own = self._own_mask(mask)
+            self._held = {mask.digest: {name: own[name].to(self.device) for name in self.model.kernels}}
+        return self._held[mask.digest]
+
     def batch(self, x: Tensor) -> Tensor:
         """Return a copy of examples as the module takes them: on its device, images with channels last.
 
@@ -228,6 +214,8 @@ class Engine:
         loss: Loss | None = None,
         view: View | None = None,
         forward: Forward | None = None,
+        mask: Mask | None = None,
+        on_grad: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the loss of a batch and its gradient for each of `leaves`; zeros where a leaf has no part.
 
@@ -238,8 +226,14 @@ class Engine:
             loss: instead of the cross-entropy of the logits.
             view: maps the weights, by name, to those of the forward pass; differentiable.
             forward: how logits are computed; the module's own way if None.
+            mask: under which weights are standardised, after `view`, where the model asks for it; None: the
+                working vector holds the weights of the forward pass.
+            on_grad: called with the dense gradient (size,) by the weights of the forward pass.
         """
         weights = self.leaves if view is None else dict(view(self.leaves))
+        held = {} if mask is None else self.held(mask)
+        if held:
+            weights = standardised(weights, held, names=held)
         features: list[Tensor] = []
         with (
             self._classifier_input(features) if loss is not None and self.model.has_head else nullcontext(),
@@ -247,7 +241,7 @@ class Engine:
         ):
             if forward is not None:
                 logits = forward(self.module, weights, x)
-            elif view is not None:
+            elif weights is not self.leaves:
                 logits = torch.func.functional_call(self.module, weights, (x,))
             else:
                 logits = self.module(x)
@@ -257,10 +251,19 @@ class Engine:
         else:  # without a classifier, or where logits are computed past it, there are no features
             seen = features[-1].float() if features else logits
             value = loss(Step(x, y, logits, seen, self.leaves, index))
-        grads = torch.autograd.grad(value, tuple(self.leaves.values()), materialize_grads=True)
+        # a pruned weight has no part in its standardised row: what it would be worth is known there only
+        inner = tuple(weights[name] for name in held) if on_grad is not None else ()
+        grads = torch.autograd.grad(value, (*self.leaves.values(), *inner), materialize_grads=True)
         if self._sparse:
             grads = tuple(grad.to_dense() for grad in grads)
+        grads, below = grads[: len(self.leaves)], grads[len(self.leaves) :]
+        if on_grad is not None:
+            on_grad(self.dense(self._with(grads, dict(zip(held, below, strict=False)))))
         return value.detach(), grads
+
+    def _with(self, grads: tuple[Tensor, ...], others: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return gradients with others in the place of those of some leaves."""
+        return tuple(others.get(name, grad) for name, grad in zip(self.leaves, grads, strict=True))
 
     def dense(self, grads: tuple[Tensor, ...]) -> Tensor:
         """Return gradients as one vector (size,) on the CPU; running statistics get zeros."""
@@ -290,6 +293,8 @@ class Engine:
     def evaluate(self, params: Params, mask: Mask, x: Tensor, y: Tensor, batch: int = 250) -> "Outcome":
         """Classify examples with `params ⊙ mask`: per example, right or wrong and the loss.
 
+        The params are those of the forward pass: see `ModelSpec.forward_params`.
+
         A BatchNorm of whose running statistics the mask holds nothing normalises by those of the batch.
         """
         self.load(params, mask)
@@ -299,6 +304,7 @@ class Engine:
         by_batch = any(norm.training for _, norm in self._tracked)
         pairs = bool(self.model.pairs & ({"train", "eval"} if by_batch else {"eval"}))
         if self.chain is not None:
+            self.chain.standardise({})
             batch = min(batch, self.chain.at_once or batch)
         parts = cut(x, batch, pairs=pairs)
         logits = [self._logits(part, pairs=pairs) for part in parts]
@@ -321,7 +327,8 @@ class Engine:
     def statistics(self, params: Params, mask: Mask, x: Tensor, batch: int) -> Tensor:
         """Return the statistics (s,) of each BatchNorm under `params ⊙ mask`, at `model.norms.statistics`.
 
-        Means over batches, each counting by its examples and normalised, as in training, by its own.
+        Means over batches, each counting by its examples and normalised, as in training, by its own. The
+        params are those of the forward pass.
         """
         self.load(params, mask)
         self.module.eval()
@@ -335,82 +342,6 @@ class Engine:
         for _, norm in self._tracked:
             norm.track_running_stats = False
         return self.flat.cpu()[self.model.norms.statistics]
-
-
-@dataclass
-class SGD:
-    """The step of torch.optim.SGD, fused over all tensors.
-
-    Args:
-        weights: the leaves, updated in place.
-        momentum: in [0, 1).
-        weight_decay: L2 penalty.
-    """
-
-    weights: list[Tensor]
-    momentum: float
-    weight_decay: float
-    _buffers: list[Tensor] = field(default_factory=list)
-
-    @torch.no_grad()
-    def step(self, grads: tuple[Tensor, ...], lr: float) -> None:
-        """Move the weights against gradients."""
-        # never write into a gradient: autograd may give two weights the same one, or one that is expanded
-        gradients = list(grads)
-        if self.weight_decay:
-            gradients = list(torch._foreach_add(gradients, self.weights, alpha=self.weight_decay))
-        if self.momentum:
-            if not self._buffers:
-                self._buffers = [gradient.clone() for gradient in gradients]
-            else:
-                torch._foreach_mul_(self._buffers, self.momentum)
-                torch._foreach_add_(self._buffers, gradients)
-            gradients = self._buffers
-        torch._foreach_add_(self.weights, gradients, alpha=-lr)
-
-
-@dataclass
-class Adam:
-    """The step of torch.optim.Adam with its usual moments (0.9 and 0.999).
-
-    By its functional form, since making the optimiser object imports torch's compiler for seconds.
-
-    Args:
-        weights: the leaves, updated in place.
-        weight_decay: L2 penalty.
-    """
-
-    weights: list[Tensor]
-    weight_decay: float
-    _first: list[Tensor] = field(default_factory=list)
-    _second: list[Tensor] = field(default_factory=list)
-    _steps: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Start the moments from zero, unless they are given."""
-        self._first = self._first or [torch.zeros_like(weight) for weight in self.weights]
-        self._second = self._second or [torch.zeros_like(weight) for weight in self.weights]
-        self._steps = self._steps or [torch.zeros(()) for _ in self.weights]
-
-    @torch.no_grad()
-    def step(self, grads: tuple[Tensor, ...], lr: float) -> None:
-        """Move the weights against gradients."""
-        adam(
-            self.weights,
-            list(grads),
-            self._first,
-            self._second,
-            [],
-            self._steps,
-            foreach=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=lr,
-            weight_decay=self.weight_decay,
-            eps=1e-8,
-            maximize=False,
-        )
 
 
 @dataclass(frozen=True)

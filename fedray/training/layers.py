@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fedray.models.sparse_layers import RELU_GAIN, SMALLEST_SQUARES
+
 relu_backward = torch.ops.aten.threshold_backward.default
 pool_forward = torch.ops.aten.max_pool2d_with_indices.default
 pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
@@ -109,16 +111,56 @@ class MaxPool:
         return below.permute(0, 2, 3, 1)
 
 
+class Standardised:
+    """Standardises the rows of a weight as `sparse_layers.standardised` does, with the gradient by hand.
+
+    Args:
+        held: bool (out, …), the entries that the mask holds; the weight is 0 elsewhere.
+    """
+
+    def __init__(self, held: Tensor) -> None:
+        rows = held.flatten(1)
+        self._held = None if bool(rows.all()) else rows.float()
+        self._count = rows.sum(1, keepdim=True).clamp(min=1).float()
+        few = rows.sum(1, keepdim=True) < 2
+        self._few = few if bool(few.any()) else None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight (out, n) of the forward pass."""
+        self._centred = self._without_mean(weight)
+        squares = self._centred.square().sum(1, keepdim=True)
+        self._scale = squares.clamp(min=SMALLEST_SQUARES).rsqrt_().mul_(RELU_GAIN)
+        # where the scale is held, the gradient does not pass through it
+        self._over_squares = squares.reciprocal().masked_fill_(squares < SMALLEST_SQUARES, 0.0)
+        used = self._centred * self._scale
+        return used if self._few is None else torch.where(self._few, weight, used)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Return the gradient (out, n) by the weight, of that by the weight of the forward pass."""
+        own = gradient if self._held is None else gradient * self._held
+        along = (self._centred * own).sum(1, keepdim=True).mul_(self._over_squares)
+        below = self._without_mean((own - self._centred * along).mul_(self._scale))
+        return below if self._few is None else torch.where(self._few, own, below)
+
+    def _without_mean(self, rows: Tensor) -> Tensor:
+        """Return rows minus their means over the entries held; zeros elsewhere."""
+        centred = rows - rows.sum(1, keepdim=True).div_(self._count)
+        return centred if self._held is None else centred.mul_(self._held)
+
+
 class Convolution:
     """A convolution of stride 1 as a product of matrices: (in, h, w, batch) → (out, h', w', batch).
 
     Its patches are a matrix (in · kh · kw, h' · w' · batch), the weight is (out, in · kh · kw).
+    `standardised` makes the weight of the forward pass; None uses the weight itself.
     """
 
     def __init__(self, conv: nn.Conv2d, *, first: bool) -> None:
         assert conv.bias is not None and not isinstance(conv.padding, str)
         self.weight, self.bias, self.first = conv.weight.detach().flatten(1), conv.bias.detach(), first
         self._window, self._padding = _pair(conv.kernel_size), _pair(conv.padding)
+        self.standardised: Standardised | None = None
+        self._used = self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of the weight with the patches, plus the bias."""
@@ -129,7 +171,8 @@ class Convolution:
         sizes = (channels, kh, kw, rows, columns * batch)
         patches = padded.as_strided(sizes, (height * row, row, batch, row, 1))
         self._patches = patches.reshape(channels * kh * kw, rows * columns * batch)
-        out = torch.addmm(self.bias.unsqueeze(1), self.weight, self._patches)
+        self._used = self.weight if self.standardised is None else self.standardised.forward(self.weight)
+        out = torch.addmm(self.bias.unsqueeze(1), self._used, self._patches)
         return out.view(-1, rows, columns, batch)
 
     def backward(self, delta: Tensor, lr: float, keep: float) -> Tensor:
@@ -140,6 +183,8 @@ class Convolution:
             gradient = flat.mm(self._patches.t())
         else:  # turned first: a product of two plain matrices is three times as fast
             gradient = self._patches.mm(flat.t().contiguous()).t()
+        if self.standardised is not None:
+            gradient = self.standardised.backward(gradient)
         self.weight.mul_(keep).add_(gradient, alpha=-lr)
         self.bias.mul_(keep).add_(flat.sum(1), alpha=-lr)
         return below
@@ -158,7 +203,7 @@ class Convolution:
         channels, height, width, batch = self._shape
         (kh, kw), (top, left) = self._window, self._padding
         rows, block = height - kh + 1, (width - kw + 1) * batch
-        of_row = self.weight.view(-1, channels, kh, kw).permute(2, 1, 3, 0).reshape(kh, channels * kw, -1)
+        of_row = self._used.view(-1, channels, kh, kw).permute(2, 1, 3, 0).reshape(kh, channels * kw, -1)
         wide = delta.new_zeros(channels * kw, height, block)
         for i in range(kh):
             wide[:, i : i + rows].flatten(1).addmm_(of_row[i], delta)

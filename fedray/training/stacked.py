@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
+from fedray.models.sparse_layers import standardised
 from fedray.training.dropout import Streams, dropouts, generator_on
-from fedray.training.engine import SGD, Adam, Engine, Training
+from fedray.training.engine import Engine
+from fedray.training.optimizers import SGD, Adam, Training
 from fedray.training.plan import Answer, Request, plan
 from fedray.types import Mask
 
@@ -108,7 +110,7 @@ class Stack:
         moments = [
             [torch.zeros_like(held[name]) for name in self.engine.leaves] for _ in range(_moments(training))
         ]
-        factors = self._factors(requests[0].mask)
+        factors, kernels = self._factors(requests[0].mask), self.engine.held(requests[0].mask)
         total = torch.zeros(len(requests), device=device)
         last = torch.full_like(total, float("nan"))
         for step in plan(requests, device, pads=self._pads):
@@ -123,6 +125,7 @@ class Stack:
                     images.view(*step.batches.shape, *x.shape[1:]),
                     y[step.batches],
                     step.weights if step.is_padded else None,
+                    kernels,
                 )
             optimizer.step(grads, step.rate)
             for name, factor in factors.items():
@@ -138,7 +141,7 @@ class Stack:
         return total, last
 
     def _gradients(
-        self, held: Stacked, x: Tensor, y: Tensor, weights: Tensor | None
+        self, held: Stacked, x: Tensor, y: Tensor, weights: Tensor | None, kernels: Stacked
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the mean losses (clients,) of a batch of each client, and their gradients for each leaf.
 
@@ -147,20 +150,22 @@ class Stack:
             x: (clients, batch, …), in fresh memory.
             y: (clients, batch).
             weights: (clients, batch), of the examples in the mean; None weighs all alike.
+            kernels: name → which entries the mask holds, of each weight that is standardised.
         """
         leaves = {name: held[name].detach().requires_grad_() for name in self.engine.leaves}
         rest = {name: tensor for name, tensor in held.items() if name not in leaves}
-        logits = self._logits(leaves, rest, x)
+        logits = self._logits(leaves, rest, x, kernels)
         each = cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
         losses = each.mean(1) if weights is None else (each * weights).sum(1)
         grads = torch.autograd.grad(losses.sum(), tuple(leaves.values()), materialize_grads=True)
         return losses.detach(), grads
 
-    def _logits(self, leaves: Stacked, rest: Stacked, x: Tensor) -> Tensor:
+    def _logits(self, leaves: Stacked, rest: Stacked, x: Tensor, kernels: Stacked) -> Tensor:
         """Return logits (clients, batch, classes)."""
 
         def forward(leaves: Stacked, rest: Stacked, x: Tensor) -> Tensor:
-            out: Tensor = functional_call(self.engine.module, leaves | rest, (x,))
+            weights = standardised(leaves, kernels, names=kernels) if kernels else leaves
+            out: Tensor = functional_call(self.engine.module, weights | rest, (x,))
             return out
 
         if len(x) == 1:  # kernels for one model are faster

@@ -94,7 +94,8 @@ class Episode:
         """Return the open round's accuracy on examples that neither clients nor decisions use."""
         place, state, rows = self.server.place, self.opened.state, self.server.side.rows
         jury = Examples(place.dataset.train.x[rows], place.dataset.train.y[rows])
-        task = Task(state.params.masked(state.mask), place.model.norms.global_mask(state.mask))
+        params = place.model.forward_params(state.params, state.mask)
+        task = Task(params.masked(state.mask), place.model.norms.global_mask(state.mask))
         with borrowed(place.seed):
             return self.server.pool.evaluate(task, jury).accuracy
 

@@ -29,7 +29,8 @@ BAD = r"""
 
 $ roundz=3
 roundz (x.yaml): unknown; did you mean 'rounds'? Keys here: checkpoint_every, clients, data, eval_clients,
-eval_every, imports, method, model, norm, prune_first, prune_last, rounds, seed, storage, tracking, train
+eval_every, imports, method, model, norm, prune_first, prune_last, rounds, seed, storage, tracking, train,
+weight_standardization
 
 $ zzz=3
 zzz (x.yaml): unknown. Keys here: checkpoint_every, …

@@ -62,6 +62,7 @@ def test_what_is_declared():
     config = tiny.config({"norm": "static", "model": "small_cnn", "data.server_fraction": 0.1})
     assert declared(config) == {
         "norm": "static",
+        "weight_standardization": False,
         "zero_policy": "enforce",
         "precision": "fp32",
         "server_data": 0.0,
@@ -71,6 +72,7 @@ def test_what_is_declared():
     config = tiny.config({"data.server_fraction": 0.1, "method": frlp, "rounds": 70})
     assert declared(config) == {
         "norm": "average",
+        "weight_standardization": False,
         "zero_policy": "regrow",
         "precision": "fp32",
         "server_data": 0.1,

@@ -197,7 +197,8 @@ def test_a_client_sends_its_largest_gradients_outside_the_mask(
     update = method.client_update(task, client)
     positions, values = update.each["positions"], update.each["gradient"]
     # with plain torch, at the trained weights as the forward pass uses them, on all examples
-    used = method.effective(update.params, task.mask).masked(task.mask)
+    used = client.model.forward_params(update.params, task.mask).masked(task.mask)
+    assert (used == update.params.masked(task.mask)) == (not nsconv or architecture is small.MLP)
     module = client.model.bind(used.flat.clone()).train()
     loss = cross_entropy(module(client.x), client.y)
     gradients = torch.autograd.grad(loss, dict(module.named_parameters()))

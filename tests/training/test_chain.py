@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fedray.models.cnn import CNN
 from fedray.models.lenet import LENET5
+from fedray.models.sparse_layers import kernels_of, standardised
 from fedray.training.chain import MOST_PATCHES, Chain
 
 CPU = torch.device("cpu")
@@ -100,6 +102,36 @@ def test_its_logits_are_those_of_the_module(build: Callable[[], nn.Module]):
     chain, module, _ = _pair(build)
     x = torch.randn(5, *IMAGE)
     torch.testing.assert_close(chain.logits(x), module(x))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["padded", "oblong", "two", "pooled", "one channel, one number left"])
+def test_with_standardised_weights_too(name: str, weight_decay: float, density: float):
+    chain, ours, theirs = _pair(NETWORKS[name])
+    kernels = kernels_of(ours)
+    held = {n: torch.rand(ours.get_parameter(n).shape) < density for n in kernels}
+    for module in (ours, theirs):
+        for n in kernels:
+            module.get_parameter(n).data.mul_(held[n])
+    flat = ours.get_parameter(kernels[0]).data.flatten(1)
+    flat[0] = 1e-4 * flat[0]  # a channel whose scale is held
+    theirs.load_state_dict(ours.state_dict())
+    chain.standardise(held)
+    for _ in range(3):
+        x, y = torch.randn(4, *IMAGE), torch.randint(3, (4,))
+        leaves = dict(theirs.named_parameters())
+        used = standardised(leaves, held, names=kernels)
+        loss = cross_entropy(functional_call(theirs, used, (x,)), y)
+        grads = torch.autograd.grad(loss, tuple(leaves.values()))
+        with torch.no_grad():
+            torch.testing.assert_close(chain.step(x, y, 0.1, weight_decay), loss)
+            for leaf, grad in zip(leaves.values(), grads, strict=True):
+                leaf.sub_(grad + weight_decay * leaf, alpha=0.1)
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
+    chain.standardise({})
+    torch.testing.assert_close(chain.logits(x), ours(x))
 
 
 def test_of_equal_maxima_the_first_has_the_gradient_as_in_torch():
