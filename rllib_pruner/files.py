@@ -20,6 +20,7 @@ from fedray.config import sealed, yaml_text
 from fedray.config.trees import flat_text
 from fedray.durable import local_path, shown
 from fedray.errors import ConfigError, RunError
+from fedray.report.reading import TRACKED
 from fedray.storage.directory import take
 from rllib_pruner.config import TrainConfig
 
@@ -156,13 +157,12 @@ class TrainFiles:
 
     def run_id(self) -> str | None:
         """Return the training's run id in MLflow."""
-        known = durable.read_mapping(self.path / "mlflow.json")
-        return known["run_id"] if known else None
+        return (TRACKED.read(self.path) or {}).get("run_id")
 
     def write_run_id(self, run_id: str | None) -> None:
         """Write that id, if there is one."""
         if run_id is not None:
-            with self.writing("mlflow.json") as place:
+            with self.writing(TRACKED.name) as place:
                 durable.replace(place, durable.as_mapping({"run_id": run_id}))
 
     @contextmanager

@@ -6,7 +6,6 @@ converts a policy that an earlier version wrote, whose `module/` holds pickles. 
 them: only convert policies that you trust.
 """
 
-import json
 import logging
 import sys
 import warnings
@@ -15,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedray.durable import local_path
-from fedray.errors import ConfigError
+from fedray.durable import local_path, read_mapping
+from fedray.errors import ConfigError, RunError
 from fedray.policies.network import Layer, Network
 from fedray.policies.trained import FORMAT, save
 
@@ -73,15 +72,22 @@ def convert(folder: Path) -> None:
         ConfigError: if the folder holds no such policy.
     """
     try:
-        about = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'policy.json'}: cannot be read: {error}") from None
+        about = read_mapping(folder / "policy.json")
+    except RunError as error:
+        raise ConfigError(str(error)) from None
+    if about is None:
+        raise ConfigError(f"{folder}: is not the folder of a policy: it has no policy.json")
     if about.get("format") != 1:
         raise ConfigError(f"{folder}: has format {about.get('format')!r}; only format 1 is converted")
     with quiet():
         from ray.rllib.core.rl_module.rl_module import RLModule
     with quiet():  # once more: Ray sets its loggers' levels when it is imported
-        module = RLModule.from_checkpoint(str((folder / "module").resolve()))
+        try:
+            module = RLModule.from_checkpoint(str((folder / "module").resolve()))
+        except Exception as error:  # a pickle may raise anything
+            raise ConfigError(
+                f"{folder / 'module'}: cannot be read: {error}; restore it from a copy"
+            ) from error
     save(network_of(module), folder, {k: v for k, v in about.items() if k not in ("format", "files")})
 
 

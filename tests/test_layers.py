@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"types", "errors", "randomness", "comparing", "shares"},
     {"durable"},
-    {"parquet"},
+    {"parquet", "records"},
     {"pruning", "costs", "models", "data"},
     {"training"},
     {"federation"},

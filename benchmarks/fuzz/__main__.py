@@ -15,7 +15,8 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.fuzz.pieces import outcomes
-from benchmarks.fuzz.targets import TARGETS, workplace
+from benchmarks.fuzz.target import workplace
+from benchmarks.fuzz.targets import TARGETS
 
 
 def main() -> int:

@@ -4,74 +4,17 @@ A target returns if the input was read, and may raise the errors that its reader
 fault, also a second and 256 MiB of memory.
 """
 
-import json
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.fuzz import kept
 from benchmarks.fuzz.mutations import bytes_of, text_of, tree_of
+from benchmarks.fuzz.target import Read, Target, small_layout, small_masks, small_weights
 from fedray.errors import ConfigError, DataError, FedrayError, RunError, WireError
-
-Read = Callable[[Random], object]
-"""Makes an input and reads it."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A reader of inputs.
-
-    Args:
-        share: of all inputs, in thousandths.
-        make: returns the function that makes and reads an input; given a folder in which it may write.
-        declared: errors that the reader may raise.
-    """
-
-    share: int
-    make: Callable[[Path], Read]
-    declared: tuple[type[Exception], ...]
-
-
-@contextmanager
-def workplace() -> Iterator[Path]:
-    """Yield a folder, in memory where there is one."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(
-        prefix="fedray-fuzz-", dir=memory if memory.is_dir() else None
-    ) as folder:
-        yield Path(folder)
-
 
 # ── payloads
 # ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _layout() -> Any:
-    from fedray.types import Layout
-
-    return Layout(("a", "b"), ((10, 14), (60,)), (True, True), (True, True))
-
-
-def _masks(layout: Any) -> list[Any]:
-    import torch
-
-    from fedray.types import Mask
-
-    generator = torch.Generator().manual_seed(0)
-    flats = [torch.rand(layout.size, generator=generator) < share for share in (0.4, 0.5, 0.03)]
-    flats.append(torch.arange(layout.size) // 50 % 2 == 0)
-    return [Mask.full(layout), *(Mask(flat, layout) for flat in flats)]
-
-
-def _weights(layout: Any) -> Any:
-    import torch
-
-    from fedray.types import Params
-
-    return Params(torch.randn(layout.size, generator=torch.Generator().manual_seed(1)), layout)
 
 
 def _payloads(folder: Path) -> Read:
@@ -79,8 +22,8 @@ def _payloads(folder: Path) -> Read:
 
     from fedray.costs.codec import Codec
 
-    layout = _layout()
-    masks, weights = _masks(layout), _weights(layout)
+    layout = small_layout()
+    masks, weights = small_masks(layout), small_weights(layout)
     extras = {
         "loss": 0.5,
         "n": 3,
@@ -110,8 +53,8 @@ def _payloads(folder: Path) -> Read:
 def _mask_bytes(folder: Path) -> Read:
     from fedray.costs.codec import decode_mask, encode_mask
 
-    layout = _layout()
-    masks = _masks(layout)
+    layout = small_layout()
+    masks = small_masks(layout)
     seeds = [encode_mask(mask, masks[1].digest) for mask in masks]
     known = {masks[1].digest: masks[1]}
 
@@ -124,8 +67,8 @@ def _mask_bytes(folder: Path) -> Read:
 def _updates(folder: Path) -> Read:
     from fedray.costs.differences import CODECS, DeltaCodec, decode_update, encode_update
 
-    layout = _layout()
-    masks, weights = _masks(layout), _weights(layout)
+    layout = small_layout()
+    masks, weights = small_masks(layout), small_weights(layout)
     made = [kind() for kind in CODECS.values()]
     codecs = [codec for codec in made if isinstance(codec, DeltaCodec)]
     seeds = {
@@ -136,166 +79,6 @@ def _updates(folder: Path) -> Read:
     def read(random: Random) -> None:
         codec = random.choice(codecs)
         decode_update(codec, bytes_of(random, seeds[codec]), layout, masks[1])
-
-    return read
-
-
-# ── checkpoints, and the files of a run
-# ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _run(folder: Path) -> Path:
-    """Make a small run with all its files; once for a folder."""
-    import logging
-
-    import fedray
-
-    path = folder / "run"
-    if not path.exists():
-        logging.disable(logging.CRITICAL)
-        fedray.run(
-            {
-                "rounds": 3,
-                "model": "mlp",
-                "data": {"name": "digits"},
-                "clients": {"population": 6, "cohort": 3, "actors": 0, "sampler": {"name": "oort"}},
-                "method": {"name": "fedmef", "batch_size": 50},
-                "tracking": {"uri": "none"},
-            },
-            out=path,
-            progress=False,
-        )
-    return path
-
-
-def _checkpoint_bytes(folder: Path) -> Read:
-    from fedray.storage import checkpoint
-
-    seeds = [_small_checkpoint(folder).read_bytes()]
-    file = folder / checkpoint.name_of(1)
-
-    def read(random: Random) -> None:
-        data = bytes_of(random, seeds)
-        file.write_bytes(data)
-        checkpoint.read(file)
-        assert data in seeds, "a checkpoint whose bytes had changed was read"
-
-    return read
-
-
-def _sealed_checkpoints(folder: Path) -> Read:
-    """Checkpoints whose checksums are right, but whose JSON another program wrote."""
-    from fedray.storage import checkpoint
-
-    whole = _small_checkpoint(folder).read_bytes()
-    first, _, rest = whole.partition(b"\n")
-    length = int(first.split()[-1])
-    seeds, buffers = [json.loads(rest[:length])], rest[length:]
-    file = folder / checkpoint.name_of(2)
-
-    def read(random: Random) -> None:
-        try:
-            head = json.dumps(tree_of(random, seeds)).encode()
-        except ValueError:  # numbers of more digits than Python writes
-            return
-        digest = checkpoint._digest(checkpoint.FORMAT, head)
-        begin = f"fedray checkpoint {checkpoint.FORMAT} {digest} {len(head)}\n".encode()
-        file.write_bytes(begin + head + buffers)
-        checkpoint.read(file)
-
-    return read
-
-
-def _small_checkpoint(folder: Path) -> Path:
-    """Write a checkpoint of a few hundred bytes with values of every kind."""
-    import numpy as np
-    import torch
-
-    from fedray.federation.server import Checkpoint
-    from fedray.storage import checkpoint
-    from fedray.types import ServerState
-
-    path = folder / "seed.checkpoint"
-    if not path.exists():
-        layout = _layout()
-        masks = _masks(layout)
-        memory: dict[str, Any] = {
-            "tensor": torch.arange(6).reshape(2, 3).T,
-            "array": np.arange(3.0),
-            "mixed": [1, -(2**70), 0.5, float("nan"), None, True, "text", b"bytes", (1, 2), {3, 4}, 1 + 2j],
-            "params": _weights(layout),
-        }
-        state = ServerState(params=_weights(layout), mask=masks[1], round=3, memory=memory)
-        made = Checkpoint(state, {0: memory, 5: {"n": 1}}, {0: masks[1].digest}, {"bytes/up": 5.0}, True)
-        checkpoint.write(path, made, {"method": {"name": "fedavg"}, "rounds": 3})
-    return path
-
-
-def _files(name: str) -> Callable[[Path], Read]:
-    """Return a target that damages one file of a run's directory and reads the directory in every way."""
-
-    def make(folder: Path) -> Read:
-        from fedray.overview.summary import summary
-        from fedray.report.reading import load_run
-        from fedray.storage.run_files import RunFiles
-
-        path = _run(folder)
-        original = (path / name).read_bytes()
-        files = RunFiles(path)
-        ways: list[Callable[[], object]] = [
-            lambda: load_run(path),
-            files.rounds,
-            files.result,
-            files.read_config,
-        ]
-
-        def read(random: Random) -> None:
-            (path / name).write_bytes(bytes_of(random, [original]))
-            try:
-                summary(path).to_json()  # never raises: a list of runs shows damaged ones
-                random.choice(ways)()
-            finally:
-                (path / name).write_bytes(original)
-
-        return read
-
-    return make
-
-
-def _models(folder: Path) -> Read:
-    import torch
-
-    from fedray.storage.final_model import load_model
-
-    path = _run(folder)
-    original = (path / "model.safetensors").read_bytes()
-    weights = torch.cat([tensor.flatten() for tensor in load_model(path).parameters()])
-
-    def read(random: Random) -> None:
-        (path / "model.safetensors").write_bytes(bytes_of(random, [original]))
-        try:
-            found = torch.cat([tensor.flatten() for tensor in load_model(path).parameters()])
-            assert torch.equal(found, weights), "a model whose weights had changed was read"
-        finally:
-            (path / "model.safetensors").write_bytes(original)
-
-    return read
-
-
-def _lines(folder: Path) -> Read:
-    from fedray.durable import append_lines, read_lines, scan_lines
-
-    file = folder / "lines.jsonl"
-    append_lines(file, [{"round": n, "metrics": {"a": n / 3}, "notes": ["x" * n]} for n in range(6)])
-    seeds = [
-        file.read_bytes(),
-        b'{"suggested": 3, "changes": {"a": 1}}\n{"told": 3, "values": {"b": null}}\n',
-    ]
-
-    def read(random: Random) -> None:
-        file.write_bytes(bytes_of(random, seeds))
-        scan_lines(file)
-        read_lines(file)
 
     return read
 
@@ -422,17 +205,20 @@ def _sweeps(folder: Path) -> Read:
 
 INPUT = (ConfigError, DataError)
 TARGETS: dict[str, Target] = {
-    "payloads": Target(420, _payloads, (WireError,)),
+    "payloads": Target(390, _payloads, (WireError,)),
     "masks": Target(100, _mask_bytes, (WireError,)),
     "updates": Target(100, _updates, (WireError,)),
-    "checkpoints": Target(90, _checkpoint_bytes, (RunError,)),
-    "sealed checkpoints": Target(40, _sealed_checkpoints, (RunError,)),
-    "journals": Target(70, _lines, (RunError,)),
-    "rounds.jsonl": Target(14, _files("rounds.jsonl"), (FedrayError,)),
-    "result.json": Target(14, _files("result.json"), (FedrayError,)),
-    "config.yaml": Target(5, _files("config.yaml"), (FedrayError,)),
-    "client_accuracy.parquet": Target(8, _files("client_accuracy.parquet"), (FedrayError,)),
-    "model.safetensors": Target(4, _models, (FedrayError,)),
+    "checkpoints": Target(90, kept.checkpoint_bytes, (RunError,)),
+    "sealed checkpoints": Target(40, kept.sealed_checkpoints, (RunError,)),
+    "journals": Target(70, kept.lines, (RunError,)),
+    "rounds.jsonl": Target(14, kept.files("rounds.jsonl"), (FedrayError,)),
+    "result.json": Target(14, kept.files("result.json"), (FedrayError,)),
+    "config.yaml": Target(5, kept.files("config.yaml"), (FedrayError,)),
+    "client_accuracy.parquet": Target(8, kept.files("client_accuracy.parquet"), (FedrayError,)),
+    "model.safetensors": Target(4, kept.models, (FedrayError,)),
+    "policies": Target(17, kept.policies, (ConfigError,)),
+    "MLflow's files": Target(4, kept.tracked, (FedrayError,)),
+    "manifests": Target(9, kept.manifests, (RunError,)),
     "sealed YAML": Target(10, _sealed_files, (RunError, ConfigError)),
     "YAML": Target(60, _yaml, (ConfigError,)),
     "arguments": Target(45, _overrides, (ConfigError,)),

@@ -16,9 +16,16 @@ from pathlib import Path
 
 from fedray.config import plugins
 from fedray.errors import ConfigError
+from fedray.records import Record, Shape
 
 IMPORTS = "imports.json"
 """File of a run or a sweep: path → SHA-256 of each Python file that it has imported."""
+
+IMPORTED = Record(
+    IMPORTS,
+    Shape(each=str),
+    "or remove it, read the files of `imports`, and resume with --trust",
+)
 
 NOT_FILES = ("config", "mapping", "override")
 """Origins of keys that no file has: Python or the command line gave them."""

@@ -16,15 +16,27 @@ from fedray.config import sealed
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
-from fedray.durable import append_lines, as_lines, on_disk, read_lines, rename, scan_lines, shown
+from fedray.durable import append_lines, as_lines, on_disk, rename, scan_lines, shown
 from fedray.durable import replace as replace_file
 from fedray.errors import RunError
+from fedray.records import Records, Shape
 from fedray.storage import checkpoint as stored
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 
 LINEAGE = "lineage.jsonl"
 """File of a run that was forked: its parents."""
+
+_LINES = Records(
+    LINEAGE,
+    {
+        "round": Shape(
+            {"round": int, "from": str, "changes": dict, "spent": dict},
+            inside={"spent": Shape(each=float)},
+        )
+    },
+    "or start another sweep",
+)
 
 MOVED = ("checkpoints", "rounds.jsonl", "clients.parquet", "mlflow.json", "warnings.txt", "client_errors.txt")
 """What a fork sets aside: the run's own past, and its run in MLflow, which has other rounds."""
@@ -63,7 +75,7 @@ def lineage(run: Path) -> list[Tree]:
     Raises:
         RunError: if the file is damaged.
     """
-    return read_lines(run / LINEAGE)
+    return _LINES.read(run)
 
 
 def spent(run: Path) -> dict[str, float]:

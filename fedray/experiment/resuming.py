@@ -13,9 +13,10 @@ from fedray.config.overrides import origin, override_tree, parse_overrides
 from fedray.config.run_config import SINCE, RunConfig
 from fedray.config.tables import TABLES
 from fedray.config.trees import INDECISIVE, Tree, decisive, flat_text
-from fedray.config.trust import IMPORTS, recorded
+from fedray.config.trust import IMPORTED, recorded
 from fedray.durable import shown
 from fedray.errors import ConfigError, RunError
+from fedray.records import Record, Shape
 from fedray.storage.checkpoint import Stored, difference
 from fedray.storage.run_files import RunFiles
 from fedray.types import Layout
@@ -25,6 +26,8 @@ MAY_CHANGE = ", ".join(
 )
 REGISTERED = "registered.json"
 """Table entries that this run uses, with their modules, where `imports` could not record a file."""
+
+_REGISTERED = Record(REGISTERED, Shape(each=list), "or remove it, and import the modules that the run used")
 
 SHOWN = 6
 """A message names at most this many differences."""
@@ -48,7 +51,7 @@ def resumed_config(
         raise RunError(f"{path}: {problem}{_against_checkpoint(files)}")
     before = files.read_config()
     given = dict(changes) if isinstance(changes, Mapping) else parse_overrides(changes)
-    with recorded(files.read_json(IMPORTS)):
+    with recorded(IMPORTED.read(files.path)):
         changed = RunConfig.from_tree(override_tree(before, given), origin(path, given))
     fixed = [f"{key} from {old} to {new}" for key, old, new in _differences(before, changed.to_tree())]
     if fixed:
@@ -65,8 +68,15 @@ def _check_registered(files: RunFiles) -> None:
 
     Raises:
         ConfigError: with the module that had added them.
+        RunError: if the file that names them is damaged.
     """
-    for key, (name, module) in (files.read_json(REGISTERED) or {}).items():
+    for key, entry in (_REGISTERED.read(files.path) or {}).items():
+        if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise RunError(
+                f"{files.path / REGISTERED}: is damaged: {key} has no name and module; restore it from a "
+                f"copy, {_REGISTERED.otherwise}"
+            )
+        name, module = entry
         if name not in TABLES.get(key, (name,)):
             raise ConfigError(
                 f"{files.path}: {key} {name!r} was added by the module {module}, which a run cannot record: "

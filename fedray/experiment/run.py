@@ -19,7 +19,7 @@ import numpy as np
 from fedray.config.places import Place
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
-from fedray.config.trust import IMPORTS, record, trusting
+from fedray.config.trust import IMPORTED, IMPORTS, record, trusting
 from fedray.costs import devices
 from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Partition
@@ -281,7 +281,7 @@ def finished_result(files: RunFiles, config: RunConfig) -> dict[str, Any] | None
 def _record_imports(files: RunFiles, config: RunConfig) -> None:
     """Record the Python files that the run has imported, unless there are none or they are recorded."""
     digests = record(config.imports)
-    if digests and digests != files.read_json(IMPORTS):
+    if digests and digests != IMPORTED.read(files.path):
         files.write_json(IMPORTS, digests)
 
 

@@ -9,14 +9,18 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from fedray.durable import as_mapping, mapping_in
 from fedray.errors import RunError
 from fedray.publishing.objects import Missing, Objects
+from fedray.records import Shape
 
 MANIFEST, CONTENTS, CLAIMS = "manifest.json", "objects", "claims"
 
 FORMAT = 1
+
+_SHAPE = Shape({"generation": int, "id": str, "files": dict}, inside={"files": Shape(each=list)})
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,19 @@ def read(objects: Objects) -> Manifest:
         raise RunError(f"{objects.place}: {MANIFEST} is damaged{error}") from None
     if tree.get("format") != FORMAT:
         raise RunError(f"{objects.place}: a later version of fedray wrote its {MANIFEST}")
+    fault = _SHAPE.fault(tree)
+    if fault is not None or not all(map(_is_entry, tree["files"].values())):
+        raise RunError(f"{objects.place}: {MANIFEST} is damaged: {fault or 'a file has no size and SHA-256'}")
     files = {name: Entry(size, digest) for name, (size, digest) in tree["files"].items()}
     found = Manifest(tree["generation"], tree["id"], files)
     for name in found.files:
         if not _is_inside(name):
             raise RunError(f"{objects.place}: {MANIFEST} names {name!r}, which is not below a directory")
     return found
+
+
+def _is_entry(entry: Any) -> bool:
+    return len(entry) == 2 and type(entry[0]) is int and type(entry[1]) is str
 
 
 def _is_inside(name: str) -> bool:

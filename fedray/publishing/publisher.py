@@ -85,7 +85,7 @@ class Known:
                 tuple(tree["before"]),
                 bool(tree["is_partial"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise RunError(
                 f"{folder / PUBLISHED}: is damaged: {error!r}; `fedray resume ADDRESS` fetches a copy"
             ) from None

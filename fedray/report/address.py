@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
-from fedray.durable import read_mapping
-from fedray.report.reading import find_runs
+from fedray.report.reading import TRACKED, find_runs
 
 WORKFLOW = "workflowType=machine_learning"
 """Without it, MLflow's UI opens on its pages for language models."""
@@ -40,8 +39,8 @@ def comparison_address(server: str, directories: Iterable[str | Path]) -> str | 
 
 def tracked_runs(directories: Iterable[str | Path]) -> tuple[list[str], list[str]]:
     """Return the ids of all tracked runs among directories and below them, and those of their experiments."""
-    tracked = [read_mapping(path / "mlflow.json") or {} for path in find_runs(directories)]
-    runs = [str(known["run_id"]) for known in tracked if known.get("experiment_id")]
+    tracked = [TRACKED.read(path) or {} for path in find_runs(directories)]
+    runs = [str(known.get("run_id")) for known in tracked if known.get("experiment_id")]
     return runs, sorted({str(known["experiment_id"]) for known in tracked if known.get("experiment_id")})
 
 

@@ -22,6 +22,7 @@ from fedray.config.uri import SQLITE, database_of, sqlite_uri
 from fedray.durable import local_path, read_mapping, scan_lines, shown
 from fedray.errors import ConfigError, RunError
 from fedray.parquet import read_table
+from fedray.records import Record, Shape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +32,21 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"round-([0-9]{6,18})\.checkpoint")
 
 _PART = re.compile(r"(?:\.unusable-)?part-([0-9]{1,18})-([0-9]{1,18})")
+
+TRACKED = Record(
+    "mlflow.json",
+    Shape(
+        may={
+            "run_id": (str, type(None)),
+            "uri": str,
+            "experiment_id": str,
+            "parent": str,
+            "is_complete": bool,
+        }
+    ),
+    "or remove it: then MLflow gets this once more",
+)
+"""Of a run, a sweep or a training: its run in MLflow, the run's parent, and whether MLflow has everything."""
 
 Status = Literal["finished", "stopped", "unfinished"]
 """At its last round; ended early by a scheduler; running, or broken."""
@@ -208,7 +224,7 @@ def store_of(path: Path) -> str | None:
     Raises:
         ConfigError, RunError: if a file of it cannot be read.
     """
-    known = read_mapping(path / "mlflow.json")
+    known = TRACKED.read(path)
     if known is None:
         return None
     uri, run_id = known.get("uri"), known.get("run_id")

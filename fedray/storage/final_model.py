@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.config.run_config import RunConfig
-from fedray.config.trust import IMPORTS, recorded, trusting
+from fedray.config.trust import IMPORTED, recorded, trusting
 from fedray.data import DATASETS
 from fedray.durable import local_path, shown
 from fedray.errors import RunError
@@ -29,7 +29,7 @@ def load_model(path: str | Path, *, trust: bool = False) -> Any:
     if not (files.path / MODEL).is_file():
         folder = shown(files.path)
         raise RunError(f"{folder}: no model.safetensors: the run is not finished; fedray resume {folder}")
-    with trusting(trust), recorded(files.read_json(IMPORTS)):
+    with trusting(trust), recorded(IMPORTED.read(files.path)):
         config = RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
     return load_module(config, files).eval()
 

@@ -10,9 +10,10 @@ from typing import Any
 from fedray.config.schedulers import Asha, Fifo, HyperBand, Median, Pbt
 from fedray.config.tune_config import first_rung
 from fedray.durable import append_lines, as_lines, on_disk, replace, scan_lines
+from fedray.records import Records, Shape
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.drawing import mutations_of
-from fedray.sweeps.outcome import STOPPED, status_of
+from fedray.sweeps.outcome import STOP_RECORD, STOPPED, status_of
 from fedray.sweeps.perturbing import recorded
 from fedray.sweeps.space import Sweep
 from fedray.sweeps.tune import import_tune
@@ -21,6 +22,14 @@ logger = logging.getLogger(__name__)
 
 JUDGED = "judged.jsonl"
 """File in the directory of a sweep: the reports that its scheduler has judged, in their order."""
+
+_LINES = Records(
+    JUDGED,
+    {
+        "ended": Shape({"trial": str, "ended": str}),
+        "trial": Shape({"trial": str, "round": int, "value": (float, type(None))}),
+    },
+)
 
 
 def judge_of(
@@ -120,9 +129,10 @@ def rounds_of(place: Path) -> list[dict[str, Any]]:
 def _cut_damage(journal: Path) -> None:
     """Cut a journal before its first damaged line; the reports after it are judged again."""
     lines, problem = scan_lines(journal)
-    sound = list(takewhile(lambda line: isinstance(line.get("trial"), str), lines))
+    sound = list(takewhile(lambda line: _LINES.fault(line) is None, lines))
     if len(sound) < len(lines):
-        lines, problem = sound, f"{journal}, line {len(sound) + 1}: names no trial"
+        fault = _LINES.fault(lines[len(sound)])
+        lines, problem = sound, f"{journal}, line {len(sound) + 1}: is damaged: {fault}"
     if problem is not None:
         logger.warning("%s; the reports from there on are judged again", problem)
         with on_disk(journal):
@@ -156,7 +166,7 @@ def _write_anew(journal: Path, places: Mapping[str, Path], metric: str) -> None:
     found = []
     for number, (name, place) in enumerate(places.items()):
         status, rounds = status_of(place), rounds_of(place)
-        stopped = RunFiles(place).read_json(STOPPED)
+        stopped = STOP_RECORD.read(place)
         rounds = [line for line in rounds if stopped is None or line["round"] <= stopped["round"]]
         rounds = [line for line in rounds if metric in line]
         for line in rounds if status in ("finished", "stopped") else rounds[:-1]:

@@ -17,6 +17,7 @@ from fedray.durable import on_disk, shown
 from fedray.durable import replace as replace_file
 from fedray.errors import FedrayError
 from fedray.experiment.forking import lineage
+from fedray.records import Record, Shape
 from fedray.report.table import mean_and_interval, write_report
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.pareto import front
@@ -36,6 +37,20 @@ BEST, NUMBERS, PARETO = "best.yaml", "best.json", "pareto.json"
 
 STOPPED = "stopped.json"
 """File in the directory of a trial that the scheduler stopped: after which round."""
+
+STOP_RECORD = Record(STOPPED, Shape({"round": int}), "or remove it: then the trial runs on")
+
+_NUMBERS = Record(
+    NUMBERS,
+    Shape({"trials": list, "metrics": dict}, inside={"metrics": Shape(each=float)}),
+    "or remove it: `fedray resume` writes it again",
+)
+
+_PARETO = Record(
+    PARETO,
+    Shape({"points": list}, items={"points": Shape({"trials": list})}),
+    "or remove it: `fedray resume` writes it again",
+)
 
 Status = Literal["finished", "stopped", "failed", "missing"]
 
@@ -279,7 +294,7 @@ def finish_sweep(
         path: the sweep's directory.
         became: how many trials have which outcome.
     """
-    best = RunFiles(path).read_json(NUMBERS) or {}
+    best = _NUMBERS.read(path) or {}
     tags = {f"trials_{word}": str(became[word]) for word in get_args(Status)}
     tags |= {"best": ", ".join(best["trials"])} if best else {}
     artifacts = [path / name for name in ("sweep.yaml", BEST, PARETO, "points.jsonl")]
@@ -290,7 +305,7 @@ def finish_sweep(
             logger.warning("MLflow gets no report of the sweep: %s", error)
     # trials that have ended, as the step: a later best point then stands after an earlier one
     report = RoundReport(became["finished"] + became["stopped"], best.get("metrics", {}))
-    pareto = RunFiles(path).read_json(PARETO)
+    pareto = _PARETO.read(path)
     if pareto:
         tags["pareto"] = ", ".join(trial for point in pareto["points"] for trial in point["trials"])
     return finish_parent(store, parent, status, artifacts, tags, report, path)

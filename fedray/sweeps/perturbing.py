@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedray.config.overrides import override_tree
 from fedray.config.run_config import RunConfig
-from fedray.durable import append_lines, read_lines
+from fedray.durable import append_lines
 from fedray.errors import ConfigError, RunError
 from fedray.experiment.forking import fork, keep, lineage
+from fedray.records import Records, Shape
 
 if TYPE_CHECKING:
     from fedray.sweeps.pbt import Exploit
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PERTURBED, FORKS = "perturbed.jsonl", "forks"
+
+_LINES = Records(
+    PERTURBED,
+    {
+        "round": Shape(
+            {"round": int, "exploits": list},
+            items={"exploits": Shape({"trial": str, "from": str, "changes": dict})},
+        )
+    },
+    "or start another sweep",
+)
 
 
 def recorded(path: Path, base: RunConfig, round: int, drawn: "list[Exploit]") -> "list[Exploit]":
@@ -34,7 +46,7 @@ def recorded(path: Path, base: RunConfig, round: int, drawn: "list[Exploit]") ->
     """
     from fedray.sweeps.pbt import Exploit
 
-    for line in read_lines(path / PERTURBED):
+    for line in _LINES.read(path):
         if line["round"] == round:
             return [Exploit(one["trial"], one["from"], one["changes"]) for one in line["exploits"]]
     held = [exploit for exploit in drawn if _holds(path, base, round, exploit)]
@@ -80,7 +92,7 @@ def fork_if_due(path: Path, name: str, patience_s: float) -> None:
 def _last(path: Path, name: str) -> tuple[int, dict[str, Any]] | None:
     """Return the round and the record of a trial's last perturbation."""
     found = None
-    for line in read_lines(path / PERTURBED):
+    for line in _LINES.read(path):
         for exploit in line["exploits"]:
             if exploit["trial"] == name:
                 found = (line["round"], exploit)

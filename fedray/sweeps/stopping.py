@@ -4,10 +4,13 @@ import time
 from math import inf
 from pathlib import Path
 
+from fedray.records import Record, Shape
 from fedray.storage.run_files import RunFiles
 
 SPENT = "spent.json"
 """File in the directory of a sweep with a time budget: the seconds that its trials have run."""
+
+_SPENT = Record(SPENT, Shape({"spent_s": float}), "or remove it: then the time budget begins anew")
 
 EVERY_S = 5.0
 """Seconds between two notes of the time spent; a killed driver forgets as many at most."""
@@ -23,7 +26,7 @@ class Budget:
 
     def __init__(self, path: Path, limit_s: float | None) -> None:
         self.files, self.limit_s = RunFiles(path), limit_s
-        self.before_s = float((self.files.read_json(SPENT) or {}).get("spent_s", 0.0))
+        self.before_s = float((_SPENT.read(path) or {"spent_s": 0.0})["spent_s"])
         self._since: float | None = None
         self._noted = self.before_s
         self.is_over = False

@@ -22,11 +22,12 @@ from typing import Any, TypeVar
 
 from fedray.config.overrides import override_tree
 from fedray.config.trees import Tree
-from fedray.durable import append_lines, as_lines, on_disk, read_lines, replace
+from fedray.durable import append_lines, as_lines, on_disk, replace
 from fedray.errors import ConfigError, DataError, RunError
+from fedray.records import Records, Shape
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.drawing import with_seeds
-from fedray.sweeps.outcome import STOPPED, status_of
+from fedray.sweeps.outcome import STOP_RECORD, status_of
 from fedray.sweeps.searchers import Proposer, Told, worst
 from fedray.sweeps.space import Point, Sweep, point_of
 
@@ -34,6 +35,21 @@ logger = logging.getLogger(__name__)
 
 POINTS = "points.jsonl"
 """File in the directory of a sweep that searches: what was suggested, and what the searcher was told."""
+
+SUGGESTED = Records(
+    POINTS,
+    {
+        "searcher": Shape({"searcher": str}),
+        "suggested": Shape(
+            {"suggested": int, "changes": dict},
+            {"trials": list, "problem": str, "same_as": int, "seeds": list},
+        ),
+        "failed": Shape({"told": int, "failed": bool}),
+        "told": Shape({"told": int, "values": dict}, {"stopped": int}),
+        "ended": Shape({"ended": str}),
+    },
+    "or start another sweep with the best points in tune.points_to_evaluate",
+)
 
 MOST_IN_VAIN = 100
 """Suggestions in a row, at most, that cost no trial: points that cannot run or are known."""
@@ -82,7 +98,7 @@ class Suggestions:
         self.suggested: dict[int, Suggested] = {}
         self.known: dict[str, int] = {}
         self.count, self.in_vain = 0, 0
-        lines = _lines(self.file)
+        lines = _lines(path)
         self.has_ended = any("ended" in line for line in lines)
         self._replay(lines)
         self.queue = [
@@ -163,7 +179,7 @@ class Suggestions:
             logger.info("point %d cannot run: %s", number, line["problem"])
             self.searcher.tell(number, None)
             return
-        told = self.suggested[line["same_as"]].told
+        told = self._known(line["same_as"]).told
         self.searcher.tell(number, self._told(told))
 
     def _tell_if_ended(self, one: Suggested) -> None:
@@ -191,6 +207,19 @@ class Suggestions:
         values = {name: float("nan") if value is None else value for name, value in line["values"].items()}
         return Told(worst(values, self.plan.tune.directions), line.get("stopped"))
 
+    def _known(self, number: int) -> Suggested:
+        """Return a suggestion that a later line names.
+
+        Raises:
+            RunError: if the file does not have it.
+        """
+        if number not in self.suggested:
+            raise RunError(
+                f"{self.file}: is damaged: point {number}, which it tells of, is missing; restore it from "
+                f"a copy, {SUGGESTED.otherwise}"
+            )
+        return self.suggested[number]
+
     def _write(self, line: Mapping[str, Any]) -> None:
         with on_disk(self.file):
             append_lines(self.file, [line])
@@ -212,7 +241,7 @@ class Suggestions:
                     raise RunError(self._differs(line, changes, made_by))
                 self._take(line)
             elif "told" in line:
-                self._learn(self.suggested[line["told"]], line)
+                self._learn(self._known(line["told"]), line)
 
     def _differs(self, line: Mapping[str, Any], changes: Tree, made_by: str) -> str:
         return (
@@ -224,7 +253,7 @@ class Suggestions:
 
     def _why(self) -> str:
         """Return why the search ends early."""
-        lines = read_lines(self.file)
+        lines = SUGGESTED.read(self.path)
         last = next((line["problem"] for line in reversed(lines) if "problem" in line), None)
         why = f"the last that cannot run: {last}" if last else "all of them were known: space has no others"
         return f"the searcher suggested {self.in_vain} points in a row that cost no trial; {why}"
@@ -244,7 +273,7 @@ class Trees(Mapping[str, Tree]):
 
     def __getitem__(self, name: str) -> Tree:
         if name not in self.known:
-            for line in read_lines(self.path / POINTS):
+            for line in SUGGESTED.read(self.path):
                 seeds = [{"seed": seed} for seed in line.get("seeds", ())] or [{}]
                 for trial, seed in zip(line.get("trials", ()), seeds, strict=False):
                     change = line["changes"] | seed
@@ -290,7 +319,7 @@ def is_open(plan: Sweep, path: Path) -> bool:
 
 def search_ended(path: Path) -> str | None:
     """Return why a searcher ended early; None if it did not."""
-    return next((line["ended"] for line in read_lines(path / POINTS) if "ended" in line), None)
+    return next((line["ended"] for line in SUGGESTED.read(path) if "ended" in line), None)
 
 
 def drawn(plan: Sweep, path: Path) -> list[Point]:
@@ -300,7 +329,7 @@ def drawn(plan: Sweep, path: Path) -> list[Point]:
         ConfigError: if one cannot run any more.
     """
     points = []
-    for line in _lines(path / POINTS):
+    for line in _lines(path):
         if "trials" in line:
             for name, change in zip(line["trials"], with_seeds(line["changes"], plan.tune), strict=True):
                 config = point_of(plan.tree["base"], change, 0, 1, POINTS).config
@@ -308,9 +337,9 @@ def drawn(plan: Sweep, path: Path) -> list[Point]:
     return points
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of the file; a torn last one is removed from it."""
-    lines = read_lines(file)
+    file, lines = path / POINTS, SUGGESTED.read(path)
     whole = as_lines(lines)
     if file.exists() and file.read_bytes() != whole:
         with on_disk(file):
@@ -328,7 +357,7 @@ def _outcome(place: Path) -> dict[str, Any] | None:
     if status == "finished":
         return {"result": RunFiles(place).result() or {}, "place": place, "stopped": None}
     if status == "stopped":
-        noted = RunFiles(place).read_json(STOPPED) or {}
+        noted = STOP_RECORD.read(place) or {}
         return {"place": place, "stopped": noted.get("round")}
     return None
 

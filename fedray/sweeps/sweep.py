@@ -19,7 +19,7 @@ from fedray.config.places import is_place
 from fedray.config.run_config import RunConfig
 from fedray.config.schedulers import Pbt
 from fedray.config.trees import Tree
-from fedray.config.trust import IMPORTS, record, recorded, trusting
+from fedray.config.trust import IMPORTED, IMPORTS, record, recorded, trusting
 from fedray.config.tune_config import first_rung, tune_config
 from fedray.durable import local_path, on_disk, shown
 from fedray.errors import ConfigError, RunError
@@ -31,7 +31,7 @@ from fedray.experiment.interrupt import Stop, signals
 from fedray.experiment.placement import actors_for, groups_for
 from fedray.experiment.progress import SweepProgress, watched
 from fedray.experiment.room import check_room, cluster_cpus, trials_at_once
-from fedray.report.reading import moved_store
+from fedray.report.reading import TRACKED, moved_store
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.judging import judge_of
@@ -161,7 +161,7 @@ def load_sweep(
         tree["base"] = {**tree["base"], "storage": given["storage"]}
     where = origin(str(written), given)
     tune = tune_config(dict(tree["tune"]), where)
-    with trusting(trust), recorded(RunFiles(local_path(path)).read_json(IMPORTS)):
+    with trusting(trust), recorded(IMPORTED.read(local_path(path))):
         if tune.is_searching:
             return now(Sweep.searching(name, tree, tune, where, on_point), local_path(path))
         return Sweep.of(name, tree, tune, changes, where, on_point)
@@ -209,7 +209,7 @@ def _is_left(plan: Sweep, path: Path) -> bool:
 def _record_imports(plan: Sweep, path: Path) -> None:
     """Record the Python files that the sweep has imported, unless there are none or they are recorded."""
     files, digests = RunFiles(path), record([file for config in plan.configs for file in config.imports])
-    if digests and digests != files.read_json(IMPORTS):
+    if digests and digests != IMPORTED.read(path):
         files.write_json(IMPORTS, digests)
 
 
@@ -300,7 +300,7 @@ def _run_tracked(
         tags={"sweep": plan.name},
         resume=_parent_of(path),
         folder=path,
-        on_open=lambda _, run_id: RunFiles(path).write_json("mlflow.json", {"run_id": run_id}),
+        on_open=lambda _, run_id: RunFiles(path).write_json(TRACKED.name, {"run_id": run_id}),
     )
     tracking = Tracking(store=store, parent=parent.run_id)
     errors: dict[str, str] = {}
@@ -494,7 +494,7 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
         record_pareto(path, result)
     assert tracking.store is not None
     if finish_sweep(tracking.store, tracking.parent, status, path, became):
-        RunFiles(path).write_json("mlflow.json", {"run_id": tracking.parent, "is_complete": True})
+        RunFiles(path).write_json(TRACKED.name, {"run_id": tracking.parent, "is_complete": True})
     if early is not None:
         how = "interrupted" if early == "KILLED" else "failed"
         logger.warning("%s; `fedray resume %s` continues with the trials that are missing", how, shown(path))
@@ -527,9 +527,8 @@ def _lacks_outcome(plan: Sweep, path: Path) -> bool:
     if plan.configs[0].tracking.uri == "none":
         return False
     places = [path, *(_trial_path(path, point) for point in plan.points)]
-    return not all((RunFiles(place).read_json("mlflow.json") or {}).get("is_complete") for place in places)
+    return not all((TRACKED.read(place) or {}).get("is_complete") for place in places)
 
 
 def _parent_of(path: Path) -> str | None:
-    known = RunFiles(path).read_json("mlflow.json")
-    return known["run_id"] if known else None
+    return (TRACKED.read(path) or {}).get("run_id")

@@ -7,14 +7,13 @@ from typing import Any
 
 from fedray.config import sealed
 from fedray.config.tune_config import tune_config
-from fedray.durable import read_lines
 from fedray.errors import ConfigError, RunError
-from fedray.report.reading import store_of
+from fedray.report.reading import TRACKED, store_of
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import finish_sweep, status_of
 from fedray.sweeps.stopping import Budget
-from fedray.sweeps.suggesting import POINTS, search_ended
+from fedray.sweeps.suggesting import SUGGESTED, search_ended
 from fedray.tracking.catching_up import Synced, config_of, store_for, sync_run
 from fedray.tracking.mlflow_run import RunStatus
 from fedray.tracking.parent import parent_run
@@ -70,7 +69,7 @@ def missing_trials(place: Path, tree: Mapping[str, Any], begun: int) -> int:
         return len(tree.get("points", ())) - begun
     if search_ended(place) is None:
         return tune.num_samples * max(1, len(tune.repeat)) - begun
-    return sum(len(line.get("trials", ())) for line in read_lines(place / POINTS)) - begun
+    return sum(len(line.get("trials", ())) for line in SUGGESTED.read(place)) - begun
 
 
 def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Synced]:
@@ -82,7 +81,7 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
     store = store_for(configs[0].tracking, uri or store_of(place), experiment)
     with Lock(place, "sweep"):
         own = RunFiles(place)
-        known = own.read_json("mlflow.json") or {}
+        known = TRACKED.read(place) or {}
         name = str(tree.get("name", place.name))
         about: dict[str, Any] = {
             "tags": {"sweep": name},
@@ -92,7 +91,7 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
         parent = parent_run(store, place.name, **about, folder=place)
         if parent is None:
             raise RunError(f"{place}: {store.problem or 'MLflow did not take it'}")
-        own.write_json("mlflow.json", {"run_id": parent})
+        own.write_json(TRACKED.name, {"run_id": parent})
         points = [dict(point) for point in tree.get("points", ())]
         names = trial_names(points, {f.path.name: c for f, c in zip(runs, configs, strict=True)})
         done = [
@@ -109,5 +108,5 @@ def _sync_sweep(place: Path, uri: str | None, experiment: str | None) -> list[Sy
         status = sweep_status(ended, became["missing"], is_over)
         if not finish_sweep(store, parent, status, place, became):
             raise RunError(f"{place}: MLflow did not take the outcome of the sweep; sync it again")
-        own.write_json("mlflow.json", {"run_id": parent, "is_complete": True})
+        own.write_json(TRACKED.name, {"run_id": parent, "is_complete": True})
     return [Synced(place, parent, status, 0), *done]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedray.config.run_config import RunConfig, TrackingConfig
-from fedray.config.trust import IMPORTS, recorded
+from fedray.config.trust import IMPORTED, recorded
 from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
-from fedray.report.reading import moved_store
+from fedray.report.reading import TRACKED, moved_store
 from fedray.storage.directory import Lock
 from fedray.storage.run_files import RESULT, RunFiles
 from fedray.tracking import store as stores
@@ -75,7 +75,7 @@ def sync_run(
         status = status or ended_as(files)
         close_tracker(tracker, config, files, status)
         if tracker.is_complete and tracking.parent is not None:
-            files.write_json(KNOWN, {**(files.read_json(KNOWN) or {}), "parent": tracking.parent})
+            files.write_json(KNOWN, {**(TRACKED.read(files.path) or {}), "parent": tracking.parent})
     if tracker.run_id is None or not tracker.is_complete:
         raise RunError(f"{files.path}: {'; '.join(tracker.warnings) or 'MLflow did not take it'}")
     return Synced(files.path, tracker.run_id, status, tracker.points)
@@ -93,7 +93,7 @@ def mend(files: RunFiles, config: RunConfig, tracking: Tracking, status: RunStat
     Returns:
         Whether MLflow has everything now.
     """
-    known = files.read_json(KNOWN) or {}
+    known = TRACKED.read(files.path) or {}
     is_attached = tracking.parent is None or known.get("parent") == tracking.parent
     if config.tracking.uri == "none" or (known.get("is_complete") and is_attached):
         return True
@@ -119,7 +119,7 @@ def ended_as(files: RunFiles) -> RunStatus:
 
 
 def config_of(files: RunFiles) -> RunConfig:
-    with recorded(files.read_json(IMPORTS)):
+    with recorded(IMPORTED.read(files.path)):
         return RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
 
 

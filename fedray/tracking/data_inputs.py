@@ -12,9 +12,19 @@ from typing import Any
 import numpy as np
 
 from fedray.data import DATASETS, Dataset, Examples, Splits
+from fedray.records import Record, Shape
 
 DATA = "data.json"
 """File in the directory of a run."""
+
+DESCRIBED = Record(
+    DATA,
+    Shape(
+        {"name": str, "source": str, "parts": dict},
+        items={"parts": Shape({"examples": int, "shape": list, "dtype": str, "digest": str})},
+    ),
+    "or remove it: then MLflow's run names no data set",
+)
 
 LOOKED_AT = 1000
 """Examples whose inputs count in a digest, evenly spaced; the labels of all count."""

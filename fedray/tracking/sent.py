@@ -15,11 +15,22 @@ from uuid import uuid4
 
 from fedray.durable import append_lines, scan_lines
 from fedray.errors import RunError
+from fedray.records import Records, Shape
 
 logger = logging.getLogger(__name__)
 
 SENT = "mlflow-sent.jsonl"
 """Name of the file in the directory of a run or a sweep: the run's mark in the store, then points as sent."""
+
+_LINES = Records(
+    SENT,
+    {
+        "mark": Shape({"mark": str}),
+        "metrics": Shape(
+            {"step": int, "time_ms": int, "metrics": dict}, inside={"metrics": Shape(each=float)}
+        ),
+    },
+)
 
 Sending = tuple[str, float, int]
 """Key, value, and time in milliseconds."""
@@ -43,18 +54,24 @@ class SentPoints:
         if path is not None:
             try:
                 lines, problem = scan_lines(path)
+                problem = problem or next(filter(None, map(self._fault, lines)), None)
             except RunError as error:
                 problem = str(error)
             if problem is not None:
                 logger.warning("%s; points that were on their way may reach the store twice", problem)
-        self.mark = next((str(line["mark"]) for line in lines if "mark" in line), "")
+        lines = [line for line in lines if _LINES.fault(line) is None]
+        self.mark = next((line["mark"] for line in lines if "mark" in line), "")
         for line in lines:
             for key, value in line.get("metrics", {}).items():
-                self._first.setdefault((int(line["step"]), key), (float(value), int(line["time_ms"])))
+                self._first.setdefault((line["step"], key), (float(value), line["time_ms"]))
         self.is_new = not self.mark
         if self.is_new:
             self.mark = uuid4().hex
             self._write({"mark": self.mark})
+
+    def _fault(self, line: Mapping[str, Any]) -> str | None:
+        fault = _LINES.fault(line)
+        return None if fault is None else f"{self._path}: is damaged: {fault}"
 
     def sending(self, step: int, metrics: Mapping[str, float]) -> list[Sending]:
         """Return the points to send for a step: each as it was first sent, and new ones with this time.

@@ -11,12 +11,12 @@ from fedray.config.run_config import RunConfig
 from fedray.durable import shown
 from fedray.errors import RunError
 from fedray.publishing.publisher import PUBLISHED
-from fedray.report.reading import moved_store
+from fedray.report.reading import TRACKED, moved_store
 from fedray.storage.directory import LOCK
 from fedray.storage.final_model import load_module
 from fedray.storage.run_files import RunFiles
 from fedray.tracking.also import Beside
-from fedray.tracking.data_inputs import DATA, dataset_inputs
+from fedray.tracking.data_inputs import DESCRIBED, dataset_inputs
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared, run_tags
 from fedray.tracking.sent import SENT
@@ -26,8 +26,7 @@ from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
 
-KNOWN = "mlflow.json"
-"""File in a directory: its run in MLflow, the run's parent, and whether MLflow has everything."""
+KNOWN = TRACKED.name
 
 
 @dataclass
@@ -54,7 +53,7 @@ def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLfl
 
     Rounds that the store lacks are queued now: an earlier process could not deliver them.
     """
-    known = files.read_json(KNOWN) or {}
+    known = TRACKED.read(files.path) or {}
     store = tracking.store
     if store is None:
         at = moved_store(config.tracking.uri, files.path, known.get("run_id"))
@@ -85,7 +84,7 @@ def open_tracker(config: RunConfig, files: RunFiles, tracking: Tracking) -> MLfl
         on_open=opened,
         is_running=tracking.is_running,
     )
-    if (data := files.read_json(DATA)) is not None:
+    if (data := DESCRIBED.read(files.path)) is not None:
         tracker.log_inputs(dataset_inputs(data) if store.uri != "none" else [])
     for line in files.rounds():
         tracker.log_round(as_report(line))
@@ -124,7 +123,7 @@ def close_tracker(tracker: MLflowTracker, config: RunConfig, files: RunFiles, st
     with suppress(RunError):  # the disk may have failed
         files.warn(tracker.warnings)
         if tracker.is_complete:
-            files.write_json(KNOWN, {**(files.read_json(KNOWN) or {}), "is_complete": True})
+            files.write_json(KNOWN, {**(TRACKED.read(files.path) or {}), "is_complete": True})
         elif tracker.warnings:
             logger.warning("`fedray sync %s` brings MLflow up to this run's files", shown(files.path))
 

@@ -13,7 +13,8 @@ import pytest
 from benchmarks.fuzz import pieces
 from benchmarks.fuzz.mutations import bytes_of, text_of, tree_of
 from benchmarks.fuzz.pieces import Piece, in_child, run_piece
-from benchmarks.fuzz.targets import TARGETS, Read, Target
+from benchmarks.fuzz.target import Read, Target
+from benchmarks.fuzz.targets import TARGETS
 from fedray.errors import WireError
 from tests.test_readme import ROOT
 
