@@ -9,6 +9,7 @@ FedrayError
 └── RunError            a run that cannot continue or be resumed
 """
 
+import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -17,8 +18,29 @@ _LOGIN = re.compile(r"""(\w:/{1,2})(?!/)[^\s'"/@]*(?::|%3A)[^\s'"]*@""", re.IGNO
 _BARE_LOGIN = re.compile(r"""[^\s'"/@]+(?::(?!/)|%3A)[^\s'"]*@(?=\w)""", re.IGNORECASE)  # without http://
 
 
+_SECRET = re.compile(r"(?:.*_)?(?:PASSWORD|PASSWD|SECRET|TOKEN|KEY|CREDENTIALS?)", re.IGNORECASE)
+"""Names of environment variables that hold a secret; `…_KEY_ID`, `…_TOKEN_PATH` and such hold none."""
+_SHORTEST = 6
+"""Characters of a secret, at least: a shorter text also stands where it is none."""
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without logins in addresses (`http://me:…@host`) and without secrets of the environment.
+
+    Exceptions and tracebacks of a user's code may quote either; these texts are written to files and sent to
+    trackers.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _SECRET.fullmatch(name):
+            text = text.replace(value, f"<{name}>")
+    return _LOGIN.sub(r"\1", text)
+
+
 class FedrayError(Exception):
-    """Anything that fedray raises on purpose."""
+    """Anything that fedray raises on purpose. Its message has no secrets: see `without_secrets`."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(without_secrets(a) if isinstance(a, str) else a for a in arguments))
 
 
 class ConfigError(FedrayError):
@@ -28,7 +50,7 @@ class ConfigError(FedrayError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_BARE_LOGIN.sub("", _LOGIN.sub(r"\1", message)))
+        super().__init__(_BARE_LOGIN.sub("", without_secrets(message)))
 
 
 class DataError(FedrayError):

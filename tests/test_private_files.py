@@ -33,6 +33,14 @@ def test_configs_warnings_and_what_mlflow_lacks_are_private(in_tmp: Path) -> Non
     assert found["result.json"] == 0o666  # figures may be shared
 
 
+def test_mlflows_database_and_artifacts_are_private(in_tmp: Path) -> None:
+    config = tiny.config({"tracking.uri": f"sqlite:///{in_tmp}/m.db", "tracking.also": ["tensorboard"]})
+    fedray.run(config, out="r")
+    assert modes(in_tmp) == {"m.db": 0o600}
+    for folder in (in_tmp / "mlartifacts", in_tmp / "r" / "tensorboard"):
+        assert any(folder.rglob("*")) and folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_tracebacks_are_private(tmp_path: Path) -> None:
     def body(name: str) -> None:
         raise ValueError("with values of variables")

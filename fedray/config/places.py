@@ -8,6 +8,7 @@ A login in an address (`s3://KEY:SECRET@BUCKET`) is taken out of it, so that it 
 """
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -57,7 +58,7 @@ class Place:
         scheme = _SAME.get(scheme.lower(), scheme.lower())
         reason = _fault(text, scheme)
         if reason:
-            raise ConfigError(f"{key}: {without_password(text)!r}: {reason} Allowed: {_ALLOWED}")
+            raise ConfigError(f"{key}: {_shown(text)!r}: {reason} Allowed: {_ALLOWED}")
         parts = urlsplit(text)
         login, _, bucket = parts.netloc.rpartition("@")
         if login:
@@ -109,13 +110,24 @@ def folder_of(text: str) -> Path:
     """
     if not text.lower().startswith("file:"):
         if text[:4].lower() in ("s3:/", "gs:/"):  # a path that was made of an address lost a slash
-            raise ConfigError(f"storage: {text!r}: an address needs two slashes. Allowed: {_ALLOWED}")
+            raise ConfigError(f"storage: {_shown(text)!r}: an address needs two slashes. Allowed: {_ALLOWED}")
+        if re.match(r"[^/@]*(:|%3a)[^@]*@", text, re.IGNORECASE):
+            reason = "an address with a login begins with s3://; a folder with : and @ in its name with ./."
+            raise ConfigError(f"storage: {_shown(text)!r}: {reason} Allowed: {_ALLOWED}")
         return local_path(text)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.query:
         reason = "a file address has three slashes and an absolute path, without a host or a ?."
-        raise ConfigError(f"storage: {text!r}: {reason} Allowed: {_ALLOWED}")
+        raise ConfigError(f"storage: {_shown(text)!r}: {reason} Allowed: {_ALLOWED}")
     return local_path(unquote(parts.path))
+
+
+def _shown(text: str) -> str:
+    """Return an address that is refused: without its login and the values of its options."""
+    text = re.sub("%40", "@", text, flags=re.IGNORECASE)
+    address, mark, options = without_password(text).partition("?")
+    names = [f"{option.partition('=')[0]}=…" for option in options.split("&")]
+    return address + mark + ("&".join(names) if mark else "")
 
 
 def _take(login: str) -> None:
@@ -164,9 +176,12 @@ def _fault_of_options(scheme: str, options: list[tuple[str, str]]) -> str:
     for name, value in options:
         if name not in OPTIONS[scheme]:
             known = ", ".join(OPTIONS[scheme])
-            return f"unknown option {name!r}{nearest(name, OPTIONS[scheme])} Known: {known}."
+            login = f" A login is taken from {KEY} and {SECRET}." if scheme == "s3" else ""
+            return f"unknown option {name!r}{nearest(name, OPTIONS[scheme])} Known: {known}.{login}"
         if not value:
             return f"its option {name} has no value."
+        if name == "endpoint_override" and "@" in value:
+            return f"its endpoint_override has a login: set {KEY} and {SECRET}, and leave it out."
         if name == "scheme" and value not in ("http", "https"):
             return "its option scheme must be http or https."
     if len({name for name, _ in options}) < len(options):

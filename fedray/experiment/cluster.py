@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedray.errors import RunError
+from fedray.errors import RunError, without_secrets
 from fedray.experiment.interrupt import handle_again
 from fedray.experiment.reaching import check_connected, given_address, no_cluster, reached
 
@@ -52,15 +52,23 @@ def start_ray(meanwhile: Callable[[], object] = lambda: None) -> None:
         _watched(start, START_S, _cannot_start, meanwhile)
         return
     resolved = reached(address)
-    _watched(lambda: ray.init(resolved, **quiet), CONNECT_S, lambda why: no_cluster(address, why))
+    _watched(partial(_init, resolved, **quiet), CONNECT_S, lambda why: no_cluster(address, why))
 
 
 def _init_alone(**options: Any) -> None:
     """Start a local Ray with the processes that runs use, and connect to it."""
-    import ray
-
     with without_extras():
-        ray.init("local", **options)
+        _init("local", **options)
+
+
+def _init(address: str, **options: Any) -> None:
+    """Connect to a Ray. It keeps the command line of its driver, in which an address may have a password."""
+    import ray
+    from ray._private import utils
+
+    entrypoint = getattr(utils, "get_entrypoint_name", str)
+    with _exchanged([(utils, "get_entrypoint_name", lambda: without_secrets(entrypoint()))]):
+        ray.init(address, **options)
 
 
 @contextmanager
@@ -86,6 +94,17 @@ def without_extras() -> Iterator[None]:
     wanted: list[tuple[Any, str, Any]] = [(utils, "get_dashboard_dependency_error", no_packages)]
     wanted.append((ray_constants, "ENABLE_RAY_CLUSTER", False))
     wanted += [(Node, name, nothing) for name in ("start_monitor", "start_log_monitor", "start_api_server")]
+    with _exchanged(wanted):
+        yield
+
+
+@contextmanager
+def _exchanged(wanted: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Let names in Ray's modules and classes stand for other objects inside; those that are missing do not.
+
+    Args:
+        wanted: owner, name, new object.
+    """
     exchanged = [(owner, name, new) for owner, name, new in wanted if hasattr(owner, name)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in exchanged]
     try:
@@ -106,11 +125,33 @@ def import_ray() -> Any:
     return ray
 
 
-def leave_ray() -> None:
-    """Do not disconnect from Ray at the end of this process: its processes may be gone, and it would wait."""
+def leave_ray(status: int | None = None) -> None:
+    """Do not disconnect from Ray at the end of this process: its processes may be gone, and it would wait.
+
+    Args:
+        status: the exit status, where a thread still waits for Ray; the end of the interpreter would be a
+            SIGSEGV then, so the process leaves it out. The other functions of `atexit` are called.
+    """
     import ray
 
     atexit.unregister(ray.shutdown)
+    registry = sys.modules.get("ray.tune.registry")
+    if registry is not None:  # it deletes its entries at Ray
+        atexit.unregister(registry._unregister_all)
+    if status is not None:
+        atexit.register(_leave_process, status)  # the last one is called first
+
+
+def _leave_process(status: int) -> None:
+    """Call the functions of `atexit`, and end this process without the end of the interpreter."""
+    atexit.unregister(_leave_process)
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a terminal that is gone
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def _private_token() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fedray.errors import ClientError, RunError
+from fedray.errors import ClientError, RunError, without_secrets
 from fedray.federation.aggregate import Bounds
 from fedray.types import FAULTS, ClientRecord, ClientUpdate, Fate, Fault, Task, within
 
@@ -84,7 +84,7 @@ def of_signal(error: BaseException | None) -> bool:
 
 def traceback_of(error: BaseException) -> str:
     """Return the innermost frames of an error and its message, as text that can be written anywhere."""
-    text = "".join(traceback.format_exception(error, limit=-FRAMES))
+    text = without_secrets("".join(traceback.format_exception(error, limit=-FRAMES)))
     if len(text) > LONGEST_TRACEBACK:
         half = LONGEST_TRACEBACK // 2
         text = f"{text[:half]}\n[…]\n{text[-half:]}"
@@ -93,7 +93,7 @@ def traceback_of(error: BaseException) -> str:
 
 def fault_of(client: int, error: BaseException) -> Fault:
     """Return the fault of a client whose code raised an error."""
-    told = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    told = without_secrets("".join(traceback.format_exception_only(error))).strip().splitlines()
     cause = _writable(told[0] if told else type(error).__name__)
     if len(cause) > LONGEST_CAUSE:
         cause = f"{cause[:LONGEST_CAUSE]}…"

@@ -37,7 +37,7 @@ from fedray import durable
 from fedray.config import sealed
 from fedray.config.trees import Tree
 from fedray.durable import local_path, read_mapping, shown
-from fedray.errors import ConfigError, RunError
+from fedray.errors import ConfigError, RunError, without_secrets
 from fedray.federation.server import Checkpoint
 from fedray.parquet import read_table, write_table
 from fedray.report.reading import (
@@ -145,7 +145,7 @@ class RunFiles:
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Record warnings for readers of the run."""
-        text = "".join(f"{warning}\n" for warning in warnings)
+        text = "".join(f"{without_secrets(warning)}\n" for warning in warnings)
         if text:
             with self._writing("warnings.txt") as path:
                 durable.append(path, text)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.durable import replace
-from fedray.errors import FedrayError, RunError
+from fedray.errors import FedrayError, RunError, without_secrets
 from fedray.experiment.cluster import leave_ray
 from fedray.experiment.interrupt import Stop
 from fedray.experiment.room import missing_now
@@ -150,7 +150,7 @@ def _unless_late(call: Callable[[], Any], stop: Stop) -> Any:
         if stop.signal is not None:
             since = since or time.monotonic()
             if time.monotonic() - since > LATE_S:
-                leave_ray()
+                leave_ray(128 + stop.signal)
                 return ()
 
 
@@ -221,7 +221,7 @@ def attempt(body: Body, name: str, place: Path) -> None:
         return  # in good order; when Tune stops a trial, it raises another SystemExit, and awaits it
     except Exception as error:
         place.mkdir(parents=True, exist_ok=True)
-        replace(kept, traceback.format_exc().encode())
+        replace(kept, without_secrets(traceback.format_exc()).encode())
         raise RunError(f"{described(error)}; traceback in {kept}") from None
 
 
@@ -310,7 +310,7 @@ def _reason(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, FedrayError):
         return str(cause)
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    lines = [line for line in without_secrets(str(cause)).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(cause).__name__
 
 

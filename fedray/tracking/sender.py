@@ -5,6 +5,7 @@ that grow from FIRST_PAUSE_S to MOST_PAUSE_S; the others stay in the queue behin
 idempotent: it may be made again after an answer that was lost.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -32,9 +33,30 @@ def never() -> bool:
 hurried: Callable[[], bool] = never
 """Whether this process was asked to end; `fedray.experiment.interrupt` sets it."""
 
+_silent = False
+"""Whether a store gave no answer for `HURRY_S` since then: the process does not wait for it a second time."""
+
 
 class Refused(Exception):
     """The store answers that it will never take this call."""
+
+
+class _Hurry:
+    """How long a wait may still take once this process was asked to end."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def left_s(self, now: float, is_answered: bool) -> float:
+        """Return the seconds; infinite before. The store has answered in this wait if `is_answered`."""
+        global _silent
+        if not hurried():
+            _silent = False
+            return math.inf
+        self._since = self._since or now
+        left = 0.0 if _silent else self._since + HURRY_S - now
+        _silent = _silent or (left <= 0 and not is_answered)
+        return left
 
 
 class Sender:
@@ -81,7 +103,7 @@ class Sender:
             most_s: seconds after which it ends in any case.
             grace_s: seconds for which a store that fails at once is tried again.
         """
-        started, hurried_at = time.monotonic(), None
+        started, hurry = time.monotonic(), _Hurry()
         with self._changed:
             self._since, before = started, self._failures
             self._is_urgent = True
@@ -92,11 +114,10 @@ class Sender:
                     if self._failures > before and now - started >= grace_s:
                         return "fails"
                     left = min(self._since + answer_s, started + most_s) - now
-                    if hurried():
-                        hurried_at = hurried_at or now
-                        left = min(left, hurried_at + HURRY_S - now)
+                    left = min(left, hurry.left_s(now, self._since > started))
                     if left <= 0:
                         took_s = now - self._since if now - started < most_s else most_s
+                        took_s = max(took_s, HURRY_S) if _silent else took_s
                         return f"did not answer within {took_s:.0f} s"
                     self._changed.wait(min(left, 0.1))
             finally:

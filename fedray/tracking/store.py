@@ -174,7 +174,7 @@ def open_experiment(uri: str, name: str, *, create: bool = False) -> str:
 
 
 def _create_database(path: Path, artifacts: str) -> None:
-    """Make an empty MLflow database, unless there is one.
+    """Make an empty MLflow database, unless there is one. You alone can read it, and the artifacts beside it.
 
     It is made under another name and then linked into place, whole: two processes in MLflow's migration of
     the same fresh file leave it broken for good.
@@ -188,8 +188,10 @@ def _create_database(path: Path, artifacts: str) -> None:
     try:
         with _no_syncs(fresh):
             SqlAlchemyStore(sqlite_uri(fresh), artifacts).engine.dispose()
+        fresh.chmod(0o600)
         with fresh.open("rb") as file:
             os.fsync(file.fileno())
+        (path.parent / ARTIFACTS).mkdir(mode=0o700, exist_ok=True)  # they are copies of private files, too
         try:
             os.link(fresh, path)
         except FileExistsError:

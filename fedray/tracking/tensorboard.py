@@ -20,6 +20,7 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from tensorboardX import SummaryWriter
 
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # the config may hold addresses
         self._writer = SummaryWriter(str(folder))
 
     def log_round(self, report: RoundReport) -> None:

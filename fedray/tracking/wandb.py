@@ -27,7 +27,7 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], run_id: str) -> None:
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # the config may hold addresses
         quiet = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
         self._run = wandb.init(
             mode="offline",

@@ -189,9 +189,8 @@ def test_while_it_waits_for_an_mlflow_server_that_does_not_answer(
         wanted = "result.json" if when == "end" else "config.yaml"
         terminal.until((tmp_path / "r" / wanted).exists)
         terminal.press_ctrl_c()
-        before = time.monotonic()
-        assert terminal.ended(12) == 130
-        assert time.monotonic() - before < 12 and "Traceback" not in terminal.said
+        assert terminal.ended(25) == 130  # a single request of MLflow's waits for 30 s
+        assert "Traceback" not in terminal.said
     assert summary(tmp_path / "r").status == ("finished" if when == "end" else "interrupted")
 
 
