@@ -38,7 +38,7 @@ check: setup     ## format, lint, types
 	$(BIN)/mypy
 
 docs: setup      ## write docs/config.md and the JSON schemas from the docstrings
-	$(BIN)/python docs/reference.py
+	$(BIN)/python -m docs.reference
 
 format: setup    ## rewrite what `check` would refuse
 	$(BIN)/ruff format .

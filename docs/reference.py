@@ -1,5 +1,7 @@
 """Writes what docstrings and types of the code say: docs/config.md, the JSON schemas, the list of methods.
 
+And the tables of pages that come from files of results (`docs/tables.py`).
+
     make docs
 
 tests/test_reference.py fails while a file is not what this module writes.
@@ -8,11 +10,13 @@ tests/test_reference.py fails while a file is not what this module writes.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from docs.tables import pages, with_tables
 from fedray.cli import listing
 from fedray.config.choice import described
 from fedray.config.docstrings import summary
@@ -107,6 +111,7 @@ def written() -> dict[str, str]:
         "config.schema.json": json.dumps(file_schema(), indent=1, ensure_ascii=False) + "\n",
         "training.schema.json": json.dumps(file_schema(TrainConfig), indent=1, ensure_ascii=False) + "\n",
         "../fedray/methods/listing.json": json.dumps(listing(), indent=1, ensure_ascii=False) + "\n",
+        **{relpath(page, FOLDER): with_tables(page.read_text(encoding="utf-8")) for page in pages()},
     }
 
 

@@ -333,8 +333,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def as_mapping(value: Mapping[str, Any]) -> bytes:
     """Return a mapping as a JSON file with a checksum."""
-    text = json.dumps(value, indent=2).encode()
-    return _sealed(text[:-2] if value else b"{", b"", b",\n  " if value else b"\n  ", b"\n}\n")
+    return sealed_text(json.dumps(value, indent=2).encode() if value else b"{\n}")
+
+
+def sealed_text(text: bytes) -> bytes:
+    """Return a JSON file with a checksum as its last key.
+
+    Args:
+        text: a mapping; its closing brace stands alone in the last line.
+    """
+    body = text.removesuffix(b"\n}")
+    return _sealed(body, b"", b"\n  " if body == b"{" else b",\n  ", b"\n}\n")
 
 
 def read_mapping(path: Path) -> dict[str, Any] | None:

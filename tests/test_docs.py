@@ -47,6 +47,7 @@ RUN_FILES = {
     "manifest.json",
     "imports.json",
     "data.json",
+    "made_by.json",
     "stopped.json",
     "error.txt",
     "progress.jsonl",

@@ -1,4 +1,4 @@
-"""The command line: `fedray run | sweep | report | resume | sync | ui | agent | methods | …`.
+"""The command line: `fedray run | sweep | report | results | verify | resume | sync | ui | agent | …`.
 
 Exit status: 0 done, 1 failed while running, 2 refused before anything started, 130 interrupted, 143 and 129
 ended by SIGTERM and SIGHUP.
@@ -8,7 +8,7 @@ for torch.
 """
 
 # `--help` lists them in this order
-from fedray.cli import new, planning, running, hand, watching, reports, tables, agents  # isort: skip
+from fedray.cli import new, planning, running, hand, watching, reports, results, tables, agents  # isort: skip
 from fedray.cli.agents import AGENT_COMMANDS
 from fedray.cli.completion import LISTING
 from fedray.cli.console import err, out
@@ -31,6 +31,7 @@ __all__ = [
     "out",
     "planning",
     "reports",
+    "results",
     "running",
     "tables",
     "watching",

@@ -35,13 +35,13 @@ def report(
     """Draw figures and tables from the files of runs."""
     from fedray.overview.summary import plain
     from fedray.publishing.fetching import is_readable_copy
-    from fedray.report.reading import find_runs, load_run
+    from fedray.report.cells import load_runs
     from fedray.report.series import label_runs
     from fedray.report.table import comparison, render_table, write_report
 
     if out_dir is None and is_readable_copy(directories[0]):
         out_dir = Path(f"{directories[0].name}-report")
-    runs = label_runs([load_run(path) for path in find_runs(directories)])
+    runs = label_runs(load_runs(directories))
     frame = comparison(runs, target=target)
     written = write_report(
         directories, out_dir, target=target, pictures=pictures, formats=formats or ("png",)
@@ -53,7 +53,7 @@ def report(
     out.print(render_table(frame, out.width))
     for path in written.files:
         out.print(f"  {short(path)}")
-    if any(tracked(path, "") for path in directories):
+    if any(tracked(path, "") for path in directories if path.is_dir()):
         out.print(f"Compare them in MLflow: fedray ui {' '.join(map(short, directories))}", soft_wrap=True)
         say_address(directories)
 

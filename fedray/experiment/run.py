@@ -30,6 +30,7 @@ from fedray.experiment.given import run_config
 from fedray.experiment.history import History
 from fedray.experiment.homes import Home, brought, publish_rest, published
 from fedray.experiment.interrupt import INTERRUPTS, Stop, signals
+from fedray.experiment.makers import note_maker
 from fedray.experiment.placement import placed, stack_of
 from fedray.experiment.progress import RunProgress, watched
 from fedray.experiment.resuming import REGISTERED, check_origin, check_rounds, resumed_config
@@ -310,6 +311,7 @@ def _run_rounds_tracked(
     status: RunStatus = "FAILED"
     with signals() as stop:
         files.rewind(found)
+        note_maker(files, found.done if found is not None else -1)
         tracker: MLflowTracker | None = None
         beside: Beside | None = None
         try:

@@ -14,7 +14,7 @@ from typing import Any
 from fedray.config.trees import flatten
 from fedray.durable import shown
 from fedray.errors import ConfigError
-from fedray.report.reading import find_runs, load_run
+from fedray.report.cells import load_runs
 from fedray.report.series import OPEN_SECTIONS, Setting, settings
 from fedray.report.table import MEASURES, mean_and_interval, paired
 
@@ -66,7 +66,7 @@ def sides_of(paths: Sequence[str | Path]) -> list[Side]:
     """
     sides: list[Side] = []
     for path in paths:
-        found = settings([load_run(run) for run in find_runs([path])])
+        found = settings(load_runs([path]))
         for setting in found:
             name = shown(Path(path).absolute())
             sides.append(Side(name if len(found) == 1 else f"{name}: {setting.label}", setting))

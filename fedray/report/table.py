@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedray.durable import as_mapping, local_path, read_mapping, replace
 from fedray.errors import ConfigError
-from fedray.report.reading import RunData, find_runs, load_run
+from fedray.report.cells import load_runs
+from fedray.report.reading import RunData
 from fedray.report.series import Flat, Setting, settings
 
 if TYPE_CHECKING:
@@ -401,7 +402,8 @@ def write_report(
     Args:
         paths: directories of runs and sweeps.
         out: the folder; by default `report` in the one directory given, or beside the first of several the
-            first of `report`, `report-2`, … that holds no report on other directories.
+            first of `report`, `report-2`, … that holds no report on other directories; of a file of results
+            `NAME-report` in the working directory.
         target: as for `comparison`; figures of accuracy get a line there.
         pictures: whether to draw figures.
         formats: of the figures: `png`, `svg`, `pdf`.
@@ -414,7 +416,7 @@ def write_report(
     from fedray.report import canvas, figures
 
     chosen = canvas.formats_of(formats)
-    runs = [load_run(path) for path in find_runs(paths)]
+    runs = load_runs(paths)
     frame = comparison(runs, target)
     folder = local_path(out) if out is not None else _default_folder(paths)
     if out is not None and _is_of_others(folder, paths):
@@ -439,6 +441,8 @@ def write_report(
 
 def _default_folder(paths: Sequence[str | Path]) -> Path:
     first = local_path(paths[0])
+    if first.is_file():
+        return Path(f"{first.stem}-report").absolute()
     if len(paths) == 1 and not _is_of_others(first / "report", paths):
         return first / "report"
     above, number = first if len(paths) == 1 else first.parent, 1

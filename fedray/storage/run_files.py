@@ -2,6 +2,7 @@
 
     config.yaml              the whole config, defaults included
     imports.json             path and SHA-256 of each Python file that the run has imported
+    made_by.json             processor, versions and commit of each process that made rounds of it
     data.json                the data set: source; examples, shape and digest of each part
     rounds.jsonl             one line a round; only the last line can be torn
     clients.parquet/         a row per client and round, in part files written at each checkpoint

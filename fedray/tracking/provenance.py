@@ -1,6 +1,9 @@
 """Where a run's numbers come from: the tags and the declared settings that are recorded with them."""
 
+import platform
+import re
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +45,43 @@ def run_tags(*, method: str, dataset: str, model: str, digest: str, **more: obje
     tags["fedray_version"] = metadata.version("fedray")
     revision = git_revision()
     return tags if revision is None else tags | {"git_revision": revision}
+
+
+VERSIONED = ("fedray", "torch", "numpy")
+"""Packages whose versions are recorded with a run."""
+
+BITS = ("processor", "torch", "numpy")
+"""Of what `machine` returns, what must agree for two runs of one config to have the same bits."""
+
+
+@cache
+def machine() -> dict[str, str]:
+    """Return what computes here: processor, versions and commit; `gpu` and `commit` where there is one.
+
+    The processor is named by its model and the instruction set for which torch chooses its kernels: on
+    another kind, sums are rounded differently.
+    """
+    import torch
+
+    found = {
+        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in VERSIONED},
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    revision = git_revision()
+    return found if revision is None else found | {"commit": revision}
+
+
+def _processor() -> str:
+    """Return the model of this machine's processor, as Linux names it; elsewhere as Python does."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def git_revision() -> str | None:

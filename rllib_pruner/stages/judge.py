@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fedray.errors import ConfigError
-from fedray.report.reading import find_runs, load_run
+from fedray.report.cells import load_runs
 from fedray.report.series import Setting, settings
 from fedray.report.table import mean_and_interval
 from rllib_pruner.commands import run_app
@@ -62,7 +62,7 @@ def read(path: Path) -> list[Judged]:
     Raises:
         ConfigError: if there are none, or if settings have different seeds.
     """
-    found = settings([load_run(p) for p in find_runs([path])])
+    found = settings(load_runs([path]))
     finished = [setting for setting in found if setting.status == "finished"]
     if not finished:
         raise ConfigError(f"{path}: no finished run")

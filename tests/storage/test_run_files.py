@@ -419,7 +419,7 @@ class Disk:
 
 CONFIG = tiny.config({"method": {"name": "staged", "density": 0.3, "stages": 2}, "clients.dropout": 0.2})
 """The mask moves after rounds 1 and 2: the state is more than the weights."""
-WRITES = 31
+WRITES = 33
 """Of such a run; the crash is tried at each."""
 
 
