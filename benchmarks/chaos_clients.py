@@ -1,12 +1,14 @@
 """Clients that misbehave for `python -m benchmarks.chaos`, which gives this file to `--import`.
 
-The environment variable FEDRAY_CHAOS holds a JSON object: "round client" → one of KINDS. The function of such
-a client runs, and its update is then changed, whatever the method is.
+The environment variable FEDRAY_CHAOS holds a JSON object: "round client" → one of KINDS or EARLY. The
+function of such a client runs, and its update is then changed, whatever the method is. EARLY ones act first.
 """
 
 import json
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,8 @@ from fedray.federation.worker import Worker
 from fedray.types import ClientUpdate, Params, Task
 
 VARIABLE = "FEDRAY_CHAOS"
+FIRST_S = 60.0
+"""Seconds that the first call of a kind may take here. A run gives it ten minutes."""
 
 
 def filled(update: ClientUpdate, value: float) -> ClientUpdate:
@@ -30,18 +34,46 @@ def filled(update: ClientUpdate, value: float) -> ClientUpdate:
     return replace(update, params=Params(flat, update.params.layout))
 
 
+def is_first(name: str) -> bool:
+    """Tell whether no process of the schedule has called this with that name; never in process."""
+    folder = os.environ.get(f"{VARIABLE}_MARKS")
+    if not folder:
+        return False
+    try:
+        Path(folder, name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def die() -> None:
+    """Kill the process in which the client trains."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep() -> None:
+    """Never return."""
+    while True:
+        time.sleep(60)
+
+
+def fail(update: ClientUpdate | None = None) -> Any:
+    """Raise an error."""
+    raise ZeroDivisionError("a client that raises")
+
+
 def die_once(update: ClientUpdate) -> ClientUpdate:
-    """Kill the process in which the client trains, unless it has done so before; only for actors."""
-    marker = os.environ.get(f"{VARIABLE}_DIED")
-    if marker and not Path(marker).exists():
-        Path(marker).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Kill the process in which the client trains, unless one did so before."""
+    if is_first("died"):
+        die()
     return update
 
 
-def fail(update: ClientUpdate) -> Any:
-    """Raise an error."""
-    raise ZeroDivisionError("a client that raises")
+def sleep_once(update: ClientUpdate) -> ClientUpdate:
+    """Never return, unless one did so before."""
+    if is_first("slept"):
+        sleep()
+    return update
 
 
 KINDS: dict[str, Callable[[ClientUpdate], Any]] = {
@@ -51,8 +83,11 @@ KINDS: dict[str, Callable[[ClientUpdate], Any]] = {
     "3e38": lambda update: filled(update, 3e38),
     "1e12": lambda update: filled(update, 1e12),
     "dies": die_once,
+    "sleeps": sleep_once,
 }
 """What a client does with its update; `silent` sends none."""
+EARLY: dict[str, Callable[[], None]] = {"fails first": fail, "always dies": die, "always sleeps": sleep}
+"""What a client does instead of training."""
 
 
 def misbehaving(function: ClientFunction) -> ClientFunction:
@@ -60,8 +95,10 @@ def misbehaving(function: ClientFunction) -> ClientFunction:
     plan = json.loads(os.environ.get(VARIABLE, "{}"))
 
     def inside(task: Task, client: Client) -> Any:
-        update = function(task, client)
         kind = plan.get(f"{client.round} {client.id}")
+        if kind in EARLY:
+            EARLY[kind]()
+        update = function(task, client)
         return update if kind is None else KINDS[kind](update)
 
     return inside
@@ -77,3 +114,5 @@ def train(self: Worker, job: Job, order: Order, memory: Memory, make: MakeClient
 
 
 Worker.train = train  # type: ignore[method-assign]
+if (_placement := sys.modules.get("fedray.experiment.placement")) is not None:  # not on actors
+    _placement.FIRST_S = FIRST_S  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """Errors of a command as a message and an exit status, for `fedray` and for `python -m rllib_pruner.…`."""
 
-import signal
 import sys
 from collections.abc import Callable
 
@@ -16,18 +15,18 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)  # a wrapped path ca
 def run_app(app: Callable[[], object]) -> None:
     """Run a command line; exit with 2 if it cannot run as asked, with 1 if it failed on the way.
 
-    SIGINT ends it with 130, SIGTERM with 143, SIGHUP with 129, whatever it does at that moment.
+    SIGINT ends it with 130, SIGTERM with 143, SIGHUP with 129, whatever it does at that moment, also
+    while the interpreter ends.
     """
     try:
-        with signals() as stop, stop.cuts():
-            app()
-    except (ConfigError, DataError) as error:
-        _exit("cannot run", error, 2)
-    except FedrayError as error:
-        _exit("failed", error, 1)
+        with signals(is_command=True) as stop, stop.cuts():
+            try:
+                app()
+            except (ConfigError, DataError) as error:
+                _exit("cannot run", error, 2)
+            except FedrayError as error:
+                _exit("failed", error, 1)
     except KeyboardInterrupt:
-        if stop.signal is not None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more, at exit, has no traceback
         exec("")  # else Python dies of SIGINT if it came inside an `eval`, e.g. of a namedtuple
         sys.exit(130)
 

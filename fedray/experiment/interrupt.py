@@ -135,12 +135,15 @@ class Stop:
 
 
 @contextmanager
-def signals() -> Iterator[Stop]:
+def signals(is_command: bool = False) -> Iterator[Stop]:
     """Handle the signals inside; restore their handlers at the end.
 
     A handler that the user has installed stays, and so does a signal that is ignored (`nohup`). Nothing is
     handled outside the main thread, nor in a worker of Ray, where signals mean something else. Inside another
     `signals` it is that one, and a signal waits for `cuts` or `check` again.
+
+    Args:
+        is_command: afterwards only the end of the process follows: a signal ends it at once, without a word.
     """
     global _active
     if threading.current_thread() is not threading.main_thread() or _is_ray_worker():
@@ -166,7 +169,7 @@ def signals() -> Iterator[Stop]:
         _active = None
         sender.hurried = sender.never
         for number in stop.handled:
-            signal.signal(number, before[number])
+            signal.signal(number, _exit_at_once if is_command else before[number])
 
 
 def handle_again() -> None:
@@ -196,6 +199,14 @@ def _leave_terminal() -> None:
                 nowhere = os.open(os.devnull, os.O_RDWR)
                 os.dup2(nowhere, stream)
                 os.close(nowhere)
+
+
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
+    """Be the handler of a signal while a command leaves, where the interpreter would print a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # closed, or in the middle of a write
+            stream.flush()
+    os._exit(128 + number)
 
 
 def _end_at_once(number: int) -> None:

@@ -1,7 +1,9 @@
 """The commands of `fedray agent`, and the same as `python -m rllib_pruner.…`."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 from fedray import cli
 from fedray.errors import ConfigError, DataError, RunError
+from fedray.experiment.interrupt import SIGNALS
 from rllib_pruner.commands import run_app
 from tests.report.rundirs import write_run
 
@@ -75,6 +78,15 @@ def test_a_command_that_cannot_run_starts_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Put back the handlers of signals: after a command, only the end of its process follows."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "shown"),
     [
@@ -85,7 +97,7 @@ def test_a_command_that_cannot_run_starts_nothing(
     ],
 )
 def test_an_error_is_a_message_and_an_exit_status(
-    error: BaseException, status: int, shown: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException, status: int, shown: str, capsys: pytest.CaptureFixture[str], handlers: None
 ) -> None:
     def fail() -> None:
         raise error
@@ -94,3 +106,33 @@ def test_an_error_is_a_message_and_an_exit_status(
         run_app(fail)
     assert ended.value.code == status
     assert capsys.readouterr().err.strip() == shown
+
+
+LEAVING = """
+import atexit, os, signal, sys
+from fedray.errors import RunError
+from rllib_pruner import commands
+
+def hit(*_):
+    os.kill(os.getpid(), signal.{name})
+
+def at_exit():
+    atexit.register(hit)
+    print("done", end="")
+
+def in_message():
+    commands.err.print = hit
+    raise RunError("failed")
+
+commands.run_app({moment})
+"""
+
+
+@pytest.mark.parametrize("moment", ["at_exit", "in_message"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_a_command_leaves_has_its_status_and_no_traceback(name: str, moment: str) -> None:
+    code = LEAVING.format(name=name, moment=moment)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + getattr(signal, name), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ("done" if moment == "at_exit" else "")
