@@ -68,8 +68,10 @@ def outage(play: Play) -> None:
 
 
 def damage(play: Play) -> None:
-    """SIGKILL to the process of the run, and damage to one of the files that it left."""
+    """SIGKILL to the process of the run, and damage to one of the files that it left, unless it failed."""
     kill_driver(play)
+    if play.worker.exitcode > 0:
+        return
     files = sorted(p for p in play.run.rglob("*") if p.is_file() and p.name != ".lock")
     if not files:
         return

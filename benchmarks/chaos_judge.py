@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.chaos_clients import EARLY
 from benchmarks.chaos_faults import FAULTS, MISBEHAVIOUR
 from benchmarks.chaos_run import Play, Schedule, command_of, prepared
 
 WRONG = "WRONG"
+EARLY = ("always dies", "always sleeps")
+"""What clients do instead of training; it has the effect of raising an error at once."""
 CLOCKS = ("wall_s", "server_wall_s")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 AGENTS_S = 90.0
@@ -72,14 +73,15 @@ def ended(play: Play, status: int, happened: list[str], references: References) 
     if "Traceback" in play.said():
         return f"{WRONG}: a traceback"
     if status == 0:
-        return None if "damage" in happened else _told(problems(play, references)) or "equal"
+        is_news = len(play.damaged) > play.seen
+        return None if is_news else _told(problems(play, references)) or "equal"
     if status not in {one for name in happened for one in FAULTS[name].statuses}:
-        if not play.damaged or "damage" in happened or status not in (1, 2):
+        if not play.seen or status not in (1, 2):
             return f"{WRONG}: status {status}: {play.said()[-300:]}"
         return _told(wrong_refusal(play), play.said()) or "refused"
     if status != 1:
         return None
-    if play.damaged and not any(wrong_refusal(play)):
+    if play.seen and not any(wrong_refusal(play)):
         return "refused"
     return _told(wrong_end_of_space(play), play.said())
 

@@ -22,10 +22,11 @@ import numpy as np
 import psutil
 import yaml
 
-from benchmarks.chaos_clients import VARIABLE
 from tests.tracking.servers import Proxy, mlflow_server
 
 PLUGIN = Path(__file__).with_name("chaos_clients.py")
+"""Never imported by name: the run's process would take that module, and its actors none."""
+VARIABLE = "FEDRAY_CHAOS"
 BASE: dict[str, Any] = {
     "rounds": 6,
     "checkpoint_every": 2,
@@ -104,6 +105,7 @@ class Play:
         server: MLflow's.
         processes: every process that was seen below those that worked on the run.
         damaged: "how path" of files that were damaged.
+        seen: how many of them the last process found.
         found: path → content of the run's files when the last process began, once files are damaged.
         timers: end outages of the server.
     """
@@ -114,6 +116,7 @@ class Play:
     server: Server | None = None
     processes: set[psutil.Process] = field(default_factory=set)
     damaged: list[str] = field(default_factory=list)
+    seen: int = 0
     found: dict[str, bytes] = field(default_factory=dict)
     timers: list[threading.Timer] = field(default_factory=list)
     worker: Any = None
@@ -134,6 +137,7 @@ class Play:
             command = ("run", "config.yaml", "--import", str(PLUGIN), "--out", "run")
             if self.run.exists():
                 shutil.rmtree(self.run)  # it died before it had begun
+        self.seen = len(self.damaged)
         self.found = self.content() if self.damaged else {}
         environment = {
             VARIABLE: json.dumps(self.schedule.clients),

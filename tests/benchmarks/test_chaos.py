@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import chaos, chaos_judge
-from benchmarks.chaos_faults import DRAWING, FAULTS, ON_ACTORS, drawn
-from benchmarks.chaos_run import RUNS, Play, Schedule
+from benchmarks.chaos_faults import DRAWING, FAULTS, MISBEHAVIOUR, ON_ACTORS, drawn
+from benchmarks.chaos_run import PLUGIN, RUNS, VARIABLE, Play, Schedule
 
 ROOT = Path(__file__).parents[2]
 ROW: dict[str, Any] = {
@@ -38,6 +38,13 @@ def test_a_schedule_follows_from_seed_and_number() -> None:
         assert schedule.actors or not {"kill actor", "hang actor"} & set(schedule.faults)
         assert schedule.actors or not set(ON_ACTORS) & set(schedule.clients.values())
         assert ("outage" in schedule.faults) == (schedule.store == "server")
+
+
+def test_the_file_of_the_clients_is_not_imported_by_name() -> None:
+    assert "benchmarks.chaos_clients" not in sys.modules
+    text = PLUGIN.read_text()
+    kinds = {*MISBEHAVIOUR, *ON_ACTORS, *chaos_judge.EARLY, "fails first", "silent"}
+    assert all(f'"{kind}": ' in text for kind in kinds) and f'VARIABLE = "{VARIABLE}"' in text
 
 
 def commanded(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> int:
@@ -87,7 +94,8 @@ def test_results_of_another_drawing_or_seed_are_not_counted_and_further_files_ar
         (130, ["interrupt"], [], "interrupted", None),
         (143, ["outage", "interrupt"], [], "interrupted", None),
         (-9, ["kill driver"], [], "", None),
-        (0, ["damage"], ["flip result.json"], "", None),
+        (0, ["damage"], ["flip result.json", "new"], "", None),
+        (1, ["damage"], ["flip result.json"], "failed: result.json: no", "refused"),
         (
             1,
             ["full disk"],
@@ -112,6 +120,7 @@ def test_how_a_process_may_end(
     status: int, happened: list[str], damaged: list[str], said: str, end: str | None, tmp_path: Path
 ) -> None:
     play = Play(tmp_path, np.random.default_rng(0), Schedule(0, "topk", 0, "none", {}, ()), damaged=damaged)
+    play.seen = len(damaged) - ("new" in damaged)
     (tmp_path / "output.txt").write_text(said)
     play.run.mkdir()
     found = chaos_judge.ended(play, status, happened, chaos_judge.References(tmp_path))
