@@ -50,7 +50,7 @@ from fedray.tracking.data_inputs import DATA, describe
 from fedray.tracking.mlflow_run import MLflowTracker, RunStatus
 from fedray.tracking.provenance import declared
 from fedray.tracking.store import import_mlflow
-from fedray.tracking.tracked import Tracking, close_beside, close_tracker, open_beside, open_tracker
+from fedray.tracking.tracked import KNOWN, Tracking, close_beside, close_tracker, open_beside, open_tracker
 from fedray.types import RoundReport
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def run(
             files.on_saved = publish
             _record_imports(files, config)
             files.write_config(config.to_tree())
-            files.write_json(DATA, describe(config.data.name, federation.dataset, federation.deal.splits))
+            _describe_data(files, federation)
             if foreign := config.unrecorded():
                 files.write_json(REGISTERED, foreign)
             files.warn(federation.dataset.warnings)
@@ -245,6 +245,8 @@ def resume(
         if found is not None:
             check_origin(files, found, config, federation.place.model.layout)
             check_rounds(found, config)
+        files.read_json(KNOWN)  # a damaged one is refused before anything changes
+        _describe_data(files, federation)
         if before != config.to_tree():
             _change(files, before, config, found)
         if "ended" in (files.result() or {}):  # by `until`
@@ -284,6 +286,18 @@ def _record_imports(files: RunFiles, config: RunConfig) -> None:
     digests = record(config.imports)
     if digests and digests != IMPORTED.read(files.path):
         files.write_json(IMPORTS, digests)
+
+
+def _describe_data(files: RunFiles, federation: Federation) -> None:
+    """Write `data.json`, unless it is there and sound."""
+    described = None
+    try:
+        described = files.read_json(DATA)
+    except RunError as error:
+        logger.warning("%s; made again from the data set", error)
+    if described is None:
+        name, dataset = federation.config.data.name, federation.dataset
+        files.write_json(DATA, describe(name, dataset, federation.deal.splits))
 
 
 def _change(files: RunFiles, before: Tree, after: RunConfig, found: Stored | None) -> None:

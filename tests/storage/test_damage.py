@@ -15,7 +15,7 @@ import fedray
 from fedray import cli
 from fedray.config import sealed
 from fedray.durable import append_lines
-from fedray.errors import FedrayError
+from fedray.errors import FedrayError, RunError
 from fedray.experiment.run import resume, run
 from fedray.overview.comparing import sides_of, to_json
 from fedray.overview.summary import plain, summaries
@@ -250,6 +250,28 @@ SWEEP = {
 
 class Anew(FedrayError):
     """Trials would be made again, on Ray."""
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", None])
+def test_a_damaged_description_of_the_data_is_made_again(
+    home: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    place = copied(home / "killed", tmp_path / "run")
+    before = (place / "data.json").read_bytes()
+    (place / "data.json").unlink() if content is None else (place / "data.json").write_bytes(content)
+    resume(place)
+    assert (place / "data.json").read_bytes() == before
+
+
+def test_a_damaged_record_of_mlflow_is_refused_before_anything_changes(home: Path, tmp_path: Path) -> None:
+    place = copied(home / "killed", tmp_path / "run")
+    (place / "mlflow.json").write_text("{")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"mlflow\.json"):
+        resume(place)
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file() and p.name != ".lock"} == {
+        path: content for path, content in before.items() if path.name != ".lock"
+    }
 
 
 @pytest.fixture
