@@ -239,6 +239,7 @@ def _copy(source: int, path: Path) -> None:
 def _work(folder: Path, command: tuple[str, ...], environment: dict[str, str]) -> None:
     """Be `fedray COMMAND`, in this new process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.dont_write_bytecode = True  # Python 3.11 does not notice that a disk takes half a file
     os.chdir(folder)
     os.environ.update(environment)
     tempfile.tempdir = None

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def test_results_of_another_drawing_or_seed_are_not_counted_and_further_files_ar
     out, also = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     add(out, {"number": 0}, {"number": 1, "drawing": DRAWING - 1}, {"number": 1, "seed": 1})
     add(also, {"number": 1})
-    options = SimpleNamespace(schedules=4, part="1/2", again=[0, 1])
+    options = Namespace(schedules=4, part="1/2", again=[0, 1])
     results = chaos.Results(out, {"seed": 0, "among": [0], "drawing": DRAWING})
     assert set(results.rows) == {0} and chaos.numbers(options, results.rows) == [1, 3]
     assert commanded(monkeypatch, out, "--also", str(also), "--schedules", "2") == 0
