@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -82,6 +82,17 @@ class Raylets:
         """Start one more raylet."""
         options = [f"--address={self.address}", f"--temp-dir={self.folder / 'ray'}", *arguments]
         self.nodes.enter_context(node(options, self.env, self.folder / f"{name}.log"))
+
+    def processes(self, word: str) -> list[int]:
+        """Return the ids of the cluster's processes, and of those that were started for it, with a word."""
+        mark = f"RAY_AUTH_TOKEN_PATH={self.env['RAY_AUTH_TOKEN_PATH']}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # gone meanwhile
+                is_ours = mark in (process / "environ").read_bytes().split(b"\0")
+                if is_ours and word.encode() in (process / "cmdline").read_bytes().replace(b"\0", b" ")[:400]:
+                    found.append(int(process.name))
+        return found
 
     def ask(self, what: str) -> Any:
         """Return the value of an expression in a process that is connected."""

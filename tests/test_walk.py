@@ -1,4 +1,7 @@
-"""The commands of docs/cluster/README.md for one's own machines, run on two raylets of this one."""
+"""The commands of docs/cluster/README.md for one's own machines, run on two raylets of this one.
+
+`python -m pytest -m slow -s tests/test_walk.py` shows them with what they print.
+"""
 
 import os
 import re
@@ -59,6 +62,7 @@ def test_the_commands_of_the_page_work() -> None:
             said.seek(0)
             out = said.read()
         assert done.returncode == 0, f"{text}\n{out}"
+        print(*(f"$ {line}" for line in block.splitlines()), out, sep="\n")  # noqa: T201
         return out
 
     token, on_head, on_worker, work = blocks()
@@ -88,6 +92,7 @@ def test_the_commands_of_the_page_work() -> None:
             text=True,
             timeout=60,
         )
+        print(f"with another token: {done.stderr}")  # noqa: T201
         assert done.returncode == 1 and "refuses our token" in done.stderr
     finally:
         kill_holders(folder, "HOME")

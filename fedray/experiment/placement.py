@@ -14,6 +14,7 @@ from functools import partial
 from fedray.config import plugins
 from fedray.config.run_config import ResourcesConfig, RunConfig
 from fedray.experiment.cluster import start_ray
+from fedray.experiment.head import ClusterHead
 from fedray.experiment.reaching import has_address
 from fedray.experiment.room import busy_with_others, check_room, cluster_cpus
 from fedray.federation.aggregate import chunk_size
@@ -59,6 +60,7 @@ def pool_for(config: RunConfig, cpus: float | None = None) -> PoolFactory:
             patience=patience_of(config, place),
             prepare=prepare,
             busy=partial(busy_with_others, groups),
+            head=ClusterHead(),
         )
 
     return make

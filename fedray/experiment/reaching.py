@@ -16,6 +16,8 @@ from fedray.errors import ConfigError, RunError
 
 ASK_S = 5.0
 """Seconds that a cluster has to answer."""
+LOOK_S = 2.0
+"""Seconds that a cluster has to answer to a process that is connected to it."""
 _FORMS = "an address is HOST:PORT, e.g. 127.0.0.1:6379, or ray://HOST:PORT, or auto"
 
 INSTEAD = (
@@ -73,6 +75,33 @@ def reached(address: str) -> str:
     if not resolved.startswith("ray://"):
         _ask(address, resolved)
     return resolved
+
+
+def connected_address() -> str | None:
+    """Return HOST:PORT of the GCS to which this process is connected; None through Ray's client."""
+    from ray._private import worker
+
+    return None if worker._global_node is None else str(worker._global_node.gcs_address)
+
+
+def answers(address: str) -> bool:
+    """Tell whether the GCS at HOST:PORT answers within two seconds; one that refuses our token does."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2 as messages
+    from ray.core.generated import gcs_service_pb2_grpc as services
+    from ray.exceptions import AuthenticationError
+
+    channel = init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)])
+    try:
+        services.NodeInfoGcsServiceStub(channel).CheckAlive(messages.CheckAliveRequest(), timeout=LOOK_S)
+        return True
+    except AuthenticationError:
+        return True
+    except grpc.RpcError as error:
+        return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    finally:
+        channel.close()
 
 
 def check_connected() -> None:

@@ -73,6 +73,21 @@ class Work:
     losses: int = 0
 
 
+class Head:
+    """The head of a cluster, as a crew asks it; this one is never lost."""
+
+    def check(self, *, now: bool = False) -> None:
+        """Raise if the head is lost. `now`: ask it in any case, since the next call to Ray needs it.
+
+        Raises:
+            RunError: if it is.
+        """
+
+    def answers(self) -> bool:
+        """Tell whether the head answers at once."""
+        return True
+
+
 @dataclass(eq=False)
 class Seat:
     """A place for an actor: empty, or with an actor that starts or is ready.
@@ -114,6 +129,7 @@ class Crew:
         wanted: the wanted resources, for messages.
         busy: tells what an actor of a group waits for, if other work holds its place. If it does so for all
             actors, the wait has no limit: the crew holds nothing for which others wait.
+        head: of the cluster; without it, calls to Ray wait, and cannot be interrupted.
     """
 
     def __init__(
@@ -126,6 +142,7 @@ class Crew:
         max_deaths: int,
         wanted: str,
         busy: "Busy" = lambda group, actor: None,
+        head: "Head | None" = None,
     ) -> None:
         import ray
 
@@ -138,6 +155,7 @@ class Crew:
             errors.ObjectLostError,  # of an answer, with the node of its actor
         )
         self.create, self.patience, self.wanted, self.busy = create, patience, wanted, busy
+        self.head = head or Head()
         self.ready_timeout_s, self.max_deaths = ready_timeout_s, max_deaths
         self.clock = Clock()
         self.seats = [Seat(number, group) for number, group in enumerate(groups)]
@@ -164,8 +182,8 @@ class Crew:
         return [seat for seat in self.seats if seat.group == group and seat.is_ready]
 
     def close(self) -> None:
-        """End the actors."""
-        for seat in self.seats:
+        """End the actors; without a head they end with this process."""
+        for seat in self.seats if self.head.answers() else ():
             self._dismiss(seat)
         self.seats = []
 
@@ -187,7 +205,12 @@ class Crew:
                 seat.start, seat.since = seat.actor.ready.remote(), self.clock.now()
 
     def watch(self, calls: "Iterable[ObjectRef]", timeout_s: float = TICK_S) -> "list[ObjectRef]":
-        """Wait a second, at most, for calls and for new actors; return the calls that are answered."""
+        """Wait a second, at most, for calls and for new actors; return the calls that are answered.
+
+        Raises:
+            RunError: if the head of the cluster is lost.
+        """
+        self.head.check()
         starting = {seat.start: seat for seat in self.seats if seat.start is not None}
         refs = [*calls, *starting]
         if not refs:
@@ -232,8 +255,9 @@ class Crew:
             counts: whether it is one of the losses that an exchange survives.
 
         Raises:
-            RunError: if too many actors were lost in this exchange.
+            RunError: if too many actors were lost in this exchange, or the head of the cluster with them.
         """
+        self.head.check(now=True)
         self._dismiss(seat)
         self.deaths += 1
         self._counted += counts

@@ -19,7 +19,7 @@ from fedray.errors import RunError
 from fedray.federation.actor import ClientActor, PackedJob, Prepare, keep_freed_memory
 from fedray.federation.aggregate import share
 from fedray.federation.client import Outcome
-from fedray.federation.crew import Crew, Work
+from fedray.federation.crew import Crew, Head, Work
 from fedray.federation.exchange import Answer, Chunk, Job
 from fedray.federation.losses import first_line
 from fedray.federation.patience import Patience
@@ -138,6 +138,7 @@ class RayPool:
         patience: how long a call to an actor may take.
         prepare: called in each actor before the workplace reaches it.
         busy: tells what an actor waits for, if other work holds its place; then the run waits, too.
+        head: of the cluster, asked now and then.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class RayPool:
         patience: Patience | None = None,
         prepare: Prepare | None = None,
         busy: "Callable[[ActorOptions, ActorHandle], str | None]" = lambda options, actor: None,
+        head: Head | None = None,
     ) -> None:
         import ray
 
@@ -169,6 +171,7 @@ class RayPool:
             max_deaths=max_deaths,
             wanted=", ".join(f"{group.actors} × {group.options.bundle}" for group in self.groups),
             busy=lambda group, actor: busy(self.groups[group].options, actor),
+            head=head,
         )
 
     @property

@@ -20,6 +20,7 @@ from typing import Any
 from fedray.durable import replace
 from fedray.errors import FedrayError, RunError, without_secrets
 from fedray.experiment.cluster import leave_ray
+from fedray.experiment.head import ClusterHead
 from fedray.experiment.interrupt import Stop
 from fedray.experiment.room import missing_now
 from fedray.federation.crew import FIRST_LOOK_S, LOOK_S
@@ -133,6 +134,9 @@ def _unless_late(call: Callable[[], Any], stop: Stop) -> Any:
     """Make a call in a thread; stop waiting for it `LATE_S` seconds after a signal, and return nothing then.
 
     Ray's processes may be gone by then: without them Tune can neither go on nor end, nor can Ray.
+
+    Raises:
+        RunError: if the head of the cluster is lost.
     """
     made: Future[Any] = Future()
 
@@ -143,11 +147,14 @@ def _unless_late(call: Callable[[], Any], stop: Stop) -> Any:
             made.set_exception(error)
 
     threading.Thread(target=make, name="fedray-tune", daemon=True).start()
+    head = ClusterHead()
     since: float | None = None
     while True:
         with suppress(TimeoutError):
             return made.result(timeout=0.1)
-        if stop.signal is not None:
+        if stop.signal is None:
+            head.check()
+        else:
             since = since or time.monotonic()
             if time.monotonic() - since > LATE_S:
                 leave_ray(128 + stop.signal)
