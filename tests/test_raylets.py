@@ -98,12 +98,12 @@ import pathlib, ray, sys, time
 ray.init(sys.argv[1], log_to_driver=False)
 
 @ray.remote(num_cpus=1)
-def hold():
-    pathlib.Path(sys.argv[2]).touch()
-    while pathlib.Path(sys.argv[2]).exists():
+def hold(file):
+    pathlib.Path(file).touch()
+    while pathlib.Path(file).exists():
         time.sleep(0.1)
 
-ray.get(hold.remote())
+ray.get(hold.remote(sys.argv[2]))
 """
 """A job that holds a CPU as long as a file exists."""
 
@@ -112,7 +112,8 @@ def test_a_run_and_a_sweep_wait_for_other_work_and_say_so(raylets: Raylets, tmp_
     write(tmp_path, [0], {"method.pause_s": 0.0, "clients.actors": 1})
     held = tmp_path / "held"
     other = subprocess.Popen([sys.executable, "-c", HOLD, raylets.address, str(held)], env=raylets.env)
-    wait_for("the CPU is held", held.exists)
+    wait_for("the CPU is held", lambda: held.exists() or other.poll() is not None)
+    assert other.poll() is None
     commands = [command(tmp_path), command(tmp_path, "seed=1")]
     commands[1][3:4] = ["run"]
     commands[1][commands[1].index("--out") + 1] = str(tmp_path / "run")
