@@ -15,7 +15,7 @@ from math import floor, inf
 from typing import Any
 
 from fedray.errors import ConfigError, RunError
-from fedray.experiment.reaching import given_address
+from fedray.experiment.reaching import connected_address, given_address
 from fedray.federation.pool import ActorOptions, Group
 
 logger = logging.getLogger(__name__)
@@ -137,10 +137,12 @@ def busy_with_others(groups: Sequence[Group], options: ActorOptions, actor: Any)
 
     Returns:
         What it needs, what the cluster has and what is free; None if it has a place, if a node has room for
-        it, or if the nodes never have.
+        it, if the nodes never have, or if that is not known.
     """
     import ray
 
+    if connected_address() is None:
+        return None  # Ray's client knows no places
     table, nodes = ray._private.state.actors(actor._actor_id.hex()), cluster_nodes()
     if not table or table.get("Pid") or lacking([replace(group, actors=1) for group in groups], nodes):
         return None
