@@ -64,7 +64,7 @@ def note(kind):
 METHODS["where"] = Where
 '''
 
-DRIVE_S = 240.0
+DRIVE_S = 400.0
 """Seconds that a sweep may take."""
 
 

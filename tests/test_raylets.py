@@ -132,19 +132,19 @@ def test_a_run_and_a_sweep_wait_for_other_work_and_say_so(raylets: Raylets, tmp_
 
 
 def test_two_sweeps_do_not_disturb_each_other(raylets: Raylets, tmp_path: Path) -> None:
-    raylets.join("worker", "--num-cpus=3")
+    raylets.join("worker", "--num-cpus=1")
     first, second = tmp_path / "first", tmp_path / "second"
     store: dict[str, Any] = {"tracking.uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
-    # a CPU for each trial: with `auto`, two trials at once would take the whole cluster
-    write(first, [0, 1], store | {"clients.actors": 1, "rounds": 300, "method.pause_s": 0.4}, concurrent=2)
-    write(second, [2, 3], store | {"clients.actors": 1, "rounds": 6}, concurrent=2)
+    # a CPU for each trial: with `auto`, a trial takes the whole cluster, and the other sweep waits
+    write(first, [0], store | {"clients.actors": 1, "rounds": 300, "method.pause_s": 0.4})
+    write(second, [2], store | {"clients.actors": 1, "rounds": 6})
     one, two = (started(raylets, where, "--address", raylets.address) for where in (first, second))
     tracked = [(where / "out" / "trials").glob for where in (first, second)]
-    wait_for("both have begun", lambda: all(len(list(find("*/mlflow.json"))) == 2 for find in tracked))
+    wait_for("both have begun", lambda: all(list(find("*/mlflow.json")) for find in tracked))
     one.kill()
     said, _ = two.communicate(timeout=DRIVE_S)
     assert two.returncode == 0, said
-    assert weights(second) == alone(second, [2, 3])
+    assert weights(second) == alone(second, [2])
     assert one.wait() == -signal.SIGKILL and weights(first) == {}
     free = "ray.available_resources().get('CPU') == ray.cluster_resources()['CPU']"
     wait_for("the killed sweep holds nothing", lambda: raylets.ask(free))
@@ -152,4 +152,4 @@ def test_two_sweeps_do_not_disturb_each_other(raylets: Raylets, tmp_path: Path) 
     children = {
         json.loads(path.read_text())["run_id"] for path in tmp_path.glob("*/out/trials/*/mlflow.json")
     }
-    assert len({*parents, *children}) == 6
+    assert len({*parents, *children}) == 4
