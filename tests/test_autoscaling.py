@@ -136,7 +136,7 @@ def test_a_run_waits_for_nodes_or_is_refused(growing: Any, tmp_path: Path) -> No
         assert "1 × nowhere for its client actors, but the cluster has 0 × CPU, 0 × GPU" in done.stderr
         assert time.monotonic() - begun < 60 and not (tmp_path / "no").exists()
     labels = ["clients.resources.labels.tier=edge"] if version == 2 else []
-    asked = ["clients.actors=2", "clients.resources.custom.edge=1", "clients.resources.cpu=1"]
+    asked = ["clients.actors=2", "clients.resources.custom.edge=1"]
     asked += ["--address", address, "--out", "there"]
     done = made(tmp_path, env, *asked, *labels)
     assert done.returncode == 0, done.stderr

@@ -4,15 +4,13 @@ Ray ends a process 60 s after its head was lost, in the middle of what it does, 
 that, calls to Ray wait for the head and nothing can interrupt them. So it is asked first, with a deadline.
 """
 
-import logging
 import time
+from collections.abc import Callable
 
 from fedray.errors import RunError
 from fedray.experiment.cluster import leave_ray
 from fedray.experiment.reaching import answers, connected_address
 from fedray.federation.crew import Head
-
-logger = logging.getLogger(__name__)
 
 ASK_EVERY_S = 5.0
 """Seconds between two questions."""
@@ -21,9 +19,14 @@ LOST_S = 30.0
 
 
 class ClusterHead(Head):
-    """The head of the cluster to which this process is connected."""
+    """The head of the cluster to which this process is connected.
 
-    def __init__(self) -> None:
+    Args:
+        is_over: tells that a signal has come, which also ends the head: then it is not waited for.
+    """
+
+    def __init__(self, is_over: Callable[[], bool] = lambda: False) -> None:
+        self.is_over = is_over
         self.address = connected_address()
         self.is_lost = False
         self._asked_at = time.monotonic()
@@ -41,9 +44,11 @@ class ClusterHead(Head):
         if self.address is None or (not now and not self.is_lost and began - self._asked_at < ASK_EVERY_S):
             return
         while not self.answers() and not self.is_lost:
+            if self.is_over():
+                return
             if time.monotonic() - began > LOST_S:
                 self.is_lost = True
-                leave_ray()
+                leave_ray(1)
             time.sleep(1.0)
         if self.is_lost:
             raise RunError(

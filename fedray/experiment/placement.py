@@ -172,7 +172,8 @@ def _cpus(config: RunConfig) -> float:
     """Return the CPUs to share out; none are needed yet if the config sets the CPUs of each actor."""
     clients = config.clients
     shares = clients.actors == "auto" or clients.resources.cpu is None
-    return cluster_cpus(at_least_one=shares)
+    growing = None if clients.actors == "auto" else float(_number_of_actors(config, 0.0))
+    return cluster_cpus(at_least_one=shares, growing=growing)
 
 
 def actors_for(config: RunConfig, cpus: float) -> list[ActorOptions]:

@@ -67,8 +67,13 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def cluster_cpus(*, at_least_one: bool = True) -> float:
+def cluster_cpus(*, at_least_one: bool = True, growing: float | None = None) -> float:
     """Return the CPUs of the cluster that this process is connected to.
+
+    Args:
+        at_least_one: whether it must have one.
+        growing: what to count with if it has none yet and its autoscaler may start nodes; None: the CPUs of
+            the first node.
 
     Raises:
         RunError: if it has none although there must be `at_least_one`, and no autoscaler starts one.
@@ -84,6 +89,8 @@ def cluster_cpus(*, at_least_one: bool = True) -> float:
                 f"the Ray cluster at {given_address()!r} has no CPUs to train on: add a node that has some "
                 "(`ray start --address=… --num-cpus=…`), or wait until `ray status` shows them"
             )
+        if growing is not None:
+            return growing
         await_room([Group(1)], "the first client actor", "the cluster has no CPUs")
     return count()
 

@@ -147,7 +147,7 @@ def _unless_late(call: Callable[[], Any], stop: Stop) -> Any:
             made.set_exception(error)
 
     threading.Thread(target=make, name="fedray-tune", daemon=True).start()
-    head = ClusterHead()
+    head = ClusterHead(lambda: stop.signal is not None)
     since: float | None = None
     while True:
         with suppress(TimeoutError):
