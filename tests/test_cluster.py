@@ -209,6 +209,7 @@ def own_env(token: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "110",  # on a busy machine
         "PYTHONPATH": str(ROOT),
     }
 
