@@ -1,6 +1,7 @@
 """No secret of the environment or of an address is in a file, in MLflow, in Ray's logs or on the terminal."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 
 import fedray
 from fedray.config import yaml_text
-from fedray.config.places import absolute_place
+from fedray.config.overrides import override_tree
+from fedray.config.places import KEY, SECRET, absolute_place
 from fedray.config.uri import PASSWORD, USER
 from fedray.errors import ClientError, ConfigError, FedrayError, RunError, without_secrets
 from fedray.experiment import cluster
 from fedray.federation.faults import fault_of
 from fedray.methods.fedavg import FedAvg
+from fedray.sweeps.space import Sweep
 from fedray.sweeps.tune import attempt
 from tests.experiment import tiny
 
@@ -128,6 +131,20 @@ def test_ray_is_not_told_a_password_of_the_command_line(monkeypatch: pytest.Monk
     cluster._init("here")
     assert kept == ["fedray run x uri=http://host/x"]
     assert MARK in utils.get_entrypoint_name()
+
+
+@pytest.mark.parametrize("search", [{}, {"tune": {"search": "random", "num_samples": 2}}])
+def test_a_sweep_hands_no_login_to_its_trials(
+    search: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (USER, PASSWORD, KEY, SECRET):
+        monkeypatch.setenv(name, "")  # restored at the end
+    given = {"tracking.uri": f"http://me:{MARK}@host", "storage": f"s3://me:{MARK}@bucket/runs"}
+    space = {"method.lr": {"uniform": [0.1, 0.2]} if search else {"grid": [0.1, 0.2]}}
+    for base, changes in ((override_tree(tiny.TREE, given), {}), (tiny.TREE, given)):
+        plan = Sweep.read({"base": base, "space": space} | search, "x.yaml", "x", changes)
+        assert MARK not in repr(plan) and MARK.encode() not in pickle.dumps(plan.tree)
+        assert (os.environ[PASSWORD], os.environ[SECRET]) == (MARK, MARK)
 
 
 def write(folder: Path, actors: int, uri: str) -> None:

@@ -166,7 +166,7 @@ class Sweep:
         refused.check()
         configs = [point.config for point in points]
         _check_comparison(tune, configs, where, _population_problems(tune, points, where))
-        return cls(name, tree | {"base": _located(tree["base"], configs)}, tune, tuple(points))
+        return cls(name, tree | {"base": _base(tree["base"], configs)}, tune, tuple(points))
 
     @classmethod
     def searching(
@@ -197,7 +197,7 @@ class Sweep:
         refused.check()
         _check_comparison(tune, configs, where)
         located = {key: _located(spec, configs, key, is_verb=True) for key, spec in space.items()}
-        whole = {"base": _located(tree["base"], configs), "space": located}
+        whole = {"base": _base(tree["base"], configs), "space": located}
         return cls(name, tree | whole, tune, (), tuple(configs))
 
     @property
@@ -308,6 +308,15 @@ def check_samples(space: Mapping[str, Any], tune: TuneConfig, where: Where) -> N
         problems.append(line("tune.seed", text, where))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _base(base: Tree, configs: Sequence[RunConfig]) -> Tree:
+    """Return the base with absolute paths, and with addresses as its configs have them: without a login."""
+    first, located = configs[0], _located(base, configs)
+    addresses = {"storage": first.storage} if located.get("storage") is not None else {}
+    if "uri" in (located.get("tracking") or {}):
+        addresses["tracking.uri"] = first.tracking.uri
+    return override_tree(located, addresses)
 
 
 def _located(

@@ -91,7 +91,7 @@ def test_a_run(way: str, actors: int, start: Start, tmp_path: Path) -> None:
     terminal.until(have_rounds(tmp_path, "r"))
     end, status = WAYS[way]
     end(terminal)
-    assert terminal.ended(30) == status
+    assert terminal.ended(30) == status, terminal.said
     assert "Traceback" not in terminal.said
     assert way == "hang-up" or "interrupted; `fedray resume r` continues" in terminal.said
     check_kept(tmp_path / "r")
@@ -105,7 +105,7 @@ def test_a_sweep(way: str, actors: int, start: Start, tmp_path: Path) -> None:
     terminal.until(have_rounds(tmp_path, *TRIALS))
     end, status = WAYS[way]
     end(terminal)
-    assert terminal.ended(60) == status
+    assert terminal.ended(60) == status, terminal.said
     assert "Traceback" not in terminal.said and "failed" not in terminal.said
     assert way == "hang-up" or "interrupted; `fedray resume r` continues" in terminal.said
     for name in TRIALS:
@@ -236,5 +236,5 @@ def test_the_ui_of_mlflow_ends_with_its_command(way: str, status: int, start: St
 
     terminal.until(answers)
     WAYS[way][0](terminal)
-    assert terminal.ended(30) == status
+    assert terminal.ended(30) == status, terminal.said
     assert not answers()
