@@ -14,7 +14,8 @@ until it has finished. The run must end
                and nothing changed
 
 and each process before with the status that its fault has: 130 or 143 after a signal; 1 on a full disk, with
-the file and the last checkpoint. No process and no token file is left. Results are added to a file of JSON
+the file and the last checkpoint. A process whose Ray cannot start, since the machine is too busy, is started
+again, and counted. No process and no token file is left. Results are added to a file of JSON
 lines; schedules that are there are not played again, unless they were drawn differently. Exit status 1 if a
 schedule ended otherwise; its directory is kept and named.
 
@@ -26,6 +27,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,11 +46,13 @@ from benchmarks.chaos_judge import AGENTS_S, WRONG, References, ended, leftovers
 from benchmarks.chaos_run import Play, Server, prepared
 
 Row = dict[str, Any]
+TOO_BUSY, AGAIN = "since the machine is too busy", 5
+"""What a run says whose Ray could not start because of other work; such a process is started again."""
 
 
 def played(play: Play, references: References) -> tuple[Row, list[psutil.Process]]:
     """Play a schedule; return how it ended, and Ray's agents that have not ended yet."""
-    schedule, faults, processes = play.schedule, list(play.schedule.faults), 0
+    schedule, faults, processes, busy = play.schedule, list(play.schedule.faults), 0, 0
     references.of(schedule), references.without(schedule)
     started, end = time.monotonic(), None
     while end is None:
@@ -59,16 +63,22 @@ def played(play: Play, references: References) -> tuple[Row, list[psutil.Process
             happened.append(faults.pop(0))
             FAULTS[happened[-1]].happen(play)
         try:
-            end = ended(play, play.end(), happened, references)
+            status = play.end()
         except TimeoutError as error:
             play.kill()
             end = f"{WRONG}: {error}"
+            break
+        if status == 1 and TOO_BUSY in play.said() and busy < AGAIN:
+            busy, faults = busy + 1, happened + faults
+        else:
+            end = ended(play, status, happened, references)
     seconds = time.monotonic() - started
     play.mend()
     left, agents = leftovers(play)
     if left:
         end = f"{WRONG}: {'; '.join(left[:3])}"
     ending = {"end": end, "damaged": play.damaged, "processes": processes, "seconds": round(seconds, 2)}
+    ending |= {"busy": busy} if busy else {}
     return asdict(schedule) | ending, agents
 
 
@@ -118,6 +128,8 @@ def summary(rows: list[Row]) -> str:
         count = sum(list(row["faults"]).count(fault) for row in rows)
         median = f", {statistics.median(alone):.1f} s in the median where it was alone" if alone else ""
         lines.append(f"  {fault}: {count} times{median}")
+    if busy := sum(row.get("busy", 0) for row in rows):
+        lines.append(f"  {busy} processes were started again, since Ray could not start on the busy machine")
     commits = Counter(row["commit"] for row in rows)
     lines.append("played at " + ", ".join(f"{commit} ({n})" for commit, n in commits.items()))
     return "\n".join(lines)
@@ -199,4 +211,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended
     sys.exit(main())

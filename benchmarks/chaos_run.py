@@ -152,7 +152,8 @@ class Play:
         os.mkfifo(self._pipe)
         # a pipe: a full disk must not swallow what the process says
         source = os.open(self._pipe, os.O_RDONLY | os.O_NONBLOCK)
-        self._reader = threading.Thread(target=_copy, args=(source, self.folder / "output.txt"), daemon=True)
+        output = (self.folder / "output.txt").open("wb", buffering=0)  # nobody reads what the last one said
+        self._reader = threading.Thread(target=_copy, args=(source, output), daemon=True)
         spawn = multiprocessing.get_context("forkserver")
         self.worker = spawn.Process(target=_work, args=(self.folder, command, environment))
         self.worker.start()
@@ -228,10 +229,10 @@ class Play:
                     process.resume()
 
 
-def _copy(source: int, path: Path) -> None:
-    """Copy what arrives in a pipe to a new file, until nobody writes to it."""
+def _copy(source: int, file: Any) -> None:
+    """Copy what arrives in a pipe to a file, until nobody writes to it."""
     os.set_blocking(source, True)
-    with path.open("wb", buffering=0) as file, os.fdopen(source, "rb", buffering=0) as pipe:
+    with file, os.fdopen(source, "rb", buffering=0) as pipe:
         while part := pipe.read(65536):
             file.write(part)
 
