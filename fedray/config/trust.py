@@ -99,7 +99,7 @@ def check(imports: Sequence[str], origin: str) -> None:
     if unknown:
         files = "; ".join(f"{path} (SHA-256 {(_digest(path) or 'no file')[:16]})" for path in unknown)
         names = " ".join(f"--import {path}" for path in unknown)
-        why = "its run has not recorded" if known is not None else "a config file alone does not run"
+        why = f"its {IMPORTS} does not record" if known is not None else "a config file alone does not run"
         raise ConfigError(
             f"imports ({origin}) names Python code, which {why}: {files}. Read it; to run it: {names}, or "
             "--trust for all that the file names; in Python trust=True"

@@ -159,7 +159,7 @@ def test_resume_notices_a_change_beside_the_file(files: Path) -> None:
 
 def test_a_run_without_a_record_needs_a_word(interrupted: Path) -> None:
     Path("r", IMPORTS).unlink()  # begun before runs recorded it
-    assert "which its run has not recorded" in fails("resume", "r")
+    assert "which its imports.json does not record" in fails("resume", "r")
     assert interrupted.read_text() == "x"
     done = CliRunner().invoke(app, ["resume", "r", "--import", "mine.py"])
     assert done.exit_code == 0, done.output
