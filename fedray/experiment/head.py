@@ -12,9 +12,9 @@ from fedray.experiment.cluster import leave_ray
 from fedray.experiment.reaching import answers, connected_address
 from fedray.federation.crew import Head
 
-ASK_EVERY_S = 5.0
+ASK_EVERY_S = 4.0
 """Seconds between two questions."""
-LOST_S = 30.0
+LOST_S = 20.0
 """Seconds without an answer, after which the head counts as lost; Ray waits 60 s for it."""
 
 

@@ -161,9 +161,14 @@ def busy_with_others(groups: Sequence[Group], options: ActorOptions, actor: Any)
 
 
 def missing_now(need: Mapping[str, float]) -> str | None:
-    """Return what is needed, what the cluster has and what is free; None if so much is free."""
+    """Return what a placement group needs, what the cluster has and what is free.
+
+    None if so much is free, or if no placement group waits for its place: then a trial is starting in it.
+    """
     import ray
 
+    if all(group["state"] != "PENDING" for group in ray.util.placement_group_table().values()):
+        return None
     free = ray.available_resources()
     if all(free.get(name, 0.0) + SLACK >= amount for name, amount in need.items()):
         return None
