@@ -115,7 +115,7 @@ class Results:
 
 
 def summary(rows: list[Row]) -> str:
-    """Return counts of ends, and the median seconds of schedules with one fault, by fault."""
+    """Return counts of ends, and the median seconds of schedules with one fault."""
     ends = Counter(row["end"].split(":")[0] for row in rows)
     good = len(rows) - ends[WRONG]
     told = ", ".join(f"{n} {e}" for e, n in ends.items())
@@ -124,15 +124,25 @@ def summary(rows: list[Row]) -> str:
     on_actors = sum(row["actors"] > 0 for row in rows)
     lines.append(f"{on_actors} on actors; {processes} processes, {seconds:,.0f} s")
     for fault in FAULTS:
-        alone = [row["seconds"] for row in rows if list(row["faults"]) == [fault]]
         count = sum(list(row["faults"]).count(fault) for row in rows)
-        median = f", {statistics.median(alone):.1f} s in the median where it was alone" if alone else ""
-        lines.append(f"  {fault}: {count} times{median}")
+        alone = [row for row in rows if list(row["faults"]) == [fault]]
+        lines.append(f"  {fault}: {count} times{_medians(alone)}")
     if busy := sum(row.get("busy", 0) for row in rows):
         lines.append(f"  {busy} processes were started again, since Ray could not start on the busy machine")
     commits = Counter(row["commit"] for row in rows)
     lines.append("played at " + ", ".join(f"{commit} ({n})" for commit, n in commits.items()))
     return "\n".join(lines)
+
+
+def _medians(rows: list[Row]) -> str:
+    """Return the median seconds of schedules, starts included, in process and on actors."""
+    parts = []
+    for where, some in (
+        ("in process", [row["seconds"] for row in rows if not row["actors"]]),
+        ("on actors", [row["seconds"] for row in rows if row["actors"]]),
+    ):
+        parts += [f"{statistics.median(some):.1f} s {where} ({len(some)})"] if some else []
+    return f"; alone: {', '.join(parts)} in the median" if parts else ""
 
 
 def commit() -> str:

@@ -65,7 +65,7 @@ def test_results_that_are_there_are_counted_and_not_made_again(
     assert commanded(monkeypatch, out, "--schedules", "3") == 0
     shown = capsys.readouterr().out
     assert "3 of 3 schedules ended as they should: 3 equal" in shown
-    assert "interrupt: 3 times, 3.0 s in the median where it was alone" in shown
+    assert "interrupt: 3 times; alone: 3.0 s in process (3) in the median" in shown
     assert "played at abc (3)" in shown
     add(out, {"number": 3, "end": "WRONG: other weights"})
     assert commanded(monkeypatch, out, "--schedules", "4") == 1
