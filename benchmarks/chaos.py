@@ -14,8 +14,8 @@ until it has finished. The run must end
                and nothing changed
 
 and each process before with the status that its fault has: 130 or 143 after a signal; 1 on a full disk, with
-the file and the last checkpoint. A process whose Ray cannot start, since the machine is too busy, is started
-again, and counted. No process and no token file is left. Results are added to a file of JSON
+the file and the last checkpoint. A process whose Ray cannot start, as on a busy machine, is started again,
+and counted. No process and no token file is left. Results are added to a file of JSON
 lines; schedules that are there are not played again, unless they were drawn differently. Exit status 1 if a
 schedule ended otherwise; its directory is kept and named.
 
@@ -46,8 +46,8 @@ from benchmarks.chaos_judge import AGENTS_S, WRONG, References, ended, leftovers
 from benchmarks.chaos_run import Play, Server, prepared
 
 Row = dict[str, Any]
-TOO_BUSY, AGAIN = "since the machine is too busy", 5
-"""What a run says whose Ray could not start because of other work; such a process is started again."""
+TOO_BUSY, AGAIN = "Ray cannot start on this machine", 5
+"""What a run says whose Ray could not start, here because of other work; such a process is started again."""
 
 
 def played(play: Play, references: References) -> tuple[Row, list[psutil.Process]]:

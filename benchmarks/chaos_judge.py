@@ -96,7 +96,8 @@ def wrong_refusal(play: Play) -> Iterator[str]:
     """Yield what is wrong with a refused resume: it names a damaged file, and has changed nothing."""
     said = "".join(play.said().split())  # it may have been folded
     names = [part for how in play.damaged for part in how.split(maxsplit=1)[1].split("/")]
-    if not any(name in said for name in names if name != "checkpoints"):
+    is_gone = any(how.startswith("remove checkpoints/") for how in play.damaged)
+    if not any(name in said for name in names if name != "checkpoints" or (is_gone and "isempty" in said)):
         yield "it names no damaged file"
     now = play.content()
     changed = [

@@ -112,6 +112,7 @@ def test_results_of_another_drawing_or_seed_are_not_counted_and_further_files_ar
         (1, ["interrupt"], ["cut clients.parquet/part-1"], "failed: clients.parquet: no", "refused"),
         (1, [], ["flip config.yaml"], "failed: it cannot be read", "WRONG: it names no damaged file"),
         (1, [], ["cut checkpoints/a"], "checkpoints", "WRONG: it names no damaged file"),
+        (1, [], ["remove checkpoints/a"], "run/checkpoints is empty, but rounds.jsonl has rounds", "refused"),
         (3, [], ["flip config.yaml"], "config.yaml", "WRONG: status 3"),
         (0, [], [], "Traceback (most recent call last)", "WRONG: a traceback"),
     ],
