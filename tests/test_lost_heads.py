@@ -64,7 +64,7 @@ def check_end(running: subprocess.Popen[bytes], folder: Path, since: float) -> N
     print(f"{seconds:.1f} s, status {status}\n{said}")  # noqa: T201
     assert status == 1, said
     assert said.count("failed: the head of the Ray cluster at ") == 1
-    assert "did not answer for 20 s" in said and "`fedray resume out`" in said
+    assert "did not answer for 30 s" in said and "`fedray resume out`" in said
     for noise in ("Traceback", "GCS may have been killed", "rpc_client.h"):
         assert noise not in said
 

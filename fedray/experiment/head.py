@@ -14,7 +14,7 @@ from fedray.federation.crew import Head
 
 ASK_EVERY_S = 4.0
 """Seconds between two questions."""
-LOST_S = 20.0
+LOST_S = 30.0
 """Seconds without an answer, after which the head counts as lost; Ray waits 60 s for it."""
 
 
@@ -59,5 +59,5 @@ class ClusterHead(Head):
         self._asked_at = time.monotonic()
 
     def answers(self) -> bool:
-        """Tell whether the head answers within two seconds, and was not lost before."""
+        """Tell whether the head answers within five seconds, and was not lost before."""
         return not self.is_lost and (self.address is None or answers(self.address))

@@ -16,7 +16,7 @@ from fedray.errors import ConfigError, RunError
 
 ASK_S = 5.0
 """Seconds that a cluster has to answer."""
-LOOK_S = 2.0
+LOOK_S = 5.0
 """Seconds that a cluster has to answer to a process that is connected to it."""
 _FORMS = "an address is HOST:PORT, e.g. 127.0.0.1:6379, or ray://HOST:PORT, or auto"
 
@@ -85,7 +85,7 @@ def connected_address() -> str | None:
 
 
 def answers(address: str) -> bool:
-    """Tell whether the GCS at HOST:PORT answers within two seconds; one that refuses our token does."""
+    """Tell whether the GCS at HOST:PORT answers within `LOOK_S`; one that refuses our token does."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2 as messages
