@@ -23,6 +23,9 @@ from typing import Any, BinaryIO
 
 from fedray.errors import ConfigError, RunError
 
+fences: list[Callable[[Path], None]] = []
+"""Each is called with a path before it is written, and raises if another process has taken its directory."""
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -41,6 +44,12 @@ def _opened(path: Path, mode: str, name: str) -> Any:
     if _PRIVATE.fullmatch(name) is None:
         return open(path, mode)
     return open(path, mode, opener=lambda file, flags: os.open(file, flags, 0o600))
+
+
+def pass_fences(path: Path) -> None:
+    """Raise RunError if another process has taken the directory of a file or folder that is to be written."""
+    for fence in fences:
+        fence(path)
 
 
 def local_path(path: str | Path) -> Path:
@@ -115,12 +124,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: if it cannot be written.
     """
+    pass_fences(path)
     partial = path.with_name(f".{path.name}.writing")  # hidden: a reader of the folder passes over it
     try:
         with _opened(partial, "wb", path.name) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        pass_fences(path)  # the block may have taken long
         partial.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -155,6 +166,7 @@ def append(path: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; then a part of the text may be in the file.
     """
+    pass_fences(path)
     is_new = not path.exists()
     with _opened(path, "ab", path.name) as file:
         file.write(text.encode())
@@ -170,6 +182,7 @@ def rename(old: Path, new: Path) -> None:
     Raises:
         OSError: if the system refuses.
     """
+    pass_fences(new)
     old.rename(new)
     sync(new.parent)
 
@@ -180,6 +193,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
     Raises:
         OSError: if the system refuses.
     """
+    pass_fences(folder)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -240,6 +254,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, flush: bool =
     Raises:
         OSError: if it cannot be written; then a part of the first new line may be in the file.
     """
+    pass_fences(path)
     is_new = not path.exists()
     with _opened(path, "ab+", path.name) as file:
         last, end = _last_line(file)
@@ -423,4 +438,5 @@ def keep_newest(paths: Sequence[Path], count: int) -> None:
         OSError: if one cannot be removed.
     """
     for old in paths[count:]:
+        pass_fences(old)
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)

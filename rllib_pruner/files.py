@@ -103,12 +103,16 @@ class TrainFiles:
         Raises:
             RunError: if another line is damaged.
         """
-        rows = durable.read_lines(self.path / "progress.jsonl")
+        advice = "restore it from a copy, or start a new training"
+        try:
+            rows = durable.read_lines(self.path / "progress.jsonl")
+        except RunError as error:
+            raise RunError(f"{error}; {advice}") from error
         for number, row in enumerate(rows, start=1):
             if not all(
                 isinstance(row.get(name), int | float) for name in ("iteration", "env_steps", "score")
             ):
-                raise RunError(f"{self.path / 'progress.jsonl'}, line {number}: not an evaluation")
+                raise RunError(f"{self.path / 'progress.jsonl'}, line {number}: not an evaluation; {advice}")
         return rows
 
     def rewind(self) -> tuple[list[Row], Path | None]:
@@ -173,6 +177,7 @@ class TrainFiles:
             RunError: if the file cannot be written.
         """
         place = self.path / name
+        durable.pass_fences(place)
         with durable.on_disk(place, f"`fedray agent train --resume {shown(self.path)}`"):
             yield place
 

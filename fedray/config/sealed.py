@@ -19,6 +19,9 @@ from fedray.errors import RunError
 NOTE = "# Config of this run. To change a value and resume: fedray resume DIR KEY=VALUE\n"
 """The first line of every such file."""
 
+ADVICE = "put its values back, or restore it from a copy"
+"""What a user can do with a file whose values have changed."""
+
 _SEAL = re.compile(r"^# SHA-256 of the values: ([0-9a-f]{64})$", re.MULTILINE)
 
 
@@ -57,7 +60,7 @@ def load(path: Path) -> Tree:
     """
     problem = fault(path)
     if problem is not None:
-        raise RunError(f"{path}: {problem}")
+        raise RunError(f"{path}: {problem}; {ADVICE}")
     return yaml_text.load(path)
 
 
@@ -76,7 +79,7 @@ def look(path: Path, *, quickly: bool = False) -> Tree:
     text = path.read_text(encoding="utf-8", errors="replace")
     seal = _SEAL.search(text)
     if seal[1] != _digest(tree) if seal is not None else not tree or text.startswith(NOTE[:20]):
-        raise RunError(f"{path}: its values are not those that were written: it was edited, or cut")
+        raise RunError(f"{path}: its values are not those that were written: it was edited, or cut; {ADVICE}")
     return tree
 
 

@@ -7,6 +7,7 @@ From then on the run's rounds, bytes and totals are those of its parent up to th
 What it spent itself before stands in `spent`, so that the compute of several runs can be added up.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedray.errors import RunError
 from fedray.records import Records, Shape
 from fedray.storage import checkpoint as stored
 from fedray.storage.directory import Lock
-from fedray.storage.run_files import RunFiles
+from fedray.storage.run_files import RESULT, RunFiles
 
 LINEAGE = "lineage.jsonl"
 """File of a run that was forked: its parents."""
@@ -40,6 +41,8 @@ _LINES = Records(
 
 MOVED = ("checkpoints", "rounds.jsonl", "clients.parquet", "mlflow.json", "warnings.txt", "client_errors.txt")
 """What a fork sets aside: the run's own past, and its run in MLflow, which has other rounds."""
+
+_PAST = re.compile(r"before-([0-9]{6,18})")
 
 COPIED = "clients.parquet"
 
@@ -73,9 +76,18 @@ def lineage(run: Path) -> list[Tree]:
     """Return the forks of a run, in order.
 
     Raises:
-        RunError: if the file is damaged.
+        RunError: if the file is damaged, or a fork is missing in it.
     """
-    return _LINES.read(run)
+    forks = _LINES.read(run)
+    sets_aside = {int(found[1]) for past in run.glob("before-*") if (found := _PAST.fullmatch(past.name))}
+    missing = sorted(sets_aside - {entry["round"] for entry in forks})
+    # a process that died in a fork leaves the newest without its line: the next call does the rest
+    if len(missing) > 1 or (missing and (missing[0] < max(sets_aside) or (run / RESULT).exists())):
+        raise RunError(
+            f"{run / LINEAGE}: is damaged: the fork after round {missing[0]} is missing; restore it from a "
+            f"copy, {_LINES.otherwise}"
+        )
+    return forks
 
 
 def spent(run: Path) -> dict[str, float]:

@@ -97,7 +97,10 @@ def check_origin(files: RunFiles, found: Stored, config: RunConfig, layout: Layo
     other = difference(found.checkpoint.state.params.layout, layout)
     problem = _shown(changed) or (f"the model is another one: {other}" if other else "")
     if problem:
-        raise RunError(f"{shown(files.path)} cannot be resumed: {problem} ({found.path.name})")
+        raise RunError(
+            f"{shown(files.path)} cannot be resumed: {problem} ({found.path.name}); put config.yaml's "
+            "values back, or restore the files from a copy"
+        )
 
 
 def check_rounds(found: Stored, config: RunConfig) -> None:

@@ -17,7 +17,15 @@ from fedray.config import yaml_text
 from fedray.config.trees import flatten
 from fedray.durable import scan_text, shown
 from fedray.errors import FedrayError, RunError
-from fedray.report.reading import check_rounds, find_runs, is_round, newest_saved, read_config, read_result
+from fedray.report.reading import (
+    advising,
+    check_rounds,
+    find_runs,
+    is_round,
+    newest_saved,
+    read_config,
+    read_result,
+)
 from fedray.storage.directory import Holder, holder_of
 
 Status = Literal["running", "finished", "stopped", "failed", "interrupted", "damaged"]
@@ -143,11 +151,12 @@ def summary(path: Path, name: str | None = None) -> Summary:
     metrics: dict[str, Any] = {}
     round: int | None = None
     try:
-        config = read_config(path, quickly=True)
-        least = newest_saved(path)
-        round, metrics = last_rounds(path / "rounds.jsonl")
-        result = read_result(path)
-        check_rounds(path, -1 if round is None else round, least, result)
+        with advising(path):
+            config = read_config(path, quickly=True)
+            least = newest_saved(path)
+            round, metrics = last_rounds(path / "rounds.jsonl")
+            result = read_result(path)
+            check_rounds(path, -1 if round is None else round, least, result)
     except (FedrayError, OSError) as error:
         problem = str(error)
     holder = holder_of(path)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedray.durable import as_mapping, read_mapping, replace_folder
+from fedray.durable import as_mapping, pass_fences, read_mapping, replace_folder
 from fedray.errors import ConfigError, RunError
 from fedray.policies.network import Network
 
@@ -140,6 +140,7 @@ def save(network: Network, folder: Path, about: Mapping[str, Any]) -> None:
         about: the fields of `PolicyInterface`, `algorithm` (dqn or ppo), and any more. `save` adds the
             format, the versions of Ray and torch unless it has them, and the digest of the network's file.
     """
+    pass_fences(folder)
     partial = folder.with_name(f".{folder.name}.writing")
     rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -9,8 +9,8 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import nan
@@ -84,7 +84,8 @@ class RunData:
         missing = missing_rows(self.path)
         if missing is not None:
             raise RunError(missing)
-        return read_table(self.path / "clients.parquet")
+        with advising(self.path):
+            return read_table(self.path / "clients.parquet")
 
     @property
     def finished(self) -> bool:
@@ -117,6 +118,23 @@ class RunData:
         return nan if value is None else float(value)
 
 
+@contextmanager
+def advising(folder: Path) -> Iterator[None]:
+    """Let errors of the files of a run say what mends them.
+
+    Raises:
+        RunError: an error of the block, with what to do.
+    """
+    try:
+        yield
+    except RunError as error:
+        text = str(error)
+        if "fedray resume" in text or "restore" in text:
+            raise
+        advice = f"`fedray resume {shown(folder)}` mends what it can; otherwise restore it from a copy"
+        raise RunError(f"{text}; {advice}") from error
+
+
 def load_run(path: str | Path) -> RunData:
     """Read a run's directory, be the run finished or not.
 
@@ -125,6 +143,11 @@ def load_run(path: str | Path) -> RunData:
         RunError: if a file is damaged, or rounds are missing; a torn last line of `rounds.jsonl` is left out.
     """
     folder = local_path(path)
+    with advising(folder):
+        return _loaded(folder)
+
+
+def _loaded(folder: Path) -> RunData:
     config = read_config(folder) if _has_config(folder) else {}
     least = newest_saved(folder)  # before the rounds are read: the run may be running
     rounds = _read_rounds(folder / "rounds.jsonl")

@@ -154,7 +154,10 @@ def read(path: Path) -> Stored:
     except (IsADirectoryError, FileNotFoundError) as error:
         raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise RunError(
+            f"{path}: cannot be read: {error.strerror or error}; restore it from a copy, or move it "
+            "elsewhere: then the checkpoint before it is used"
+        ) from error
     except Unreadable as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     except _MALFORMED as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedray.durable import on_disk, shown
+from fedray.durable import fences, on_disk, shown
 from fedray.errors import ConfigError, RunError
 from fedray.storage import heartbeat
 
@@ -171,10 +171,8 @@ class Lock:
             # a POSIX lock is the process's: it grants a second one, and the first close ends both
             if self._key in _held:
                 return _described(_held[self._key].who)
-            try:
+            with on_disk(self.path):
                 file = FileIO(self.path / LOCK, "a+")
-            except OSError as error:
-                raise RunError(f"{self.path}: cannot be written: {error.strerror or error}") from error
             holder = self._holder(file)
             if holder is not None:
                 file.close()
@@ -230,12 +228,26 @@ def check_held(path: Path) -> None:
         RunError: with the other process.
     """
     mine = _held.get(_key(path))
-    taken_by = mine.beats.taken_by if mine is not None else None
+    taken_by = mine.beats.taken() if mine is not None else None
     if taken_by is not None:
         raise RunError(
             f"{shown(path)}: {_described(taken_by)} has taken it over, since this process gave no sign of "
             f"life for {heartbeat.SILENT_S:.0f} s; nothing more is written"
         )
+
+
+def _check_above(path: Path) -> None:
+    """Refuse to write a file of a run, a sweep or a training that another process took from this one.
+
+    Raises:
+        RunError: as `check_held`.
+    """
+    if any(held.beats.taken() is not None for held in tuple(_held.values())):
+        for folder in path.absolute().parents:
+            check_held(folder)
+
+
+fences.append(_check_above)
 
 
 def _key(path: Path) -> tuple[int, str]:

@@ -10,6 +10,7 @@ from fedray.data import DATASETS
 from fedray.durable import local_path, shown
 from fedray.errors import RunError
 from fedray.parquet import read_table
+from fedray.report.reading import advising
 from fedray.storage.run_files import MODEL, SHA256, RunFiles
 from fedray.types import Layout, Params
 
@@ -31,7 +32,8 @@ def load_model(path: str | Path, *, trust: bool = False) -> Any:
         raise RunError(f"{folder}: no model.safetensors: the run is not finished; fedray resume {folder}")
     with trusting(trust), recorded(IMPORTED.read(files.path)):
         config = RunConfig.from_tree(files.read_config(), str(files.path / "config.yaml"))
-    return load_module(config, files).eval()
+    with advising(files.path):
+        return load_module(config, files).eval()
 
 
 def damage_of(config: RunConfig, files: RunFiles, result: Mapping[str, Any]) -> str | None:

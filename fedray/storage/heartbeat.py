@@ -149,6 +149,7 @@ class Beats:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.taken_by: dict[str, Any] | None = None
         """The process that took the lock from this one, which was silent for too long."""
+        self._beat_at = time.monotonic()
         self._thread.start()
 
     def sign(self) -> None:
@@ -157,6 +158,15 @@ class Beats:
         if found is not None and found.get("id") == self._who["id"]:
             sign(self._file, self._who)
 
+    def taken(self) -> dict[str, Any] | None:
+        """Return the process that took the lock from this one, if any; it looks if the last beat is old.
+
+        A process that was suspended may come here before its thread beats.
+        """
+        if time.monotonic() - self._beat_at > 2 * BEAT_S and not self._ended.is_set():
+            self._look()
+        return self.taken_by
+
     def stop(self) -> None:
         """End the thread."""
         self._ended.set()
@@ -164,9 +174,14 @@ class Beats:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            found = signed(self._file)
-            if found is not None and found.get("id") != self._who["id"]:
-                self.taken_by = found
+            self._look()
+            if self.taken_by is not None:
                 return
             with suppress(OSError):  # the file system may be away for a while
                 os.utime(self._file.fileno())
+
+    def _look(self) -> None:
+        found = signed(self._file)
+        if found is not None and found.get("id") != self._who["id"]:
+            self.taken_by = found
+        self._beat_at = time.monotonic()

@@ -9,11 +9,11 @@ from typing import Any
 
 from fedray.config.schedulers import Asha, Fifo, HyperBand, Median, Pbt
 from fedray.config.tune_config import first_rung
-from fedray.durable import append_lines, as_lines, on_disk, replace, scan_lines
+from fedray.durable import append_lines, as_lines, replace, scan_lines
 from fedray.records import Records, Shape
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.drawing import mutations_of
-from fedray.sweeps.outcome import STOP_RECORD, STOPPED, status_of
+from fedray.sweeps.outcome import STOP_RECORD, STOPPED, status_of, writing
 from fedray.sweeps.perturbing import recorded
 from fedray.sweeps.space import Sweep
 from fedray.sweeps.tune import import_tune
@@ -135,7 +135,7 @@ def _cut_damage(journal: Path) -> None:
         lines, problem = sound, f"{journal}, line {len(sound) + 1}: is damaged: {fault}"
     if problem is not None:
         logger.warning("%s; the reports from there on are judged again", problem)
-        with on_disk(journal):
+        with writing(journal):
             replace(journal, as_lines(lines))
 
 
@@ -151,7 +151,8 @@ def _add_finished(path: Path, places: Mapping[str, Path], metric: str) -> None:
         if status_of(place) == "finished":
             judged = last_judged(path, name)
             more = [line for line in rounds_of(place) if judged is None or line["round"] > judged]
-            append_lines(path / JUDGED, [_entry(name, line, metric) for line in more if metric in line])
+            with writing(path / JUDGED):
+                append_lines(path / JUDGED, [_entry(name, line, metric) for line in more if metric in line])
 
 
 def _entry(name: str, line: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -171,4 +172,5 @@ def _write_anew(journal: Path, places: Mapping[str, Path], metric: str) -> None:
         rounds = [line for line in rounds if metric in line]
         for line in rounds if status in ("finished", "stopped") else rounds[:-1]:
             found.append((line["round"], number, _entry(name, line, metric)))
-    append_lines(journal, [entry for _, _, entry in sorted(found, key=lambda item: item[:2])])
+    with writing(journal):
+        append_lines(journal, [entry for _, _, entry in sorted(found, key=lambda item: item[:2])])

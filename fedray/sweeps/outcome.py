@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -63,6 +64,15 @@ class Trial:
     path: Path
     status: Status
     error: str | None = None
+
+
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Return a context that turns an OSError of a write into a RunError that says how to resume the sweep.
+
+    Args:
+        path: a file in the directory of the sweep.
+    """
+    return on_disk(path, lambda: f"`fedray resume {shown(path.parent)}` continues with the other trials")
 
 
 def status_of(place: Path) -> Status:
@@ -260,7 +270,7 @@ def record_best(path: Path, best: Best, metric: str) -> dict[str, Any]:
     if lineage(first.path):
         note += "# Its options changed in the run (lineage.jsonl of the trial); these are the last ones.\n"
         tree = RunFiles(first.path).read_config()
-    with on_disk(path / BEST):
+    with writing(path / BEST):
         replace_file(path / BEST, f"{note}{yaml_text.dump(tree)}".encode())
     numbers = {
         "trials": [trial.point.name for trial in best.trials],

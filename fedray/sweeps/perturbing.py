@@ -15,6 +15,7 @@ from fedray.durable import append_lines
 from fedray.errors import ConfigError, RunError
 from fedray.experiment.forking import fork, keep, lineage
 from fedray.records import Records, Shape
+from fedray.sweeps.outcome import writing
 
 if TYPE_CHECKING:
     from fedray.sweeps.pbt import Exploit
@@ -51,7 +52,8 @@ def recorded(path: Path, base: RunConfig, round: int, drawn: "list[Exploit]") ->
             return [Exploit(one["trial"], one["from"], one["changes"]) for one in line["exploits"]]
     held = [exploit for exploit in drawn if _holds(path, base, round, exploit)]
     lines = [{"trial": one.trial, "from": one.parent, "changes": one.changes} for one in held]
-    append_lines(path / PERTURBED, [{"round": round, "exploits": lines}])
+    with writing(path / PERTURBED):
+        append_lines(path / PERTURBED, [{"round": round, "exploits": lines}])
     for old in (path / FORKS).glob("*"):  # all trials have gone on from it
         if int(old.name) < round:
             shutil.rmtree(old, ignore_errors=True)

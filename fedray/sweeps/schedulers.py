@@ -25,6 +25,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from fedray import durable
 from fedray.comparing import worth
+from fedray.sweeps.outcome import writing
 from fedray.sweeps.tune import ASKS
 from fedray.types import Direction
 
@@ -155,7 +156,8 @@ class Journal:
     def add(self, name: str, **what: Any) -> None:
         """Add a line."""
         if self.path is not None:
-            durable.append_lines(self.path, [{"trial": name, **what}])
+            with writing(self.path):
+                durable.append_lines(self.path, [{"trial": name, **what}])
 
     def keep(self, names: Iterable[str]) -> list[dict[str, Any]]:
         """Return the lines of some trials; those of others are removed: their directories are gone."""
@@ -166,7 +168,8 @@ class Journal:
             logger.warning("%s; the reports after it are judged again", problem)
         own = [line for line in lines if line["trial"] in kept]
         if self.path.exists():  # also without a torn last line, to which the next would be added
-            durable.replace(self.path, durable.as_lines(own))
+            with writing(self.path):
+                durable.replace(self.path, durable.as_lines(own))
         return own
 
 

@@ -60,3 +60,8 @@ class Budget:
         if self.limit_s is not None or self.before_s:
             self._noted = self.spent_s
             self.files.write_json(SPENT, {"spent_s": round(self._noted, 3)})
+
+
+def lacks_note(path: Path, limit_s: float | None) -> bool:
+    """Tell whether a sweep with a time budget whose trials have made rounds has no note of the time spent."""
+    return limit_s is not None and not (path / SPENT).exists() and any(path.glob("trials/*/rounds.jsonl"))

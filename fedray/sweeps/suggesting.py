@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 
 from fedray.config.overrides import override_tree
 from fedray.config.trees import Tree
-from fedray.durable import append_lines, as_lines, on_disk, replace
+from fedray.durable import append_lines, as_lines, replace
 from fedray.errors import ConfigError, DataError, RunError
 from fedray.records import Records, Shape
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.drawing import with_seeds
-from fedray.sweeps.outcome import STOP_RECORD, status_of
+from fedray.sweeps.outcome import STOP_RECORD, status_of, writing
 from fedray.sweeps.searchers import Proposer, Told, worst
 from fedray.sweeps.space import Point, Sweep, point_of
 
@@ -221,7 +221,7 @@ class Suggestions:
         return self.suggested[number]
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        with on_disk(self.file):
+        with writing(self.file):
             append_lines(self.file, [line])
 
     def _replay(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -342,7 +342,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     file, lines = path / POINTS, SUGGESTED.read(path)
     whole = as_lines(lines)
     if file.exists() and file.read_bytes() != whole:
-        with on_disk(file):
+        with writing(file):
             replace(file, whole)
     return lines
 

@@ -47,7 +47,7 @@ from fedray.sweeps.outcome import (
 )
 from fedray.sweeps.searchers import proposer
 from fedray.sweeps.space import OnPoint, Point, Sweep
-from fedray.sweeps.stopping import Budget
+from fedray.sweeps.stopping import SPENT, Budget, lacks_note
 from fedray.sweeps.suggesting import Suggestions, Trees, is_open, now, search_ended
 from fedray.sweeps.trial import Job, entries_of, trial
 from fedray.sweeps.tune import fit, import_tune, room
@@ -180,6 +180,8 @@ def resume_sweep(
     place, address = brought(path, {} if plan is None else {"storage": plan.configs[0].storage})
     plan = plan or load_sweep(place)
     with Lock(place, "sweep"), published(place, address) as publish:
+        if lacks_note(place, plan.tune.time_budget_s):
+            logger.warning("%s: is missing: the time budget begins anew", place / SPENT)
         if Budget(place, plan.tune.time_budget_s).left_s <= 0 and _is_left(plan, place):
             spent = Budget(place, None).spent_s
             raise ConfigError(
@@ -249,14 +251,13 @@ def _run_all(
         budget = Budget(path, plan.tune.time_budget_s)
         judge = judge_of(plan, path, lambda: stop.signal is not None or budget.is_over, disk.mirror)
         waiting = _waiting(plan, path)
-        errors = (
-            _run_tracked(plan, waiting, disk, on_round, stop, judge, budget, publish)
-            if _is_left(plan, path) or _lacks_outcome(plan, path)
-            else {}
-        )
+        is_done = not (_is_left(plan, path) or _lacks_outcome(plan, path))
+        errors = {} if is_done else _run_tracked(plan, waiting, disk, on_round, stop, judge, budget, publish)
     plan = now(plan, path)
     _publish_trials(plan, disk)
     result = _result(plan, path, errors)
+    if is_done:
+        _record_best(plan, path, result)  # the files may have been damaged since
     if budget.is_over and _is_left(plan, path):
         result = replace(result, ended=f"the time budget of {plan.tune.time_budget_s:g} s is spent")
     return result
@@ -488,16 +489,20 @@ def _record_outcomes(plan: Sweep, path: Path, tracking: Tracking, early: RunStat
     became: Counter[Status] = Counter(status_of(_trial_path(path, point)) for point in plan.points)
     is_done = became["finished"] + became["stopped"] == len(plan.points) and not is_open(plan, path)
     status: RunStatus = "FINISHED" if is_done else early or "FAILED"
-    result = _result(plan, path, {})
-    if result.best is not None:
-        record_best(path, result.best, plan.tune.metric)
-        record_pareto(path, result)
+    _record_best(plan, path, _result(plan, path, {}))
     assert tracking.store is not None
     if finish_sweep(tracking.store, tracking.parent, status, path, became):
         RunFiles(path).write_json(TRACKED.name, {"run_id": tracking.parent, "is_complete": True})
     if early is not None:
         how = "interrupted" if early == "KILLED" else "failed"
         logger.warning("%s; `fedray resume %s` continues with the trials that are missing", how, shown(path))
+
+
+def _record_best(plan: Sweep, path: Path, result: SweepResult) -> None:
+    """Write the best point of a sweep and its Pareto set, if it has any."""
+    if result.best is not None:
+        record_best(path, result.best, plan.tune.metric)
+        record_pareto(path, result)
 
 
 def _record_stop(place: Path) -> None:

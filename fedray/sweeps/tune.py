@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedray.durable import replace
+from fedray.durable import FULL, on_disk, replace, shown
 from fedray.errors import FedrayError, RunError, without_secrets
 from fedray.experiment.cluster import leave_ray
 from fedray.experiment.head import ClusterHead
@@ -119,6 +119,11 @@ def fit(
     on_ending(False)
     try:
         results = _unless_late(tuner.fit, stop)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        with on_disk(folder, f"`fedray resume {shown(folder.parent)}` continues with the other trials"):
+            raise
     finally:
         ask_to_end(folder.parent, False)
         on_ending(False)
@@ -227,8 +232,11 @@ def attempt(body: Body, name: str, place: Path) -> None:
     except Asked:
         return  # in good order; when Tune stops a trial, it raises another SystemExit, and awaits it
     except Exception as error:
-        place.mkdir(parents=True, exist_ok=True)
-        replace(kept, without_secrets(traceback.format_exc()).encode())
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            replace(kept, without_secrets(traceback.format_exc()).encode())
+        except OSError:  # a full disk, perhaps also the cause
+            raise RunError(described(error)) from None
         raise RunError(f"{described(error)}; traceback in {kept}") from None
 
 

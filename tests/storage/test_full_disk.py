@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 
 import fedray
+from fedray.config import sealed
 from fedray.errors import RunError
 from fedray.experiment.run import resume, run
+from fedray.sweeps.space import Sweep
 from fedray.sweeps.sync import sync
 from fedray.types import RoundReport
 from tests.experiment import tiny
 
 MIB = 2**20
+
+SWEEP = {
+    "base": tiny.TREE | {"rounds": 1},
+    "space": {"method.lr": {"grid": [0.1, 0.2]}},
+}
 
 
 @pytest.fixture
@@ -102,3 +109,87 @@ def test_a_store_on_a_full_disk_costs_the_run_nothing_and_is_brought_up_later(
     assert max(Counter(points).values()) == 1 and {step for _, step in points} == set(range(7))
     assert status == [("FINISHED",)]
     assert fedray.load_model(tmp_path / "run") is not None
+
+
+# ── sweeps and trainings
+# ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def full(path: Path, advice: str) -> str:
+    """Return the pattern of the message on a file of a full disk."""
+    return rf"^{path}: cannot be written: No space left on device; free space, then `{advice}"
+
+
+def test_the_files_of_a_sweep_on_a_full_disk_are_named_and_it_is_resumable(disk: Path) -> None:
+    """The driver's own files; a trial is a run."""
+    from fedray.durable import append_lines, read_lines
+    from fedray.sweeps.outcome import record_best
+    from fedray.sweeps.perturbing import PERTURBED, recorded
+    from fedray.sweeps.schedulers import Journal
+    from fedray.sweeps.stopping import Budget
+    from fedray.sweeps.sweep import _result, _written, resume_sweep
+
+    plan = Sweep.read(SWEEP, "x.yaml", "x", {})
+    place = disk / "sweep"
+    for point in plan.points:
+        run(point.config, out=place / "trials" / point.name)
+    sealed.write(place / "sweep.yaml", _written(plan))
+    best = _result(plan, place, {}).best
+    assert best is not None
+    journal, budget = Journal(place / "judged.jsonl"), Budget(place, 100.0)
+    journal.add("00", round=1, value=0.5)
+    append_lines(place / PERTURBED, [{"round": 0, "exploits": []}])
+    files = {
+        "judged.jsonl": lambda: journal.add("x" * 10_000, round=2, value=0.5),
+        "best.yaml": lambda: record_best(place, best, "val/accuracy"),
+        "spent.json": budget.note,
+    }
+    fill(disk)
+    for name, write in files.items():
+        with pytest.raises(RunError, match=full(place / name, f"fedray resume {place}`")):
+            write()
+    with pytest.raises(RunError, match=full(place / PERTURBED, f"fedray resume {place}`")):
+        for round in range(1, 200):  # a line may fit into the last block of the file
+            recorded(place, plan.points[0].config, round, [])
+    (disk / "filler").unlink()
+    assert [line["trial"] for line in read_lines(place / "judged.jsonl")] == ["00"]
+    made = resume_sweep(place)
+    assert made.best == best and (place / "best.yaml").exists()
+
+
+def test_a_trial_without_room_for_its_traceback_tells_its_error(disk: Path) -> None:
+    from fedray.sweeps.tune import attempt
+
+    def body(name: str) -> None:
+        fill(disk)
+        raise RunError("no room for trial " + name)
+
+    with pytest.raises(RunError, match="no room for trial a"):
+        attempt(body, "a", disk / "trial")
+
+
+def test_a_training_on_a_full_disk_names_the_file_and_continues_from_the_last_evaluation(disk: Path) -> None:
+    from rllib_pruner.config import TrainConfig
+    from rllib_pruner.files import TrainFiles
+
+    class Learner:
+        def save_to_path(self, path: str) -> None:
+            Path(path).mkdir()
+            (Path(path) / "state").write_bytes(bytes(50_000))
+
+    files = TrainFiles.create(disk / "training", TrainConfig.from_tree({}))
+    row = {"iteration": 1, "env_steps": 10.0, "score": 0.5}
+    files.save(Learner(), 1)
+    files.append(row)
+    fill(disk, 20_000)
+    advice = f"fedray agent train --resume {files.path}`"
+    with pytest.raises(RunError, match=full(files.path / "checkpoints/iteration-000002", advice)):
+        files.save(Learner(), 2)
+    (disk / "filler").unlink()
+    fill(disk)
+    with pytest.raises(RunError, match=full(files.path / "progress.jsonl", advice)):
+        for _ in range(200):  # a line may fit into the last block of the file
+            files.append(row | {"iteration": 2})
+    (disk / "filler").unlink()
+    rows, checkpoint = TrainFiles.open(files.path).rewind()
+    assert rows == [row] and checkpoint == files.path / "checkpoints" / "iteration-000001"

@@ -11,7 +11,7 @@ from fedray.experiment.run import resume, run
 from fedray.report.reading import load_run
 from fedray.storage.run_files import RunFiles
 from fedray.sweeps.outcome import status_of
-from fedray.sweeps.stopping import SPENT, Budget
+from fedray.sweeps.stopping import SPENT, Budget, lacks_note
 from tests.experiment.tiny import config, ending, figures
 
 
@@ -75,3 +75,13 @@ def test_without_a_budget_nothing_is_written(tmp_path):
     assert not budget.check(1)
     budget.note()
     assert not (tmp_path / SPENT).exists()
+
+
+def test_a_missing_note_of_the_time_spent_is_noticed_once_a_trial_has_made_rounds(tmp_path):
+    assert not lacks_note(tmp_path, 10.0)
+    trial = tmp_path / "trials" / "00"
+    trial.mkdir(parents=True)
+    (trial / "rounds.jsonl").touch()
+    assert lacks_note(tmp_path, 10.0) and not lacks_note(tmp_path, None)
+    Budget(tmp_path, 10.0).note()
+    assert not lacks_note(tmp_path, 10.0)
