@@ -209,7 +209,9 @@ def _tables_of_names() -> str:
         (
             f"`{name}`",
             "×".join(map(str, spec.input_shape)),
-            f"{spec.train_examples:,} + {spec.test_examples:,}",
+            f"{spec.train_examples:,} + {spec.test_examples:,}"
+            if spec.train_examples
+            else "as the files have",
             str(spec.num_classes),
             spec.files or "embedded in a library",
         )

@@ -125,14 +125,18 @@ def datasets(imports: Import = None) -> None:
         shape = "×".join(map(str, spec.input_shape))
         table.add_row(
             name,
-            f"{spec.train_examples:,}",
-            f"{spec.test_examples:,}",
+            _count(spec.train_examples),
+            _count(spec.test_examples),
             shape,
             str(spec.num_classes),
             spec.files or "embedded",
             spec.source,
         )
     out.print(table)
+
+
+def _count(examples: int | None) -> str:
+    return "by files" if examples is None else f"{examples:,}"
 
 
 @app.command()

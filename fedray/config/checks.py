@@ -11,8 +11,8 @@ from fedray.costs import devices
 from fedray.costs.differences import DeltaCodec
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, DatasetSpec
-from fedray.data.datasets import set_aside
 from fedray.data.partition import Bootstrap
+from fedray.data.splits import set_aside
 from fedray.errors import ConfigError, FedrayError, unknown
 from fedray.federation.density import cannot_start
 from fedray.federation.method import Setting
@@ -126,7 +126,10 @@ def _data(config: "RunConfig") -> Iterator[Problem]:
         )
         return
     asides = (data.validation_fraction, data.server_fraction)
-    left = spec.train_examples - sum(set_aside(fraction, spec.train_examples) for fraction in asides)
+    if spec.train_examples is None:  # known once the files are read
+        left = population
+    else:
+        left = spec.train_examples - sum(set_aside(fraction, spec.train_examples) for fraction in asides)
     if population > left and not isinstance(data.partition.options, Bootstrap):
         yield (
             "clients.population",
@@ -137,7 +140,7 @@ def _data(config: "RunConfig") -> Iterator[Problem]:
         natural = sorted(name for name, other in DATASETS.items() if other.has_writers)
         yield (
             "data.partition.kind",
-            f"natural: {data.name} does not name the writers of its examples; {', '.join(natural)} does",
+            f"natural: {data.name} does not name the writers of its examples; these do: {', '.join(natural)}",
         )
 
 

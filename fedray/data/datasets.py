@@ -1,8 +1,9 @@
-"""Data sets of any shape; digits, MNIST, Fashion-MNIST and CIFAR-10 come with the package.
+"""Data sets of any shape. The package has loaders of eight; only the digits come with it.
 
-Examples stay as they were loaded (pixels: uint8) until a client takes its rows: `Dataset.normalise`. Files of
-the four are read as torchvision lays them out, zipped or not; CIFAR-10 also from lossless mosaics: see
-`files`. torchvision downloads missing ones.
+Examples stay as they were loaded (pixels: uint8) until a client takes its rows: `Dataset.normalise`. MNIST,
+Fashion-MNIST, CIFAR-10 and CIFAR-100 are read as torchvision lays them out, which downloads missing ones;
+CIFAR-10 also from lossless mosaics: see `files`. FEMNIST and Shakespeare are read as LEAF writes them: see
+`leaf`. Nothing downloads these two and Tiny ImageNet.
 """
 
 from collections.abc import Callable
@@ -23,13 +24,20 @@ from fedray.data.files import (
     cache,
     download,
     read_batches,
+    read_cifar100,
     read_idx,
     read_mosaics,
+    read_tiny_imagenet,
     read_writers,
     zipped_or_not,
 )
-from fedray.errors import ConfigError, DataError
+from fedray.data.leaf import LETTERS, read_femnist, read_shakespeare
+from fedray.errors import DataError
 
+Content = tuple[Labelled, Labelled, Indices | None]
+"""Training examples, test examples, and the writer of each training example where it is known."""
+
+DIGITS_TRAIN = 1437
 DIGITS = Path(__file__).with_name("digits.npz")
 """The images that scikit-learn has too, where loading them takes an import of seconds."""
 
@@ -134,8 +142,8 @@ class DatasetSpec:
             Raises DataError for files that are missing, unreadable or do not fit each other.
         input_shape: as in Dataset.
         num_classes: number of labels.
-        train_examples: in the published set.
-        test_examples: in the published set.
+        train_examples: in the published set; None where the options of its scripts decide it.
+        test_examples: as `train_examples`.
         tokens: as in Dataset.
         check: `check(root)` raises DataError at once if `root` cannot be loaded from.
         mean: of the published training set, as in Dataset.
@@ -148,8 +156,8 @@ class DatasetSpec:
     load: Callable[[Path | None], Dataset]
     input_shape: tuple[int, ...]
     num_classes: int
-    train_examples: int
-    test_examples: int
+    train_examples: int | None
+    test_examples: int | None
     tokens: int = 0
     check: Callable[[Path | None], None] = _no_check
     mean: tuple[float, ...] = ()
@@ -166,7 +174,7 @@ def _load_digits(root: Path | None) -> Dataset:
     x = np.rint(images[:, None] * (255 / 16)).astype(np.uint8)
     # numpy froze the stream of RandomState, not that of Generator: so this split never changes
     order = np.random.RandomState(0).permutation(len(x))
-    train, test = np.split(order, [DATASETS["digits"].train_examples])
+    train, test = np.split(order, [DIGITS_TRAIN])
     return _dataset("digits", (x[train], labels[train]), (x[test], labels[test]), DIGITS.name)
 
 
@@ -197,6 +205,13 @@ def _load_cifar10(root: Path | None) -> Dataset:
     return _dataset("cifar10", train, test, str(batches), warnings=(warning,) if changed else ())
 
 
+def _load_files(name: str, read: Callable[[Path], Content], root: Path | None) -> Dataset:
+    """Load a data set whose files one function reads."""
+    root = _root(name, root)
+    train, test, writers = read(root)
+    return _dataset(name, train, test, str(root), writers)
+
+
 def _load_mosaics(folder: Path) -> Dataset:
     """Load CIFAR-10 from `train_NN.webp` and `test_NN.webp`, 1,000 images each, and `labels.npz`."""
     train, test = read_mosaics(folder)
@@ -211,7 +226,7 @@ def _check(name: str, root: Path | None) -> None:
     if root is not None and not root.expanduser().is_dir():
         raise DataError(
             f"data.root: {str(root)!r} is not a folder; {name} needs one with {DATASETS[name].files}. "
-            f"Change data.root, or leave it out to download into {cache()}"
+            f"Change data.root, or leave it out for {cache()}"
         )
 
 
@@ -243,83 +258,16 @@ def _dataset(
                 f"{spec.num_classes - 1}; change data.root"
             )
     found, published = (len(train[1]), len(test[1])), (spec.train_examples, spec.test_examples)
-    if found != published:
+    if None not in published and found != published:
         warnings += (
             f"{name}: {where} has {found[0]:,} train and {found[1]:,} test examples, "
             f"the published set {published[0]:,} and {published[1]:,}",
         )
     parts = [Examples(np.ascontiguousarray(x), y.astype(np.int64)) for x, y in (train, test)]
-    shape, mean, std = spec.input_shape, spec.mean, spec.std
-    return Dataset(name, parts[0], parts[1], spec.num_classes, shape, mean, std, writers, warnings)
-
-
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """Rows of `Dataset.train` (int64, ascending): disjoint, and together all of them.
-
-    Args:
-        train: rows of the clients.
-        validation: rows that `val/…` is measured on.
-        server: rows of the server.
-    """
-
-    train: Indices
-    validation: Indices
-    server: Indices
-
-
-def set_aside(fraction: float, examples: int) -> int:
-    """Return the number of examples in a fraction of them, rounded; at least 1 for a fraction above 0."""
-    return max(round(fraction * examples), int(fraction > 0))
-
-
-def split(
-    dataset: Dataset, validation_fraction: float, server_fraction: float, rng: np.random.Generator
-) -> Splits:
-    """Set validation and server data aside, stratified by class; `dataset.test` is not read.
-
-    The totals are the fractions of `dataset.train`, rounded (at least 1 where a fraction is > 0). Each class
-    gives its share rounded down; the rest comes from the classes with the largest remainders.
-
-    Args:
-        dataset: whose training rows are split.
-        validation_fraction: of the training rows, in [0, 1).
-        server_fraction: of the training rows, in [0, 1).
-        rng: draws the rows of a class.
-
-    Raises:
-        ConfigError: if a fraction is negative or the two leave nothing to train on.
-    """
-    y = dataset.train.y
-    totals = [set_aside(fraction, len(y)) for fraction in (validation_fraction, server_fraction)]
-    if min(validation_fraction, server_fraction) < 0 or sum(totals) >= len(y):
-        raise ConfigError(
-            f"data.validation_fraction={validation_fraction} and data.server_fraction={server_fraction} "
-            f"leave no client any of the {len(y):,} training examples; both must be ≥ 0, their sum below 1"
-        )
-    _, class_of, class_sizes = np.unique(y, return_inverse=True, return_counts=True)
-    of_validation = _shares(class_sizes, totals[0], class_sizes)
-    of_server = _shares(class_sizes, totals[1], class_sizes - of_validation)
-
-    shuffled = rng.permutation(len(y))
-    by_class = shuffled[np.argsort(class_of[shuffled], kind="stable")]  # rows of class 0, of class 1, …
-    class_starts = np.cumsum(class_sizes) - class_sizes
-    rank = np.arange(len(y)) - np.repeat(class_starts, class_sizes)  # 0, 1, … within each class
-    validation_end = np.repeat(of_validation, class_sizes)
-    server_end = np.repeat(of_validation + of_server, class_sizes)
-    part = np.where(rank < validation_end, 1, np.where(rank < server_end, 2, 0))
-    return Splits(*(np.sort(by_class[part == i]) for i in range(3)))
-
-
-def _shares(sizes: Indices, total: int, room: Indices) -> Indices:
-    """Apportion `total` ≤ room.sum() in proportion to `sizes` by largest remainder, within `room`."""
-    quota = sizes * (total / sizes.sum())
-    counts: Indices = np.minimum(np.floor(quota).astype(np.int64), room)
-    while (missing := total - int(counts.sum())) > 0:
-        open_classes = np.flatnonzero(counts < room)
-        neediest = np.argsort(-(quota - counts)[open_classes], kind="stable")
-        counts[open_classes[neediest[:missing]]] += 1
-    return counts
+    shape, mean, std, tokens = spec.input_shape, spec.mean, spec.std, spec.tokens
+    return Dataset(
+        name, parts[0], parts[1], spec.num_classes, shape, mean, std, writers, warnings, tokens=tokens
+    )
 
 
 def _idx_files(folder: str) -> str:
@@ -331,7 +279,7 @@ DATASETS: dict[str, DatasetSpec] = {
         load=_load_digits,
         input_shape=(1, 8, 8),
         num_classes=10,
-        train_examples=1437,
+        train_examples=DIGITS_TRAIN,
         test_examples=360,
         mean=(0.3054,),
         std=(0.3757,),
@@ -374,5 +322,54 @@ DATASETS: dict[str, DatasetSpec] = {
         std=(0.2470, 0.2435, 0.2616),
         files="cifar-10-batches-py/{data_batch_1..5,test_batch}, or mosaics in cifar-10/",
         source="Krizhevsky, Learning multiple layers of features from tiny images, 2009 (no licence stated)",
+    ),
+    "cifar100": DatasetSpec(
+        load=partial(_load_files, "cifar100", read_cifar100),
+        check=partial(_check, "cifar100"),
+        input_shape=(3, 32, 32),
+        num_classes=100,
+        train_examples=50_000,
+        test_examples=10_000,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        files="cifar-100-python/{train,test}",
+        source="Krizhevsky, Learning multiple layers of features from tiny images, 2009 (no licence stated)",
+    ),
+    "femnist": DatasetSpec(
+        load=partial(_load_files, "femnist", read_femnist),
+        check=partial(_check, "femnist"),
+        input_shape=(1, 28, 28),
+        num_classes=62,
+        train_examples=None,
+        test_examples=None,
+        mean=(0.1307,),
+        std=(0.3081,),
+        files="femnist/{train,test}/*.json, as LEAF's preprocess.sh (-s niid -t sample) writes them",
+        source="Caldas et al., LEAF, arXiv:1812.01097, 2018; Cohen et al., EMNIST, 2017 (for research)",
+        has_writers=True,
+    ),
+    "tiny_imagenet": DatasetSpec(
+        load=partial(_load_files, "tiny_imagenet", read_tiny_imagenet),
+        check=partial(_check, "tiny_imagenet"),
+        input_shape=(3, 64, 64),
+        num_classes=200,
+        train_examples=100_000,
+        test_examples=10_000,
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+        files="tiny-imagenet-200/{train/*/images,val}, the unzipped archive",
+        source="Le and Yang, Tiny ImageNet visual recognition challenge, 2015 (for research)",
+    ),
+    "shakespeare": DatasetSpec(
+        load=partial(_load_files, "shakespeare", read_shakespeare),
+        check=partial(_check, "shakespeare"),
+        input_shape=(80,),
+        num_classes=len(LETTERS),
+        train_examples=None,
+        test_examples=None,
+        tokens=len(LETTERS),
+        files="shakespeare/{train,test}/*.json, as LEAF's preprocess.sh writes them",
+        source="Caldas et al., LEAF, arXiv:1812.01097, 2018; the plays are free",
+        has_writers=True,
     ),
 }

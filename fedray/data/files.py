@@ -53,7 +53,7 @@ def read_idx(path: Path, axes: int) -> Pixels:
         shape = tuple(np.frombuffer(data[4:start], dtype=">u4").tolist())
         return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_writers(path: Path, labels: Pixels) -> Indices | None:
@@ -68,7 +68,7 @@ def read_writers(path: Path, labels: Pixels) -> Indices | None:
         table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
         index, label, writer = table[:, 0], table[:, 1], table[:, 3]
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not (np.array_equal(index, np.arange(len(labels))) and np.array_equal(label, labels)):
         raise DataError(
             f"{path}: its {len(index):,} rows are not the {len(labels):,} training labels in their order; "
@@ -83,6 +83,52 @@ def read_batches(folder: Path) -> tuple[Labelled, Labelled, list[str]]:
     changed = [name for name, md5 in CIFAR10_MD5.items() if _md5(folder / name) != md5]
     x, y = (np.concatenate(column) for column in zip(*train, strict=True))
     return (x, y), test, changed
+
+
+def read_cifar100(root: Path) -> tuple[Labelled, Labelled, None]:
+    """Return the training and the test images of ROOT/cifar-100-python, with their fine labels."""
+    folder = root / "cifar-100-python"
+    if not all((folder / part).exists() for part in ("train", "test")):
+        download("cifar100", "CIFAR100", folder.name, root, needed="cifar-100-python/{train,test}")
+    train, test = (_read_batch(folder / part, "fine_labels") for part in ("train", "test"))
+    return train, test, None
+
+
+def read_tiny_imagenet(root: Path) -> tuple[Labelled, Labelled, None]:
+    """Return the training and the validation images of ROOT/tiny-imagenet-200, uint8 (n, 3, 64, 64).
+
+    The labels of its test images were never published; its validation images are the test set here. Classes
+    are numbered in the order of their WordNet ids.
+    """
+    folder = root / "tiny-imagenet-200"
+    classes = sorted(path.name for path in (folder / "train").glob("n*") if path.is_dir())
+    if not classes:
+        raise DataError(f"{folder}/train: has no folder of a class; data.root needs the unzipped archive")
+    number = {name: code for code, name in enumerate(classes)}
+    train = [
+        (path, number[c]) for c in classes for path in sorted((folder / "train" / c).glob("images/*.JPEG"))
+    ]
+    notes = folder / "val" / "val_annotations.txt"
+    try:
+        rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
+        test = [(folder / "val" / "images" / name, number[wnid]) for name, wnid in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise unreadable(notes, error) from error
+    return _read_jpegs(train, 64), _read_jpegs(test, 64), None
+
+
+def _read_jpegs(labelled: list[tuple[Path, int]], side: int) -> Labelled:
+    """Return square images and their labels; grey ones get three equal channels."""
+    from PIL import Image
+
+    x = np.empty((len(labelled), 3, side, side), dtype=np.uint8)
+    for i, (path, _) in enumerate(labelled):
+        try:
+            with Image.open(path) as image:
+                x[i] = np.asarray(image.convert("RGB")).reshape(side, side, 3).transpose(2, 0, 1)
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from error
+    return x, np.array([label for _, label in labelled], dtype=np.int64)
 
 
 def _md5(path: Path) -> str:
@@ -103,13 +149,13 @@ class _BatchUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a batch of images")
 
 
-def _read_batch(path: Path) -> Labelled:
-    """Return the images and labels of one pickled batch."""
+def _read_batch(path: Path, labels: str = "labels") -> Labelled:
+    """Return the images and labels of one pickled batch of CIFAR."""
     try:
         batch = _BatchUnpickler(BytesIO(path.read_bytes()), encoding="latin1").load()
-        return np.asarray(batch["data"]).reshape(-1, 3, 32, 32), np.asarray(batch["labels"])
+        return np.asarray(batch["data"]).reshape(-1, 3, 32, 32), np.asarray(batch[labels])
     except Exception as error:  # a broken pickle raises nearly anything
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_mosaics(folder: Path) -> tuple[Labelled, Labelled]:
@@ -118,7 +164,7 @@ def read_mosaics(folder: Path) -> tuple[Labelled, Labelled]:
         with np.load(folder / "labels.npz") as labels:
             train, test = labels["train"], labels["test"]
     except Exception as error:  # a broken archive raises nearly anything
-        raise _unreadable(folder / "labels.npz", error) from error
+        raise unreadable(folder / "labels.npz", error) from error
     return (_read_images(folder, "train"), train), (_read_images(folder, "test"), test)
 
 
@@ -133,7 +179,7 @@ def _read_images(folder: Path, part: str) -> Pixels:
             with Image.open(path) as mosaic:
                 pixels = np.asarray(mosaic.convert("RGB")).reshape(25, 32, 40, 32, 3)
         except (OSError, ValueError) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         x[i] = pixels.transpose(0, 2, 4, 1, 3).reshape(1000, 3, 32, 32)
     return x.reshape(-1, 3, 32, 32)
 
@@ -167,5 +213,6 @@ def download(name: str, dataset_class: str, folder: str, root: Path, needed: str
         ) from error
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def unreadable(path: Path, error: Exception) -> DataError:
+    """Return the error for a file of a data set."""
     return DataError(f"{path}: cannot be read ({error}); replace or remove the file, or change data.root")

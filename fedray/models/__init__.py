@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Literal
 
 from fedray.errors import ConfigError, unknown
+from fedray.models.char_transformer import CHAR_TRANSFORMER
 from fedray.models.cnn import CNN, CONV2
 from fedray.models.fedlp_cnn import FEDLP_CNN, FEDLP_CNN_EXITS
 from fedray.models.layouts import layout_of
@@ -48,6 +49,7 @@ MODELS: dict[str, Architecture] = {
     "conv2": CONV2,
     "fedlp_cnn": FEDLP_CNN,
     "fedlp_cnn_exits": FEDLP_CNN_EXITS,
+    "char_transformer": CHAR_TRANSFORMER,
 }
 """Name in a config → architecture."""
 OURS = frozenset(MODELS.values())
