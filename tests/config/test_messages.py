@@ -343,7 +343,7 @@ $ method.name=staged  method.start=0.9
 method (x.yaml): method.start=0.9 comes after method.until=0.5
 
 $ data.partition.kind=natural
-data.partition.kind (x.yaml): natural: digits does not name the writers of its examples; mnist does
+data.partition.kind (x.yaml): natural: digits does not name the writers of its examples; these do: femnist, …
 
 $ clients.population=5000
 clients.population (x.yaml): 5,000 clients, but digits leaves about 1,293 training examples for them; lower

@@ -14,13 +14,13 @@ from fedray.pruning.channels import best_channels, cannot_narrow, channel_mask, 
 from fedray.types import ChannelGroup
 from tests import small
 
-SHAPES = ((1, 8, 8), (1, 28, 28), (3, 32, 32))
+SHAPES = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (80,))
 """A model is built here for the first shape that it takes."""
 
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, ModelSpec]:
-    """Every model of the table, for small images."""
+    """Every model of the table, for small images or sequences."""
     shapes = {n: next(s for s in SHAPES if a.accepts(s) is None) for n, a in MODELS.items()}
     return {name: build_model(name, shape, 10) for name, shape in shapes.items()}
 
