@@ -22,15 +22,17 @@ def run_app(app: Callable[[], object]) -> None:
         with signals(is_command=True) as stop, stop.cuts():
             try:
                 app()
-            except (ConfigError, DataError) as error:
-                _exit("cannot run", error, 2)
             except FedrayError as error:
-                _exit("failed", error, 1)
+                if stop.signal is None:  # else the signal explains it
+                    _exit(error)
+                raise
     except KeyboardInterrupt:
         exec("")  # else Python dies of SIGINT if it came inside an `eval`, e.g. of a namedtuple
         sys.exit(130)
 
 
-def _exit(what: str, error: FedrayError, status: int) -> None:
+def _exit(error: FedrayError) -> None:
+    cannot_run = isinstance(error, ConfigError | DataError)
+    what = "cannot run" if cannot_run else "failed"
     err.print(f"[bold red]{what}:[/bold red] {escape(str(error))}")
-    sys.exit(status)
+    sys.exit(2 if cannot_run else 1)

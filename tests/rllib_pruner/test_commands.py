@@ -1,9 +1,11 @@
 """The commands of `fedray agent`, and the same as `python -m rllib_pruner.…`."""
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,18 @@ def test_an_error_is_a_message_and_an_exit_status(
         run_app(fail)
     assert ended.value.code == status
     assert capsys.readouterr().err.strip() == shown
+
+
+def test_an_error_after_a_signal_is_due_to_it(capsys: pytest.CaptureFixture[str], handlers: None) -> None:
+    def fail() -> None:
+        with suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RunError("Ray is gone")
+
+    with pytest.raises(SystemExit) as ended:
+        run_app(fail)
+    assert ended.value.code == 143
+    assert "Ray is gone" not in capsys.readouterr().err
 
 
 LEAVING = """
