@@ -32,6 +32,7 @@ Purpose = Literal[
     "evaluate",
     "wait",
     "client_test",
+    "uplink",
 ]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedray.costs import devices
-from fedray.costs.differences import DeltaCodec
+from fedray.costs.differences import STC, DeltaCodec
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, DatasetSpec
 from fedray.data.partition import Bootstrap
@@ -38,7 +38,7 @@ Problem = tuple[str, str]
 def problems(config: "RunConfig") -> list[Problem]:
     """Return every reason why a well-formed config cannot run."""
     found: list[Problem] = []
-    for check in (_clients, _devices, _data, _model, _norm, _standardization, _method, _precision):
+    for check in (_clients, _devices, _data, _model, _norm, _standardization, _method, _uplink, _precision):
         found += check(config)
     return found
 
@@ -250,13 +250,6 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
             f"0, but {config.method.name} uses validation data with these options; set it, e.g. "
             "data.validation_fraction=0.1",
         )
-    uplink = config.clients.uplink
-    if isinstance(uplink.options, DeltaCodec) and not method.uplink.lossless:
-        yield (
-            "method.uplink_values",
-            f"{method.uplink_values}, but clients.uplink.name={uplink.name} writes updates in its own "
-            "way; set method.uplink_values=fp32, or clients.uplink.name=plain",
-        )
     if method.optimizer == "adam" and method.momentum:
         yield "method.momentum", f"{method.momentum:g}, but Adam does not use momentum; set it to 0"
     spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
@@ -270,6 +263,41 @@ def _method(config: "RunConfig") -> Iterator[Problem]:
     problem = cannot_start(method, setting)
     if problem:
         yield "method", problem
+
+
+def _uplink(config: "RunConfig") -> Iterator[Problem]:
+    """Refuse what a codec of differences cannot carry."""
+    uplink, method = config.clients.uplink, config.method.options
+    if not isinstance(uplink.options, DeltaCodec):
+        return
+    if not method.uplink.lossless:
+        yield (
+            "method.uplink_values",
+            f"{method.uplink_values}, but clients.uplink.name={uplink.name} writes updates in its own "
+            "way; set method.uplink_values=fp32, or clients.uplink.name=plain",
+        )
+    if method.fold.by == "nonzero":
+        yield (
+            "clients.uplink.name",
+            f"{uplink.name}, but {config.method.name} with these options counts who holds a weight by w ≠ 0, "
+            "and a difference that is rounded or left out moves zeros; set method.aggregation=mask, or "
+            "clients.uplink.name=plain",
+        )
+    if isinstance(uplink.options, STC) and config.norm == "average" and _has_statistics(config):
+        yield (
+            "clients.uplink.name",
+            f"{uplink.name} has one size for all entries, and running statistics of {config.model}'s "
+            "BatchNorm are of another size than weights; set norm=group, local or static, or another "
+            "clients.uplink.name",
+        )
+
+
+def _has_statistics(config: "RunConfig") -> bool:
+    spec, architecture = DATASETS.get(config.data.name), MODELS.get(config.model)
+    if spec is None or architecture is None or refusal(architecture, spec.input_shape, spec.tokens):
+        return False  # already reported
+    model, _ = _built(config, spec)
+    return model is not None and bool(model.norms.tracked)
 
 
 def _precision(config: "RunConfig") -> Iterator[Problem]:

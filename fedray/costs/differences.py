@@ -9,110 +9,53 @@ A new codec subclasses `DeltaCodec`; a line in `CODECS` gives it a name for `cli
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from struct import Struct
-from typing import Annotated, ClassVar
 
 import numpy as np
-import torch
-from pydantic import ConfigDict, Field
 
-from fedray.costs.codec import Codec, ValueKind, decode_mask, encode_mask, mask_size
+from fedray.costs.codec import decode_mask, encode_mask, mask_size
+from fedray.costs.delta import DeltaCodec, UplinkCodec
 from fedray.costs.extras import decode_extras, encode_extras
+from fedray.costs.rounded import FedPAQ, Int8
+from fedray.costs.topk import STC, TopK
 from fedray.errors import MethodError, WireError
-from fedray.shares import ceil_of
 from fedray.types import Extra, Layout, Mask, Params
+
+__all__ = [
+    "CODECS",
+    "PLAIN",
+    "STC",
+    "DeltaCodec",
+    "FedPAQ",
+    "Int8",
+    "TopK",
+    "UplinkCodec",
+    "decode_update",
+    "encode_update",
+    "update_size",
+]
 
 _LENGTHS = Struct("<II")  # bytes of the mask, and of the extras
 
-
-@dataclass(frozen=True, kw_only=True)
-class UplinkCodec:
-    """Sends each update as weights under its mask, written as `method.uplink_values` says.
-
-    The base class of every codec of updates.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    citation: ClassVar[str] = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaCodec(UplinkCodec):
-    """Sends the difference between an update and its task; subclasses say how.
-
-    Args:
-        feedback: add the entries that the codec left out to the client's next difference.
-    """
-
-    feedback: bool = True
-
-    def encode(self, difference: Params, mask: Mask) -> bytes:
-        """Write a difference; the run is charged its length.
-
-        Args:
-            difference: float32 (n,), zeros outside the mask.
-            mask: the entries that the update holds, of which there is at least one; the receiver knows them.
-        """
-        raise NotImplementedError
-
-    def decode(self, payload: bytes, mask: Mask) -> Params:
-        """Read what `encode` wrote, under the same mask; float32 (n,)."""
-        raise NotImplementedError
-
-    def size(self, mask: Mask) -> int:
-        """Return the length that `encode` is expected to have, by which times are predicted."""
-        return Codec().size(mask, known=mask.digest)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopK(DeltaCodec):
-    """Sends the largest entries of the difference: their positions and values.
-
-    Args:
-        share: share of the update's entries that are sent, rounded up.
-        values: bytes of an entry's value, as in `method.uplink_values`.
-        feedback: add the entries that were not sent to the client's next difference; the device keeps them.
-    """
-
-    citation: ClassVar[str] = "Stich et al., NeurIPS 2018; Karimireddy et al., ICML 2019"
-
-    share: Annotated[float, Field(gt=0, le=1)] = 0.01
-    values: ValueKind = "fp32"
-
-    def encode(self, difference: Params, mask: Mask) -> bytes:
-        """Write the entries of largest magnitude; of equal ones those that come first."""
-        held = torch.nonzero(mask.flat).flatten().numpy()
-        size = np.nan_to_num(np.abs(difference.flat.numpy()[held]), nan=np.inf)  # the server must see a NaN
-        count = ceil_of(self.share, len(held))
-        least = np.partition(size, len(size) - count)[len(size) - count]
-        above = np.flatnonzero(size > least)
-        equal = np.flatnonzero(size == least)[: count - len(above)]
-        chosen = torch.zeros(mask.layout.size, dtype=torch.bool)
-        chosen[torch.from_numpy(held[np.concatenate((above, equal))])] = True
-        return Codec(self.values).encode(difference, Mask(chosen, mask.layout))
-
-    def decode(self, payload: bytes, mask: Mask) -> Params:
-        """Return the entries that were sent, zeros elsewhere."""
-        return Codec().decode(payload, mask.layout).params
-
-    def size(self, mask: Mask) -> int:
-        """Return the length for entries that are spread evenly over the mask."""
-        held = torch.nonzero(mask.flat).flatten()
-        count = ceil_of(self.share, len(held))
-        chosen = torch.zeros(mask.layout.size, dtype=torch.bool)
-        chosen[held[torch.arange(count) * len(held) // max(count, 1)]] = True
-        return Codec(self.values).size(Mask(chosen, mask.layout))
-
-
-CODECS: dict[str, type[UplinkCodec]] = {"plain": UplinkCodec, "topk": TopK}
+CODECS: dict[str, type[UplinkCodec]] = {
+    "plain": UplinkCodec,
+    "topk": TopK,
+    "stc": STC,
+    "fedpaq": FedPAQ,
+    "int8": Int8,
+}
 """Name, for `clients.uplink.name` → codec of updates."""
 
 PLAIN = UplinkCodec()
 
 
 def encode_update(
-    codec: DeltaCodec, difference: Params, mask: Mask, known: bytes, extras: Mapping[str, Extra]
+    codec: DeltaCodec,
+    difference: Params,
+    mask: Mask,
+    known: bytes,
+    extras: Mapping[str, Extra],
+    rng: np.random.Generator | None = None,
 ) -> bytes:
     """Write a difference with its mask and extras.
 
@@ -122,12 +65,15 @@ def encode_update(
         mask: entries that the client vouches for; at least one.
         known: digest of the task's mask, which the server has.
         extras: named values that travel beside the model.
+        rng: for codecs that round at random; None: they draw the same numbers every time.
 
     Raises:
         MethodError: for an extra that cannot travel, or a codec that does not write bytes.
     """
     positions, beside = encode_mask(mask, known), encode_extras(extras)
-    written: object = codec.encode(difference, mask)
+    written: object = (
+        codec.encode(difference, mask) if rng is None else codec.encode_drawing(difference, mask, rng)
+    )
     if not isinstance(written, bytes | bytearray | memoryview):
         raise MethodError(
             f"clients.uplink: {type(codec).__name__}.encode returned {type(written).__name__}, not bytes"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,7 +160,15 @@ class Wire:
         own = kept.get(OWN_NORMS, self._first_norms)
         return replace(task, params=overlaid(task.params, norms.entries, own, task.mask))
 
-    def upload(self, task: Task, update: ClientUpdate, kept: Memory, *, training: bool = True) -> Upload:
+    def upload(
+        self,
+        task: Task,
+        update: ClientUpdate,
+        kept: Memory,
+        *,
+        training: bool = True,
+        rng: np.random.Generator | None = None,
+    ) -> Upload:
         """Send a well-formed update.
 
         Args:
@@ -168,6 +177,7 @@ class Wire:
             kept: the entries that the device kept for the link so far.
             training: whether the update is that of a round's training. Only such updates follow one another,
                 so only they are sent as differences.
+            rng: of the client in this round, for codecs that round at random.
 
         Raises:
             MethodError: if a value in the update cannot travel.
@@ -180,7 +190,7 @@ class Wire:
         keeps = self._kept_norms(update, kept)
         keeps |= {key: kept[key] for key in (RESIDUAL,) if key in kept}
         if training and isinstance(self.codec, DeltaCodec) and mask.count:
-            return self._upload_difference(self.codec, task, update, keeps, extras)
+            return self._upload_difference(self.codec, task, update, keeps, extras, rng)
         shared = norms.shared_mask(update.mask)
         vouched = update if shared is update.mask else replace(update, mask=shared)
         codec = self.uplink
@@ -191,7 +201,13 @@ class Wire:
         return Upload(replace(vouched, params=norms.received(decoded.params)), len(payload), keeps)
 
     def _upload_difference(
-        self, codec: DeltaCodec, task: Task, update: ClientUpdate, keeps: Memory, extras: Mapping[str, Extra]
+        self,
+        codec: DeltaCodec,
+        task: Task,
+        update: ClientUpdate,
+        keeps: Memory,
+        extras: Mapping[str, Extra],
+        rng: np.random.Generator | None,
     ) -> Upload:
         """Send the difference to the task plus the residual; keep the new residual."""
         norms = self.model.norms
@@ -200,7 +216,7 @@ class Wire:
         residual = keeps.get(RESIDUAL)
         moved = after.flat - before.flat
         due = Params(moved if residual is None else moved + residual, after.layout).masked(mask)
-        payload = encode_update(codec, due, mask, known.digest, extras)
+        payload = encode_update(codec, due, mask, known.digest, extras, rng)
         arrived, _ = decode_update(codec, payload, norms.sent_layout, known)
         received = norms.received(Params(before.flat + arrived.flat, after.layout).masked(mask))
         if codec.feedback:

@@ -273,7 +273,8 @@ class Worker:
             received, bytes_up, kept = Upload(update, 0, kept)
         else:
             check_types(update)
-            received, bytes_up, kept = place.wire.upload(task, update, kept, training=job.training)
+            rng = generator(place.seed, "uplink", job.round, info.id + 1)
+            received, bytes_up, kept = place.wire.upload(task, update, kept, training=job.training, rng=rng)
         record = _record(order, client, "folded", bytes_up)
         missed = self._missed(job, info, record.cost.seconds)
         fault = None if missed else self._fault(info.id, problem, received, task)

@@ -21,6 +21,7 @@ from fedray.models.mlp import MLP, MLP_WIDE
 from fedray.models.norms import Norm
 from fedray.models.resnet import RESNET18
 from fedray.models.spec import Architecture, InputShape, ModelSpec
+from fedray.models.strided_cnn import STRIDED_CNN
 from fedray.models.trial import fault
 from fedray.models.vgg import VGG11, VGG19_BN
 
@@ -50,6 +51,7 @@ MODELS: dict[str, Architecture] = {
     "fedlp_cnn": FEDLP_CNN,
     "fedlp_cnn_exits": FEDLP_CNN_EXITS,
     "char_transformer": CHAR_TRANSFORMER,
+    "strided_cnn": STRIDED_CNN,
 }
 """Name in a config → architecture."""
 OURS = frozenset(MODELS.values())

@@ -4,12 +4,13 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fedray
 from fedray.config.run_config import RunConfig
-from fedray.costs.differences import DeltaCodec, TopK, UplinkCodec
+from fedray.costs.differences import STC, DeltaCodec, FedPAQ, Int8, TopK, UplinkCodec
 from fedray.errors import ConfigError
 from fedray.federation.client import Client
 from fedray.federation.method import Method, ServerContext
@@ -55,6 +56,48 @@ def test_what_arrives_and_what_is_owed_add_up_to_every_difference():
     assert (arrived != 0).float().mean() > 0.9, "every entry has its turn"
 
 
+@pytest.mark.parametrize(
+    "codec", [TENTH, STC(share=0.1), Int8(), FedPAQ(feedback=True), TopK(share=0.1, values="int8")]
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "pruned"])
+def test_what_arrives_and_what_is_owed_add_up_with_every_codec(codec: DeltaCodec, masked: bool):
+    link = wire(codec)
+    layout = link.model.layout
+    mask, rng = half(layout) if masked else Mask.full(layout), torch.Generator().manual_seed(0)
+    start = Params(torch.randn(layout.size, generator=rng), layout).masked(mask)
+    kept: dict[str, Any] = {}
+    arrived, due = torch.zeros(layout.size), torch.zeros(layout.size)
+    for _ in range(20):
+        moved = Params(start.flat + torch.randn(layout.size, generator=rng), layout).masked(mask)
+        draws = np.random.default_rng(0)
+        update, _, kept = link.upload(Task(start, mask), ClientUpdate(moved, mask), kept, rng=draws)
+        arrived, due = arrived + update.params.flat - start.flat, due + moved.flat - start.flat
+        assert not bool(update.params.flat[~mask.flat].any())
+    assert torch.allclose(arrived + kept[RESIDUAL], due, atol=1e-4)
+    assert not torch.allclose(arrived, due, atol=1e-4)
+
+
+def test_fedpaq_keeps_nothing_and_draws_other_numbers_for_every_client_and_round():
+    server = federation(FedPAQ(bits=2))
+    small.run(server)
+    assert server.checkpoint.memories == {}
+    again = federation(FedPAQ(bits=2))
+    small.run(again)
+    assert again.model == server.model
+    fixed = federation(Fixed(bits=2))
+    small.run(fixed)
+    assert fixed.model != server.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(FedPAQ):
+    """FedPAQ that always draws the same numbers."""
+
+    def encode_drawing(self, difference: Params, mask: Mask, rng: np.random.Generator) -> bytes:
+        """Ignore the generator."""
+        return super().encode_drawing(difference, mask, np.random.default_rng(0))
+
+
 def test_without_feedback_nothing_is_kept():
     server = federation(TopK(share=0.1, feedback=False))
     small.run(server)
@@ -80,9 +123,12 @@ def test_feedback_learns_more_than_the_same_bytes_without():
     assert loss(feedback=True) < loss(feedback=False)
 
 
-@pytest.mark.parametrize("norm", ["average", "local"])
-def test_a_resumed_run_pays_what_clients_owed(norm: Norm, tmp_path):
-    options: dict[str, Any] = {"norm": norm, "architecture": small.CNN}
+@pytest.mark.parametrize(
+    ("norm", "codec"),
+    [("average", TENTH), ("local", TENTH), ("local", STC(share=0.1)), ("group", FedPAQ(feedback=True))],
+)
+def test_a_resumed_run_pays_what_clients_owed(norm: Norm, codec: DeltaCodec, tmp_path):
+    options: dict[str, Any] = {"norm": norm, "architecture": small.CNN, "codec": codec}
     whole = federation(**options)
     reports = small.run(whole)
     stopped = federation(**options)
@@ -99,8 +145,17 @@ def test_a_resumed_run_pays_what_clients_owed(norm: Norm, tmp_path):
     assert {len(v) for v in owed.values()} == {size}
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_the_bits_do_not_depend_on_where_clients_train(chunk: int, ray_local):
+@pytest.mark.parametrize(
+    ("chunk", "codec"),
+    [
+        pytest.param(1, TENTH, marks=pytest.mark.slow),
+        (3, TENTH),
+        pytest.param(1, STC(share=0.1), marks=pytest.mark.slow),
+        pytest.param(1, FedPAQ(feedback=True), marks=pytest.mark.slow),
+        pytest.param(1, Int8(), marks=pytest.mark.slow),
+    ],
+)
+def test_the_bits_do_not_depend_on_where_clients_train(chunk: int, codec: DeltaCodec, ray_local):
     from fedray.federation.pool import ActorOptions, Group, RayPool
 
     schedule = Schedule(rounds=3, cohort=5, chunk=chunk)
@@ -108,7 +163,7 @@ def test_the_bits_do_not_depend_on_where_clients_train(chunk: int, ray_local):
     def on_ray(place: Any) -> RayPool:
         return RayPool(place, [Group(2, ActorOptions(cpu=0.5))])
 
-    here, there = federation(schedule=schedule), federation(schedule=schedule, pool=on_ray)
+    here, there = federation(codec, schedule=schedule), federation(codec, schedule=schedule, pool=on_ray)
     assert list(map(without_clocks, small.run(here))) == list(map(without_clocks, small.run(there)))
     assert here.model == there.model
     owed = residuals(here)
@@ -193,11 +248,31 @@ def test_the_bytes_of_a_round_are_the_lengths_of_the_payloads():
     assert {record.cost.bytes_up for record in report.clients} == {8 + 5 + 32 + 17 * 4 + 17}
 
 
-@pytest.mark.parametrize("name", ["staged", "fedlp", "frlp", "fedmef", "prunefl", "autoflip"])
-def test_methods_that_prune_run_with_it(name: str):
-    server = federation(method=fedray.METHODS[name](), server_rows=20, clients=8, data=small.dataset(400))
+PRUNING = ["staged", "fedlp", "frlp", "fedmef", "prunefl", "autoflip"]
+OTHERS = {"stc": STC(share=0.1), "fedpaq": FedPAQ(), "int8": Int8()}
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        *(pytest.param(name, TENTH, id=f"{name} topk") for name in PRUNING),
+        *(
+            pytest.param(
+                name, codec, id=f"{name} {kind}", marks=[pytest.mark.slow] if name != "fedlp" else []
+            )
+            for name in PRUNING
+            for kind, codec in OTHERS.items()
+        ),
+    ],
+)
+def test_methods_that_prune_run_with_it(name: str, codec: DeltaCodec):
+    options: dict[str, Any] = {"server_rows": 20, "clients": 8, "data": small.dataset(400)}
+    server = federation(codec, fedray.METHODS[name](), **options)
     reports = small.run(server)
-    assert len(reports) == 5 and all(torch.isfinite(v).all() for v in residuals(server).values())
+    owed = residuals(server) if codec.feedback else {}
+    assert len(reports) == 5 and all(torch.isfinite(v).all() for v in owed.values())
+    for report in reports[1:]:
+        assert {record.fate for record in report.clients} == {"folded"}
 
 
 # ── in a config ──────────────────────────────────────────────────────────────────────────────────────────
@@ -230,7 +305,20 @@ def test_the_digest_names_the_codec_unless_it_is_the_one_of_before():
         ({"clients.uplink.name": "topk", "clients.uplink.share": 0}, "clients.uplink.share .*greater than 0"),
         ({"clients.uplink.name": "topk", "clients.uplink.share": 1.5}, "clients.uplink.share .*less than or"),
         ({"clients.uplink.name": "topc"}, "unknown uplink 'topc'; did you mean 'topk'?"),
-        ({"clients.uplink.share": 0.1}, "plain has no such option; topk can have it"),
+        ({"clients.uplink.share": 0.1}, "plain has no such option; topk, stc can have it"),
+        (
+            {"clients.uplink.name": "fedpaq", "clients.uplink.bits": 1},
+            "clients.uplink.bits .*greater than or",
+        ),
+        (
+            {"clients.uplink.name": "stc", "method.name": "frlp", "method.aggregation": "nonzero"}
+            | {"data.server_fraction": 0.1},
+            r"clients.uplink.name .*stc, but frlp .* w ≠ 0, .*; set method.aggregation=mask, or",
+        ),
+        (
+            {"clients.uplink.name": "stc", "model": "resnet18", "data.name": "digits"},
+            r"clients.uplink.name .*running statistics of resnet18's BatchNorm .*; set norm=group, local or",
+        ),
         (
             {"clients.uplink.name": "topk", "method.uplink_values": "int8"},
             r"method.uplink_values .*int8, but clients.uplink.name=topk .*; set method.uplink_values=fp32",

@@ -62,6 +62,11 @@ def trainable_count(spec: ModelSpec) -> int:
         ("vgg11", CIFAR10, 9_750_922),
         ("vgg19_bn", CIFAR10, 20_565_834),
         ("resnet18", CIFAR10, 11_173_962),
+        (
+            "strided_cnn",
+            CIFAR10,
+            75 * 32 + 288 * 32 + 288 * 64 + 576 * 64 + 640 + 10 + 2 * (32 + 32 + 64 + 64),
+        ),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, input_shape: InputShape, count: int):
