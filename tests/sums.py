@@ -56,6 +56,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "pqsu": {"density": 0.5},
     "ceafl": {},
     "fedmef": {"density": 0.3},
+    "heterofl": {"levels": "a-b-d"},
+    "fedrolex": {"levels": "b-c"},
 }
 """Name of a sum → options of the method; the name is the method's unless they have one."""
 
@@ -74,6 +76,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": "fedlp_cnn_exits",
         "rounds": 2,
         "method": {"name": "fedlp", "mode": "hetero", "steps": 3},
+    },
+    "slices": {
+        "model": "fedlp_cnn",
+        "rounds": 2,
+        "norm": "static",
+        "method": {"name": "heterofl", "levels": "c-e", "steps": 3, "momentum": 0.9},
     },
     **{
         f"norm {norm}": {

@@ -133,12 +133,14 @@ class Client:
         on_step: Callable[[Tensor], None] | None = None,
         view: View | None = None,
         forward: Forward | None = None,
+        clip: float | None = None,
+        narrow: bool = False,
     ) -> Params:
         """Train from `params ⊙ mask` on this client's examples; entries outside the mask stay exactly 0.
 
         By SGD, or by the optimiser that the method's options name. Where the mask removed whole channels,
-        the physically smaller model is trained, unless `on_grad`, `on_step`, `loss`, `view` or `forward` is
-        given.
+        the physically smaller model is trained; where `on_grad`, `on_step`, `loss`, `view`, `forward` or
+        `clip` is given, only with `narrow`.
 
         Args:
             params: where to start; not changed.
@@ -154,6 +156,9 @@ class Client:
             view: maps the weights, by name, to those of the forward pass; differentiable. Where the model
                 standardises its weights, that follows.
             forward: how logits are computed from module, weights and examples.
+            clip: largest L2 norm of a step's gradient, over the entries that are held.
+            narrow: whether these functions also take the smaller model's tensors; not for `on_grad` and
+                `on_step`.
 
         Returns:
             The trained weights, as a copy.
@@ -167,12 +172,12 @@ class Client:
         self._check_examples()
         started = time.perf_counter()
         training, rate = self._training, self.lr if lr is None else lr
-        plain = loss is None and on_grad is None and view is None and forward is None
+        plain = all(given is None for given in (loss, on_grad, view, forward, clip))
         usual = plain and on_step is None
         trained = self._elsewhere(params, mask, epochs, steps, rate, seed) if usual else None
         if trained is not None:
             return trained
-        engine = self._engine.smaller(mask) if usual else self._engine
+        engine = self._engine.smaller(mask) if usual or narrow else self._engine
         engine.load(params, mask)
         after_step = on_step or engine.masking(mask)
         simple = (
@@ -194,7 +199,7 @@ class Client:
                 else:
                     batch = engine.batch(x)
                     value, grads = engine.gradient(batch, y, index, loss, view, forward, mask, on_grad)
-                    optimizer.step(grads, step_lr)
+                    optimizer.step(engine.clipped(grads, clip, mask), step_lr)
                 if after_step is not None:
                     with torch.no_grad():
                         after_step(engine.flat)

@@ -179,6 +179,8 @@ class Method(Generic[M]):
     """Whether it trains on the server's own examples; refused before the start where there are none."""
     prunes: ClassVar[bool] = False
     """Whether it removes weights; refused before the start where a model has none that may be pruned."""
+    slices: ClassVar[bool] = False
+    """Whether its models are slices, networks with fewer channels: they are evaluated as such."""
     may_change: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "weight_decay"})
     """Options of which a running federation may take other values: they are read anew in every round."""
     needs: ClassVar[str] = ""

@@ -107,7 +107,10 @@ class Worker:
         self._watch, self._seeds_all = Watch(), False
 
     def _new_engine(self) -> Engine:
-        return Engine(self.place.model, self.place.flops, self.device, precision=self.place.precision)
+        place = self.place
+        return Engine(
+            place.model, place.flops, self.device, precision=place.precision, narrow=place.method.slices
+        )
 
     def begin(self) -> None:
         """Prepare for clients: from here on, only they may draw from the global generators.

@@ -9,7 +9,9 @@ from fedray.methods.fedavg_small import FedAvgSmall
 from fedray.methods.fedavg_warm import FedAvgWarm
 from fedray.methods.fedlp import FedLP
 from fedray.methods.fedmef import FedMef
+from fedray.methods.fedrolex import FedRolex
 from fedray.methods.frlp import FRLP
+from fedray.methods.heterofl import HeteroFL
 from fedray.methods.pqsu import PQSU
 from fedray.methods.prunefl import PruneFL
 from fedray.methods.random_mask import RandomMask
@@ -31,4 +33,6 @@ METHODS: dict[str, type[Method]] = {
     "pqsu": PQSU,
     "ceafl": CEAFL,
     "fedmef": FedMef,
+    "heterofl": HeteroFL,
+    "fedrolex": FedRolex,
 }

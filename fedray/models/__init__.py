@@ -15,6 +15,7 @@ from fedray.errors import ConfigError, unknown
 from fedray.models.char_transformer import CHAR_TRANSFORMER
 from fedray.models.cnn import CNN, CONV2
 from fedray.models.fedlp_cnn import FEDLP_CNN, FEDLP_CNN_EXITS
+from fedray.models.heterofl_cnn import HETEROFL_CNN
 from fedray.models.layouts import layout_of
 from fedray.models.lenet import LENET5
 from fedray.models.mlp import MLP, MLP_WIDE
@@ -52,6 +53,7 @@ MODELS: dict[str, Architecture] = {
     "fedlp_cnn_exits": FEDLP_CNN_EXITS,
     "char_transformer": CHAR_TRANSFORMER,
     "strided_cnn": STRIDED_CNN,
+    "heterofl_cnn": HETEROFL_CNN,
 }
 """Name in a config → architecture."""
 OURS = frozenset(MODELS.values())

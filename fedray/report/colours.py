@@ -15,7 +15,7 @@ from matplotlib.colors import hsv_to_rgb, to_hex, to_rgb
 
 Stroke = Literal["-"] | tuple[float, tuple[float, ...]]
 
-MARKS = "os^DvPX<>ph*8d"
+MARKS = (*"os^DvPX<>ph*8dH", r"$\clubsuit$")
 COLOURS = {
     "fedavg": ("#1a1a1a", "o"),
     "staged": ("#0072B2", "s"),
@@ -27,6 +27,8 @@ COLOURS = {
     "pqsu": ("#8C510A", "<"),
     "fedlp": ("#6A3D9A", ">"),
     "fedmef": ("#B2182B", "p"),
+    "heterofl": ("#1F3B73", "H"),
+    "fedrolex": ("#00C98D", r"$\clubsuit$"),
     "random_mask": ("#7F7F7F", "h"),
     "fedavg_server": ("#8A8D0F", "*"),
     "fedavg_warm": ("#00A6B4", "8"),

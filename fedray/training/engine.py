@@ -80,6 +80,7 @@ class Engine:
         device: where it computes; arguments and results are on the CPU.
         part: for a smaller engine, the positions of its entries in the whole model.
         precision: of the passes of training; evaluation is always in float32.
+        narrow: whether models without some channels are also evaluated as the smaller ones that they are.
     """
 
     def __init__(
@@ -89,10 +90,12 @@ class Engine:
         device: str = "cpu",
         part: Shrunken | None = None,
         precision: Precision = "fp32",
+        *,
+        narrow: bool = False,
     ) -> None:
         self.model, self.flops, self.device, self.precision = model, flops, torch.device(device), precision
         self.layout: Layout = model.layout
-        self.part = part
+        self.part, self.narrow = part, narrow
         self.flat = torch.zeros(model.layout.size, device=self.device)
         self.module: nn.Module = model.bind(self.flat)
         self.leaves: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
@@ -179,11 +182,15 @@ class Engine:
 
     def masking(self, mask: Mask) -> Callable[[Tensor], object] | None:
         """Return a function that zeroes the working vector outside the mask; None for a full mask."""
+        factor = self._factor(mask)
+        return None if factor is None else lambda flat: flat.mul_(factor)
+
+    def _factor(self, mask: Mask) -> Tensor | None:
+        """Return 1.0 for each entry that the mask holds, and 0.0 elsewhere; None for a full mask."""
         if mask.digest not in self._masking:
             held = self._own_mask(mask)
             self._masking = {mask.digest: None if held.is_full else held.flat.to(self.device, torch.float32)}
-        factor = self._masking[mask.digest]
-        return None if factor is None else lambda flat: flat.mul_(factor)
+        return self._masking[mask.digest]
 
     def held(self, mask: Mask) -> dict[str, Tensor]:
         """Return name → bool tensor on the device, of each weight that is standardised under a mask."""
@@ -265,6 +272,23 @@ class Engine:
         """Return gradients with others in the place of those of some leaves."""
         return tuple(others.get(name, grad) for name, grad in zip(self.leaves, grads, strict=True))
 
+    def clipped(self, grads: tuple[Tensor, ...], most: float | None, mask: Mask) -> tuple[Tensor, ...]:
+        """Return gradients scaled so that their L2 norm together is at most `most`, as PyTorch clips it.
+
+        Args:
+            grads: one for each of `leaves`; not changed.
+            most: > 0; None returns the gradients as they are.
+            mask: entries outside it become zero and do not count in the norm.
+        """
+        if most is None:
+            return grads
+        factor = self._factor(mask)
+        if factor is not None:
+            kept = self.layout.views(factor)
+            grads = tuple(grad * kept[name] for name, grad in zip(self.leaves, grads, strict=True))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+        return tuple(torch._foreach_mul(list(grads), (most / (norm + 1e-6)).clamp(max=1.0)))
+
     def dense(self, grads: tuple[Tensor, ...]) -> Tensor:
         """Return gradients as one vector (size,) on the CPU; running statistics get zeros."""
         flat = torch.zeros(self.layout.size, device=self.device)
@@ -297,6 +321,8 @@ class Engine:
 
         A BatchNorm of whose running statistics the mask holds nothing normalises by those of the batch.
         """
+        if self.narrow and (smaller := self.smaller(mask)) is not self:
+            return smaller.evaluate(params, mask, x, y, batch)
         self.load(params, mask)
         self.module.eval()
         for name, norm in self._tracked:
@@ -330,6 +356,12 @@ class Engine:
         Means over batches, each counting by its examples and normalised, as in training, by its own. The
         params are those of the forward pass.
         """
+        engine = self.smaller(mask) if self.narrow else self
+        return engine.measured(params, mask, x, batch).flat[self.model.norms.statistics]
+
+    @torch.no_grad()
+    def measured(self, params: Params, mask: Mask, x: Tensor, batch: int) -> Params:
+        """Return `params ⊙ mask` of the whole model with the statistics that `statistics` describes."""
         self.load(params, mask)
         self.module.eval()
         seen = 0
@@ -341,7 +373,7 @@ class Engine:
             self.module(self.batch(part))
         for _, norm in self._tracked:
             norm.track_running_stats = False
-        return self.flat.cpu()[self.model.norms.statistics]
+        return self.unload(mask.layout)
 
 
 @dataclass(frozen=True)

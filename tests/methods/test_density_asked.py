@@ -42,7 +42,9 @@ def refused(changes: dict[str, Any]) -> str:
 
 
 def test_the_methods_that_prune() -> None:
-    assert set(METHODS) - set(PRUNING) == {"fedavg", "fedavg_server", "fedavg_warm", "fedlp"}
+    assert set(METHODS) - set(PRUNING) == {
+        *("fedavg", "fedavg_server", "fedavg_warm", "fedlp", "heterofl", "fedrolex")
+    }
     assert [name for name in METHODS if METHODS[name]().target is not None] == [
         *("fedavg_small", "random_mask", "staged", "snip", "fedmef")
     ]
