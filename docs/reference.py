@@ -27,7 +27,8 @@ from fedray.config.searches import SEARCHES
 from fedray.config.tables import OPTIONS
 from fedray.config.trees import CHOICES, Tree
 from fedray.config.tune_config import VERBS, TuneConfig
-from fedray.costs.devices import DEVICES, LINKS
+from fedray.costs.devices import DEVICES
+from fedray.costs.links import LINKS
 from fedray.data import DATASETS
 from fedray.federation.method import Method
 from fedray.methods import METHODS
@@ -228,6 +229,10 @@ def _devices() -> str:
         (
             f"`{name}`",
             f"{device.flops_per_s / 1e9:,.3g}",
+            f"{1e3 * device.step_s:.3g}",
+            f"{device.round_s:.3g}",
+            f"{device.compute_w:.3g}",
+            f"{device.idle_w:.3g}",
             f"{device.downlink_bytes_per_s / 1e6:,.3g}",
             f"{device.uplink_bytes_per_s / 1e6:,.3g}",
             f"{device.latency_s:.3g}",
@@ -243,15 +248,31 @@ def _devices() -> str:
             f"{link.downlink_bytes_per_s / 1e6:,.3g}",
             f"{link.uplink_bytes_per_s / 1e6:,.3g}",
             f"{link.latency_s:.3g}",
+            f"{1e6 * link.down_j_per_byte:.3g}",
+            f"{1e6 * link.up_j_per_byte:.3g}",
         )
         for name, link in LINKS.items()
     )
-    heads = ("device", "GFLOP/s", "down MB/s", "up MB/s", "latency s", "memory GiB", "available", "drops out")
+    of_links = ("link", "down MB/s", "up MB/s", "latency s", "J/MB down", "J/MB up")
+    heads = (
+        "device",
+        "GFLOP/s",
+        "ms a step",
+        "s an exchange",
+        "W computing",
+        "W idle",
+        "down MB/s",
+        "up MB/s",
+        "latency s",
+        "memory GiB",
+        "available",
+        "drops out",
+    )
     return (
         "\n## `clients.devices`\n\nName → weight, e.g. `{phone: 0.6, raspberry_pi_4@lte: 0.4}`: a device on "
         "its usual link, or on another one. `fedray devices` and [costs.md](costs.md) give the source of "
         "each number.\n\n"
-        f"{_table(heads, devices)}\n\n{_table(('link', 'down MB/s', 'up MB/s', 'latency s'), links)}"
+        f"{_table(heads, devices)}\n\n{_table(of_links, links)}"
     )
 
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedray import report
     from fedray.config.run_config import RunConfig
-    from fedray.costs.devices import DEVICES, HARDWARE, LINKS, Hardware, Link
+    from fedray.costs.devices import DEVICES
     from fedray.costs.differences import CODECS, DeltaCodec, UplinkCodec
+    from fedray.costs.hardware import HARDWARE, Hardware
+    from fedray.costs.links import LINKS, Link
     from fedray.data import DATASETS, PARTITIONS, Dataset, DatasetSpec, Examples, Partition, PartitionKind
     from fedray.data.partition import Dealt
     from fedray.errors import (
@@ -148,7 +150,9 @@ for _name, _off in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("RAY_USAGE_STATS_ENAB
 
 _MODULES = {
     "fedray.config.run_config": "RunConfig",
-    "fedray.costs.devices": "DEVICES HARDWARE LINKS Hardware Link",
+    "fedray.costs.devices": "DEVICES",
+    "fedray.costs.hardware": "HARDWARE Hardware",
+    "fedray.costs.links": "LINKS Link",
     "fedray.costs.differences": "CODECS DeltaCodec UplinkCodec",
     "fedray.data": "DATASETS PARTITIONS Dataset DatasetSpec Examples Partition PartitionKind",
     "fedray.data.partition": "Dealt",

@@ -57,17 +57,21 @@ METRICS: Mapping[str, Direction | None] = {
     "flops/executed": "min",
     "flops/server": "min",
     "time/simulated_s": "min",
+    "time/compute_bound_s": "min",
+    "time/network_bound_s": "min",
     "time/server_s": "min",
     "time/wall_s": "min",
     "time/server_wall_s": "min",
+    "energy/clients_j": "min",
+    "energy/server_j": "min",
     "clients/selected": None,
     "clients/dropped": "min",
     "clients/failed": "min",
 }
 """Metric that every run reports → its better direction, None if it has none.
 
-Costs (bytes, flops, time) also exist as `total/…`. A round also reports `density/asked` if the method has a
-target, and the method's own metrics, `train/<name>` and `method/<name>`.
+Costs (bytes, flops, time, energy) also exist as `total/…`. A round also reports `density/asked` if the method
+has a target, and the method's own metrics, `train/<name>` and `method/<name>`.
 """
 
 FINAL_METRICS: Mapping[str, Direction] = {
@@ -337,6 +341,12 @@ class DeviceProfile:
         dropout: probability that an asked device never answers, in [0, 1).
         exploits: which zeros of a mask make it faster.
         sources: field → source of its number, with a date.
+        step_s: seconds of a step of SGD beside its FLOPs, ≥ 0.
+        round_s: seconds of an exchange beside its steps and its bytes, ≥ 0.
+        compute_w: watts while it computes, ≥ 0; 0 where they are unknown.
+        idle_w: watts while it waits for bytes, ≥ 0.
+        down_j_per_byte: joules of a byte received, ≥ 0, beside those of idling.
+        up_j_per_byte: joules of a byte sent.
     """
 
     name: str
@@ -349,6 +359,12 @@ class DeviceProfile:
     dropout: float = 0.0
     exploits: Exploits = "structured"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    step_s: float = 0.0
+    round_s: float = 0.0
+    compute_w: float = 0.0
+    idle_w: float = 0.0
+    down_j_per_byte: float = 0.0
+    up_j_per_byte: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -362,7 +378,7 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes, FLOPs and seconds. The pool and the client's meter fill it, never a method.
+    """Bytes, FLOPs, steps, seconds and joules. The pool and the client's meter fill it, never a method.
 
     Args:
         bytes_down: bytes of the encoded payloads, server → client.
@@ -370,6 +386,8 @@ class Cost:
         flops: FLOPs of training and scoring, counting only unmasked weights (the theoretical count).
         executed_flops: FLOPs that the device runs; it skips only some zeros.
         seconds: simulated seconds on the device's clock.
+        steps: batches of which the device took a gradient.
+        energy_j: joules that the device and its link take.
     """
 
     bytes_down: int = 0
@@ -377,6 +395,8 @@ class Cost:
     flops: float = 0.0
     executed_flops: float = 0.0
     seconds: float = 0.0
+    steps: int = 0
+    energy_j: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         """Add field by field; seconds too, as of consecutive work."""
@@ -386,6 +406,8 @@ class Cost:
             self.flops + other.flops,
             self.executed_flops + other.executed_flops,
             self.seconds + other.seconds,
+            self.steps + other.steps,
+            self.energy_j + other.energy_j,
         )
 
 

@@ -44,8 +44,10 @@ def nothing_left_behind() -> Iterator[None]:
 def tables_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Restore the tables of methods, models, devices, … after a test that imports a file."""
     from fedray.config import plugins
-    from fedray.costs.devices import DEVICES, HARDWARE, LINKS
+    from fedray.costs.devices import DEVICES
     from fedray.costs.differences import CODECS
+    from fedray.costs.hardware import HARDWARE
+    from fedray.costs.links import LINKS
     from fedray.data import DATASETS, PARTITIONS
     from fedray.federation.sampling import SAMPLERS
     from fedray.methods import METHODS

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from fedray import cli
 from fedray.config import yaml_text
-from fedray.costs.devices import DEVICES, LINKS
+from fedray.costs.devices import DEVICES
 from fedray.costs.differences import CODECS
+from fedray.costs.links import LINKS
 from fedray.data import DATASETS, PARTITIONS
 from fedray.experiment.run import run
 from fedray.federation.method import Method

@@ -48,7 +48,12 @@ def plan_(
     if found.wall_s is not None:
         say(f"sent by clients  about {number((found.up_bytes or 0) / 1e6)} MB")
         say(f"sent to clients  about {number((found.down_bytes or 0) / 1e6)} MB")
-        say(f"client FLOPs     about {number((found.flops or 0) / 1e12)} T")
+        flops = [number((value or 0) / 1e12) for value in (found.executed_flops, found.flops)]
+        say(f"client FLOPs     about {flops[0]} T executed, {flops[1]} T theoretical")
+        say(f"client energy    about {number((found.energy_j or 0) / 1e3)} kJ")
+        bound = [duration(value or 0) for value in (found.compute_bound_s, found.network_bound_s)]
+        say(f"simulated time   about {duration(found.simulated_s or 0)}")
+        say(f"                 {bound[0]} if bound by computing, {bound[1]} if bound by the network")
         say(f"time             about {duration(found.wall_s)} on {found.where}")
         memory = number((found.memory_bytes or 0) / 2**20)
         say(f"memory           about {memory} MiB for each process that trains")

@@ -161,16 +161,33 @@ def devices(
 ) -> None:
     """List the simulated devices and links, each number with its source."""
     import_all(imports)
-    from fedray.costs.devices import DEVICES, HARDWARE, LINKS, profile
+    from fedray.costs.devices import DEVICES, profile
+    from fedray.costs.hardware import HARDWARE
+    from fedray.costs.links import LINKS
 
     profiles = {name: profile(name) for name in dict.fromkeys((*DEVICES, *HARDWARE))}
     table = new_table(
-        "device", "GFLOP/s", "down MB/s", "up MB/s", "latency s", "memory GiB", "available", "drops out"
+        "device",
+        "GFLOP/s",
+        "ms a step",
+        "s an exchange",
+        "W computing",
+        "W idle",
+        "down MB/s",
+        "up MB/s",
+        "latency s",
+        "memory GiB",
+        "available",
+        "drops out",
     )
     for name, device in profiles.items():
         table.add_row(
             name,
             f"{device.flops_per_s / 1e9:,.3g}",
+            f"{1e3 * device.step_s:.3g}",
+            f"{device.round_s:.3g}",
+            f"{device.compute_w:.3g}",
+            f"{device.idle_w:.3g}",
             f"{device.downlink_bytes_per_s / 1e6:,.3g}",
             f"{device.uplink_bytes_per_s / 1e6:,.3g}",
             f"{device.latency_s:.3g}",

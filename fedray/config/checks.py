@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedray.costs import devices
+from fedray.costs import clock, devices
 from fedray.costs.differences import STC, DeltaCodec
 from fedray.costs.flops import FlopModel
 from fedray.data import DATASETS, DatasetSpec
@@ -165,8 +165,8 @@ def _model(config: "RunConfig") -> Iterator[Problem]:
             device = devices.profile(name)
         except ConfigError:
             continue  # already reported
-        if not devices.fits(device, size):
-            need = devices.training_memory_bytes(size)
+        if not clock.fits(device, size):
+            need = clock.training_memory_bytes(size)
             yield (
                 "clients.devices",
                 f"{name} has {device.memory_bytes / 2**20:,.0f} MiB for training, but {config.model} needs "

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedray.costs.clock import seconds
 from fedray.costs.codec import HEADER_BYTES, Codec
-from fedray.costs.devices import seconds
 from fedray.costs.flops import FlopModel
 from fedray.errors import unknown
 from fedray.types import ClientInfo, Cost, Layout, Mask
@@ -122,6 +122,7 @@ def of_devices(
     clients: Sequence[ClientInfo],
     flops: FlopModel,
     examples: Callable[[int], int],
+    steps: Callable[[int], int],
     downlink: Codec,
     uplink: Codec,
     dense_gradient: bool = False,
@@ -135,6 +136,7 @@ def of_devices(
         clients: at least one; of a large population, one or two hundred in equal distances count.
         flops: of the model.
         examples: number of a client's examples → number of examples that it processes in a round.
+        steps: the same → number of steps in which it does.
         downlink: how tasks are written.
         uplink: how updates are written.
         dense_gradient: whether gradients are taken for the masked weights too; the mask then saves computing
@@ -149,7 +151,8 @@ def of_devices(
     for client in clients:
         device, seen = client.profile, examples(client.num_examples)
         work = flops.executed(full, device.exploits, dense_gradient=dense_gradient) * seen
-        mean_s += share * seconds(Cost(bytes_down, bytes_up, executed_flops=work), device)
+        cost = Cost(bytes_down, bytes_up, executed_flops=work, steps=steps(client.num_examples))
+        mean_s += share * seconds(cost, device)
         wire_s = down / device.downlink_bytes_per_s + up / device.uplink_bytes_per_s
         saved_flops = 2 * (1 if dense_gradient else 3) * seen if device.exploits == "unstructured" else 0
         for name in per_weight_s:

@@ -6,12 +6,15 @@ from math import isfinite, isinf
 
 import numpy as np
 
+from fedray.costs.clock import at_home, seconds
+from fedray.costs.devices import YARDSTICKS
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
 from fedray.federation.faults import notes_of
-from fedray.types import METRICS, ClientRecord, Cost, Fault
+from fedray.federation.population import Population
+from fedray.types import METRICS, ClientRecord, Cost, DeviceProfile, Fault
 
-_SUMMED = ("bytes/", "flops/", "time/", "clients/dropped", "clients/failed")
+_SUMMED = ("bytes/", "flops/", "time/", "energy/", "clients/dropped", "clients/failed")
 TOTALS = tuple(name for name in METRICS if name.startswith(_SUMMED))
 """Metrics that are summed over a run."""
 
@@ -22,6 +25,7 @@ class Accounts:
 
     Args:
         asked: cost of exchanges with clients outside the round's training.
+        asked_s: their seconds on each of YARDSTICKS.
         validated: the server's forward passes over validation data that the method asked for.
         server: the client through which the server trained, if it did.
         present: clients found available in this round; the server does not wait for them again.
@@ -32,6 +36,7 @@ class Accounts:
     """
 
     asked: Cost = field(default_factory=Cost)
+    asked_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(YARDSTICKS, 0.0))
     validated: Cost = field(default_factory=Cost)
     server: Client | None = None
     present: set[int] = field(default_factory=set)
@@ -45,17 +50,20 @@ class Accounts:
         self.present.update(clients)
         self.waited_s += waited_s
 
+    def exchanged(self, answer: CohortUpdate) -> None:
+        """Add the cost of an exchange outside the round's training."""
+        self.asked += answer.cost
+        for kind, device in YARDSTICKS.items():
+            self.asked_s[kind] += slowest_s(answer.records, device)
+
     @property
     def server_cost(self) -> Cost:
-        """FLOPs and seconds of the server's own training and of its passes over validation data."""
+        """Costs of the server's own training and of its passes over validation data; no bytes travel."""
         if self.server is None:
             return self.validated
         meter, profile = self.server.meter, self.server.info.profile
-        return self.validated + Cost(
-            flops=meter.flops,
-            executed_flops=meter.executed_flops,
-            seconds=meter.executed_flops / profile.flops_per_s,
-        )
+        cost = Cost(flops=meter.flops, executed_flops=meter.executed_flops, steps=meter.steps)
+        return self.validated + at_home(cost, profile)
 
     @property
     def server_wall_s(self) -> float:
@@ -76,7 +84,13 @@ class Accounts:
             "time/simulated_s": (
                 waited_s(records, deadline_s) + self.asked.seconds + server.seconds + self.waited_s
             ),
+            **{
+                f"time/{kind}_s": slowest_s(records, device) + self.asked_s[kind] + server.seconds
+                for kind, device in YARDSTICKS.items()
+            },
             "time/server_s": server.seconds,
+            "energy/clients_j": clients.energy_j,
+            "energy/server_j": server.energy_j,
             "clients/selected": float(len(records)),
             "clients/dropped": float(sum(r.fate != "folded" for r in records)),
             "clients/failed": float(len(self.faults)),
@@ -87,6 +101,11 @@ class Accounts:
             if losses:  # a client may sit out, do something else than train, or diverge
                 metrics["train/loss"] = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
         return metrics | {f"train/{name}": v for name, v in (cohort.metrics if cohort else {}).items()}
+
+
+def slowest_s(records: Iterable[ClientRecord], device: DeviceProfile) -> float:
+    """Return the seconds of the slowest client that answers, if all had one device; without a deadline."""
+    return max((seconds(r.cost, device) for r in records if r.fate != "dropped"), default=0.0)
 
 
 def waited_s(records: tuple[ClientRecord, ...], deadline_s: float | None) -> float:
@@ -105,6 +124,13 @@ def notes(accounts: Accounts, cohort: CohortUpdate | None) -> tuple[str, ...]:
         found.append(f"{len(accounts.absent)} client(s) were asked and never came: {accounts.absent[:10]}")
     found += notes_of(accounts.faults)
     return (*found, *_unmeasured(cohort)) if cohort is not None else tuple(found)
+
+
+def without_power(population: Population) -> Iterator[str]:
+    """Yield a note on devices whose power is unknown."""
+    names = [device.name for device in population.fleet.profiles if not device.compute_w]
+    if names:
+        yield f"no power is known of {', '.join(names)}; its joules count as 0: set compute_w and idle_w"
 
 
 def _unmeasured(cohort: CohortUpdate) -> Iterator[str]:

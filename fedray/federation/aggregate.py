@@ -9,7 +9,7 @@ the config alone, so the mean has the same bits on any number of workers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal
@@ -391,5 +391,4 @@ class CohortUpdate:
     def cost(self) -> Cost:
         """The cost of all asked clients; its seconds are those of the slowest."""
         total = sum((r.cost for r in self.records), Cost())
-        slowest = max((r.cost.seconds for r in self.records), default=0.0)
-        return Cost(total.bytes_down, total.bytes_up, total.flops, total.executed_flops, slowest)
+        return replace(total, seconds=max((r.cost.seconds for r in self.records), default=0.0))

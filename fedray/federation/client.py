@@ -40,21 +40,23 @@ TWO = (
 
 @dataclass
 class Meter:
-    """FLOPs, time and loss of a client in this call; `wall_s` is measured, not simulated.
+    """FLOPs, steps, time and loss of a client in this call; `wall_s` is measured, not simulated.
 
     `loss` is the mean over the examples that the last `sgd` saw, `last_loss` that of its last batch alone.
     """
 
     flops: float = 0.0
     executed_flops: float = 0.0
+    steps: int = 0
     wall_s: float = 0.0
     loss: float = float("nan")
     last_loss: float = float("nan")
 
-    def charge(self, flops: float, executed_flops: float, started: float) -> None:
-        """Add theoretical and executed FLOPs, and the time since `started`."""
+    def charge(self, flops: float, executed_flops: float, steps: int, started: float) -> None:
+        """Add theoretical and executed FLOPs, steps, and the time since `started`."""
         self.flops += flops
         self.executed_flops += executed_flops
+        self.steps += steps
         self.wall_s += time.perf_counter() - started
 
 
@@ -189,7 +191,8 @@ class Client:
             optimizer = engine.optimizer(training, training.weight_decay)
         else:
             chain.standardise(engine.held(mask))
-        total, value, seen = torch.zeros((), device=engine.device), torch.tensor(float("nan")), 0
+        total, value = torch.zeros((), device=engine.device), torch.tensor(float("nan"))
+        seen = steps_made = 0
         rng = self.rng if seed is None else self._generator(seed)
         with torch.set_grad_enabled(chain is None):
             for index, (x, y) in enumerate(self._batches(rng, epochs, steps)):
@@ -204,7 +207,8 @@ class Client:
                     with torch.no_grad():
                         after_step(engine.flat)
                 total, seen = total.add_(value, alpha=y.shape[0]), seen + y.shape[0]
-        self._charge(seen, mask, started, dense_gradient=on_grad is not None)
+                steps_made = index + 1
+        self._charge(seen, steps_made, mask, started, dense_gradient=on_grad is not None)
         self.meter.loss = float(total) / seen if seen else float("nan")
         self.meter.last_loss = float(value)
         return engine.unload(self._engine.layout)
@@ -240,7 +244,7 @@ class Client:
         started = time.perf_counter()
         self._engine.load(self.model.forward_params(params, mask), mask)
         self._engine.module.train()
-        total, seen = torch.zeros(self._engine.layout.size), 0
+        total, seen, taken = torch.zeros(self._engine.layout.size), 0, 0
         whole = self._cut(torch.arange(self.num_examples))
         parts = self._gathered(whole)
         if batches is not None:
@@ -248,8 +252,8 @@ class Client:
         for x, y in parts:
             _, grads = self._engine.gradient(self._engine.batch(x), y, 0, loss)
             total.add_(self._engine.dense(grads), alpha=len(y))
-            seen += len(y)
-        self._charge(seen, mask, started, dense_gradient=True)
+            seen, taken = seen + len(y), taken + 1
+        self._charge(seen, taken, mask, started, dense_gradient=True)
         return total / seen
 
     def evaluate(self, params: Params, mask: Mask) -> Outcome:
@@ -325,16 +329,16 @@ class Client:
                 f"{self.num_examples} with method.batch_size={self._training.batch_size}; {TWO}"
             )
 
-    def _charge(self, examples: int, mask: Mask, started: float, *, dense_gradient: bool) -> None:
+    def _charge(self, examples: int, steps: int, mask: Mask, started: float, *, dense_gradient: bool) -> None:
         flops = self._engine.flops
         executed = flops.executed(mask, self.info.profile.exploits, dense_gradient=dense_gradient)
         theoretical = flops.train(mask, dense_gradient=dense_gradient)
-        self.meter.charge(theoretical * examples, executed * examples, started)
+        self.meter.charge(theoretical * examples, executed * examples, steps, started)
 
     def _charge_forward(self, mask: Mask, started: float) -> None:
         flops, n = self._engine.flops, self.num_examples
         executed = flops.executed_forward(mask, self.info.profile.exploits)
-        self.meter.charge(flops.forward(mask) * n, executed * n, started)
+        self.meter.charge(flops.forward(mask) * n, executed * n, 0, started)
 
 
 ClientFunction = Callable[[Task, Client], ClientUpdate]

@@ -18,8 +18,8 @@ class Records(NamedTuple):
     """Client records by column.
 
     Args:
-        whole: int64 (n, 4): client, examples, bytes down, bytes up.
-        real: float64 (n, 5): FLOPs, executed FLOPs, seconds, density, loss.
+        whole: int64 (n, 5): client, examples, bytes down, bytes up, steps.
+        real: float64 (n, 6): FLOPs, executed FLOPs, seconds, joules, density, loss.
         device: names.
         fate: one for each client.
     """
@@ -32,11 +32,18 @@ class Records(NamedTuple):
     @classmethod
     def of(cls, records: Sequence[ClientRecord]) -> "Records":
         """Return records as columns."""
-        whole = [(r.client, r.num_examples, r.cost.bytes_down, r.cost.bytes_up) for r in records]
-        real = [(r.cost.flops, r.cost.executed_flops, r.cost.seconds, r.density, r.loss) for r in records]
+        costs = [r.cost for r in records]
+        whole = [
+            (r.client, r.num_examples, c.bytes_down, c.bytes_up, c.steps)
+            for r, c in zip(records, costs, strict=True)
+        ]
+        real = [
+            (c.flops, c.executed_flops, c.seconds, c.energy_j, r.density, r.loss)
+            for r, c in zip(records, costs, strict=True)
+        ]
         return cls(
-            np.array(whole, dtype=np.int64).reshape(-1, 4),
-            np.array(real, dtype=np.float64).reshape(-1, 5),
+            np.array(whole, dtype=np.int64).reshape(-1, 5),
+            np.array(real, dtype=np.float64).reshape(-1, 6),
             [r.device for r in records],
             [r.fate for r in records],
         )
@@ -45,9 +52,22 @@ class Records(NamedTuple):
         """Return the records."""
         return [
             ClientRecord(
-                client, device, examples, fate, Cost(down, up, flops, executed, seconds), density, loss
+                client,
+                device,
+                examples,
+                fate,
+                Cost(down, up, flops, executed, seconds, steps, joules),
+                density,
+                loss,
             )
-            for (client, examples, down, up), (flops, executed, seconds, density, loss), device, fate in zip(
+            for (client, examples, down, up, steps), (
+                flops,
+                executed,
+                seconds,
+                joules,
+                density,
+                loss,
+            ), device, fate in zip(
                 self.whole.tolist(), self.real.tolist(), self.device, self.fate, strict=True
             )
         ]

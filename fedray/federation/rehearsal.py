@@ -88,7 +88,7 @@ class StandIn(Client):
 
     def _take(self, answer: Answer, request: Request) -> Params:
         """Charge a training and return a copy of its result."""
-        self._charge(request.examples, request.mask, 0.0, dense_gradient=False)
+        self._charge(request.examples, len(request.batches), request.mask, 0.0, dense_gradient=False)
         self.meter.wall_s = answer.wall_s
         self.meter.loss, self.meter.last_loss = answer.loss, answer.last_loss
         if answer.stream is not None:

@@ -18,14 +18,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from math import nan
 from typing import Any, TypeVar
 
 import numpy as np
 
-from fedray.costs.devices import seconds
+from fedray.costs.clock import at_home, seconds
 from fedray.data.datasets import Examples
 from fedray.errors import MethodError
-from fedray.federation.accounts import TOTALS, Accounts, notes
+from fedray.federation.accounts import TOTALS, Accounts, notes, without_power
 from fedray.federation.aggregate import CohortUpdate, chunk_size, cut, merge_all
 from fedray.federation.client import Client, ClientFunction, Outcome, norm_statistics
 from fedray.federation.density import above_asked, emptied
@@ -310,7 +311,7 @@ class Server:
         there = self._wait_for(clients)
         task = Task(self._trained_model().masked(self.state.mask), self.state.mask)
         answer = self._exchange(loss_of_model, dict.fromkeys(there, task))
-        self._accounts.asked += answer.cost
+        self._accounts.exchanged(answer)
         return {client: float(sent["loss"]) for client, sent in answer.each.items()}
 
     def _exchange(
@@ -386,7 +387,8 @@ class Server:
         # only the last batch of an epoch is short
         examples = epochs * info.num_examples + steps * method.batch_size
         flops = self.place.flops.executed(mask, info.profile.exploits) * examples
-        return seconds(Cost(bytes_down=down, bytes_up=up, executed_flops=flops), info.profile)
+        made = method.local_steps(info.num_examples)
+        return seconds(Cost(down, up, executed_flops=flops, steps=made), info.profile)
 
     def _with_statistics(self, state: ServerState, cohort: CohortUpdate) -> ServerState:
         """Return the state with the BatchNorm statistics of the model to be evaluated, where these are asked.
@@ -398,7 +400,7 @@ class Server:
             return state
         task = Task(self.method.eval_params(state), state.mask)
         answer = self._exchange(norm_statistics, {record.client: task for record in cohort.folded})
-        self._accounts.asked += answer.cost
+        self._accounts.exchanged(answer)
         if not answer.folded:
             return state
         mean = answer.sum("statistics") / answer.num_examples
@@ -418,7 +420,7 @@ class Server:
             function: ClientFunction, tasks: Mapping[int, Task], keep: bool, among: int | None
         ) -> CohortUpdate:
             answer = self._exchange(function, self._when_there(tasks), keep_updates=keep, among=among)
-            self._accounts.asked += answer.cost
+            self._accounts.exchanged(answer)
             return answer
 
         def validate(params: Params, mask: Mask) -> tuple[float, float]:
@@ -433,11 +435,8 @@ class Server:
                 outcome = self.pool.evaluate(task, self.side.validation)
             examples, profile = len(self.side.validation), self.side.profile
             executed = place.flops.executed_forward(mask, profile.exploits) * examples
-            self._accounts.validated += Cost(
-                flops=place.flops.forward(mask) * examples,
-                executed_flops=executed,
-                seconds=executed / profile.flops_per_s,
-            )
+            cost = Cost(flops=place.flops.forward(mask) * examples, executed_flops=executed)
+            self._accounts.validated += at_home(cost, profile)
             return outcome.accuracy, outcome.loss
 
         def rounds() -> int:
@@ -514,12 +513,14 @@ class Server:
         metrics["time/wall_s"] = time.perf_counter() - started
         metrics["time/server_wall_s"] = self._accounts.server_wall_s
         totals = self.checkpoint.totals
+        unknown = nan if totals else 0.0  # the run began before the metric existed
         for name in TOTALS:
-            totals[name] = totals.get(name, 0.0) + metrics[name]
+            totals[name] = totals.get(name, unknown) + metrics[name]
         metrics |= {f"total/{name}": value for name, value in totals.items()}
         records = cohort.records if cohort is not None else ()
-        noted = (*notes(self._accounts, cohort), *self._density_notes(round, asked))
-        return RoundReport(round, metrics, records, noted, tuple(self._accounts.faults))
+        noted = [*notes(self._accounts, cohort), *self._density_notes(round, asked)]
+        noted += without_power(self.population) if round == 0 else ()
+        return RoundReport(round, metrics, records, tuple(noted), tuple(self._accounts.faults))
 
     def _density_notes(self, round: int, asked: float | None) -> Iterator[str]:
         """Yield notes on the mask: each layer that lost all its weights, once; a density not reached."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedray.costs.devices import seconds
+from fedray.costs.clock import clocked
 from fedray.costs.differences import PLAIN, UplinkCodec
 from fedray.costs.flops import FlopModel
 from fedray.data.datasets import Dataset, Examples
@@ -331,8 +331,8 @@ def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:
 def _record(order: Order, client: Client, fate: Fate, bytes_up: int = 0) -> ClientRecord:
     """Return the record of a client that has done its part."""
     info, meter = client.info, client.meter
-    cost = Cost(order.bytes_down, bytes_up, meter.flops, meter.executed_flops)
-    cost = replace(cost, seconds=seconds(cost, info.profile))
+    cost = Cost(order.bytes_down, bytes_up, meter.flops, meter.executed_flops, steps=meter.steps)
+    cost = clocked(cost, info.profile)
     return ClientRecord(info.id, info.profile.name, info.num_examples, fate, cost, float("nan"), meter.loss)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fedray.costs.devices import seconds
+from fedray.costs.clock import clocked
 from fedray.federation.actor import Partials
 from fedray.federation.crew import STRIKES, Key, Work
 from fedray.federation.exchange import Answer, Chunk, Job, Trained
@@ -151,8 +151,7 @@ class Works:
         self.suspects.add(order.client)
         self.given_up.append(fault)
         check_raised(self.job.round, self.given_up, self.job.may_fail)
-        cost = Cost(bytes_down=order.bytes_down)
-        cost = replace(cost, seconds=seconds(cost, info.profile))
+        cost = clocked(Cost(bytes_down=order.bytes_down), info.profile)
         unknown = float("nan")
         record = ClientRecord(
             order.client, info.profile.name, info.num_examples, "failed", cost, unknown, unknown

@@ -264,7 +264,8 @@ class PruneFL(Method[PruneFLMemory]):
         if self.time_model != "profile":
             return published(self.time_model, mean_steps(ctx.clients, self.local_steps))
         dense = self.gather == "interval"
-        return of_devices(ctx.clients, ctx.flops, self.processed, self.downlink, self.uplink, dense)
+        work = self.processed, self.local_steps
+        return of_devices(ctx.clients, ctx.flops, *work, self.downlink, self.uplink, dense)
 
     @property
     def objective(self) -> Callable[[Step], Tensor] | None:

@@ -7,7 +7,7 @@ from math import inf, isfinite, isnan, log, nan, sqrt
 import numpy as np
 import torch
 
-from fedray.costs.devices import seconds
+from fedray.costs.clock import seconds
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.method import ServerContext
 from fedray.pruning.masks import top_k
@@ -186,9 +186,15 @@ def ratio(above: float, below: float) -> float:
 
 
 def _on_the_wire(cohort: CohortUpdate, ctx: ServerContext) -> float:
-    """Return the mean share of the clients' seconds in which they do not compute."""
+    """Return the mean share of the clients' seconds in which bytes travel.
+
+    Without the overheads of steps and exchanges, which no pruning shortens, and which the trained policies
+    have not seen.
+    """
     shares = []
     for record in cohort.folded:
-        idle = seconds(replace(record.cost, executed_flops=0.0), ctx.clients[record.client].profile)
-        shares.append(idle / record.cost.seconds if record.cost.seconds > 0 else 0.0)
+        device = ctx.clients[record.client].profile
+        link = seconds(replace(record.cost, steps=0, executed_flops=0.0), device) - device.round_s
+        total = link + record.cost.executed_flops / device.flops_per_s
+        shares.append(link / total if total > 0 else 0.0)
     return sum(shares) / len(shares) if shares else 0.0

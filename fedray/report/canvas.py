@@ -203,6 +203,12 @@ def byte_unit(most: float) -> tuple[float, str]:
     return next(((size, name) for size, name in units if most >= size), (1.0, "bytes"))
 
 
+def energy_unit(most: float) -> tuple[float, str]:
+    """Return what to divide joules by, and its name, for numbers up to `most`."""
+    units = ((3.6e6, "kWh"), (1e3, "kJ"))
+    return next(((size, name) for size, name in units if most >= size), (1.0, "J"))
+
+
 def time_unit(most: float) -> tuple[float, str]:
     """Return what to divide seconds by, and its name, for numbers up to `most`."""
     units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))

@@ -24,6 +24,7 @@ from fedray.report.canvas import (
     Format,
     Look,
     byte_unit,
+    energy_unit,
     footnote,
     key_of_lines,
     log_axis,
@@ -41,9 +42,10 @@ from fedray.report.series import Setting
 BY_ROUND = "accuracy_by_round.png"
 BY_BYTES = "accuracy_by_bytes.png"
 BY_TIME = "accuracy_by_time.png"
+BY_ENERGY = "accuracy_by_energy.png"
 DENSITY = "density_by_round.png"
 CLIENTS = "client_accuracy.png"
-NAMES = (BY_ROUND, BY_BYTES, BY_TIME, DENSITY, CLIENTS, DECISIONS)
+NAMES = (BY_ROUND, BY_BYTES, BY_TIME, BY_ENERGY, DENSITY, CLIENTS, DECISIONS)
 """Files that a report may contain."""
 
 
@@ -62,6 +64,7 @@ def draw(
         BY_ROUND: _accuracy(looks, "round", "round", plain_rounds, target),
         BY_BYTES: _accuracy(looks, "total/bytes/up", "uploaded by all clients so far", byte_unit, target),
         BY_TIME: _accuracy(looks, "total/time/simulated_s", "simulated time", time_unit, target),
+        BY_ENERGY: _accuracy(looks, "total/energy/clients_j", "energy of all clients", energy_unit, target),
         DENSITY: _density(looks),
         CLIENTS: _clients(looks),
         DECISIONS: draw_decisions(looks),

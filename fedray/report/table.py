@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-MEGA, TERA = 1e6, 1e12
+KILO, MEGA, TERA = 1e3, 1e6, 1e12
 
 # ── comparing
 # ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -89,16 +89,24 @@ MEASURES = {
     "density": ("density/global", 1.0),
     "up MB": ("total/bytes/up", MEGA),
     "down MB": ("total/bytes/down", MEGA),
-    "client TFLOP": ("total/flops/clients", TERA),
+    "executed TFLOP": ("total/flops/executed", TERA),
+    "theoretical TFLOP": ("total/flops/clients", TERA),
+    "client kJ": ("total/energy/clients_j", KILO),
     "simulated s": ("total/time/simulated_s", 1.0),
+    "compute-bound s": ("total/time/compute_bound_s", 1.0),
+    "network-bound s": ("total/time/network_bound_s", 1.0),
 }
 """Column of the table → metric and divisor."""
 
 AGAINST_FEDAVG = {
     "up MB": "up × FedAvg",
     "down MB": "down × FedAvg",
-    "client TFLOP": "FLOP × FedAvg",
+    "executed TFLOP": "executed × FedAvg",
+    "theoretical TFLOP": "theoretical × FedAvg",
+    "client kJ": "kJ × FedAvg",
     "simulated s": "simulated × FedAvg",
+    "compute-bound s": "compute-bound × FedAvg",
+    "network-bound s": "network-bound × FedAvg",
 }
 DIFFERENCE = "test − FedAvg"
 """Column of the table: points of test accuracy, paired by seed."""
@@ -302,6 +310,8 @@ def shown(frame: "pd.DataFrame", *, intervals: bool = False) -> dict[str, list[s
         if column.endswith((" ±", " × FedAvg")) or column in beside or column.startswith("reached "):
             continue
         values = list(frame[column])
+        if column in AGAINST_FEDAVG and frame[column].isna().all():
+            continue  # a cost that no run has, as runs from before it was measured
         if column in TEXT_COLUMNS:
             shown[column] = [str(value) for value in values]
         elif column.endswith("accuracy"):
@@ -319,8 +329,10 @@ def shown(frame: "pd.DataFrame", *, intervals: bool = False) -> dict[str, list[s
 def _cost_cells(frame: "pd.DataFrame", column: str, intervals: bool) -> tuple[str, list[str]]:
     """Return header and cells of a column of numbers: `mean ± half (ratio×)`."""
     values, scale, header = frame[column], 1.0, column
-    if column == "client TFLOP" and not values.max() >= 1:
-        scale, header = 1000.0, "client GFLOP"
+    if column.endswith(" TFLOP") and not values.max() >= 1:
+        scale, header = 1000.0, column.replace("TFLOP", "GFLOP")
+    elif column == "client kJ" and not values.max() >= 1:
+        scale, header = 1000.0, "client J"
     cells = [_number(scale * value) for value in values]
     if intervals and f"{column} ±" in frame and column != "density":
         halves = frame[f"{column} ±"]
@@ -367,10 +379,13 @@ def _number(value: float) -> str:
 
 LEGEND = """
 Accuracies: share of right answers of the final model on the validation and the test examples; ± is half of
-the 95 % t-interval over n seeds. Bytes, FLOPs (masked weights are free) and simulated seconds are totals from
-the start, set-up included; × FedAvg divides by the FedAvg row whose other settings agree, after as many
-rounds; test − FedAvg is the difference in points, paired by seed. A dash: not measured, not reached by every
-seed (with how many did), or nothing to compare with.
+the 95 % t-interval over n seeds. Bytes, FLOPs, energy of the clients and seconds are totals from the start,
+set-up included. Executed FLOPs are those that the devices run, and they drive the clock; of theoretical ones
+masked weights are free. Simulated seconds are those of the run's own devices, with waits and deadlines;
+compute-bound and network-bound ones are those of the same work on Raspberry Pi 4 with fibre, and on GPU
+workstations with 3G. × FedAvg divides by the FedAvg row whose other settings agree, after as many rounds;
+test − FedAvg is the difference in points, paired by seed. A dash: not measured, not reached by every seed
+(with how many did), or nothing to compare with.
 """
 
 

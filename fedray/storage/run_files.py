@@ -341,6 +341,8 @@ class RunFiles:
                 "flops": record.cost.flops,
                 "executed_flops": record.cost.executed_flops,
                 "seconds": record.cost.seconds,
+                "steps": record.cost.steps,
+                "energy_j": record.cost.energy_j,
                 "density": record.density,
                 "loss": record.loss,
             }

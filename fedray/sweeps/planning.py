@@ -33,6 +33,19 @@ MEASURED = 3
 """Rounds that are run: bytes and FLOPs are their means, seconds those of the fastest; the first warms up."""
 
 
+COSTS = (
+    "bytes/up",
+    "bytes/down",
+    "flops/executed",
+    "flops/clients",
+    "energy/clients_j",
+    "time/simulated_s",
+    "time/compute_bound_s",
+    "time/network_bound_s",
+)
+"""Metrics of a round that are added up."""
+
+
 class _Enough(Exception):
     """The rounds to measure are made."""
 
@@ -44,7 +57,7 @@ class Measure:
     Args:
         setup_s: measured seconds until round 1, data and set-up included.
         round_s: measured seconds of a round, its evaluation included.
-        setup: set-up's bytes up, bytes down and client FLOPs.
+        setup: set-up's value of each of COSTS.
         each: the same of a round.
         disk_bytes: size of its directory, checkpoints included.
         memory_bytes: peak memory of the process that trained.
@@ -52,8 +65,8 @@ class Measure:
 
     setup_s: float
     round_s: float
-    setup: tuple[float, float, float]
-    each: tuple[float, float, float]
+    setup: tuple[float, ...]
+    each: tuple[float, ...]
     disk_bytes: int
     memory_bytes: int
 
@@ -68,7 +81,12 @@ class Plan:
         concurrent: trials at once.
         up_bytes: sent by clients, in all trials.
         down_bytes: sent to clients.
-        flops: of the clients.
+        executed_flops: that the clients run.
+        flops: of the clients, with masked weights as free: the theoretical count.
+        energy_j: joules of the clients.
+        simulated_s: seconds of the simulated devices, of all trials one after the other.
+        compute_bound_s: the same if every client were a slow device on a fast link.
+        network_bound_s: the same if every client were a fast device on a slow link.
         wall_s: seconds there, if its CPUs are as fast as this machine's.
         disk_bytes: of all directories.
         memory_bytes: of a process that trains.
@@ -81,7 +99,12 @@ class Plan:
     concurrent: int
     up_bytes: float | None
     down_bytes: float | None
+    executed_flops: float | None
     flops: float | None
+    energy_j: float | None
+    simulated_s: float | None
+    compute_bound_s: float | None
+    network_bound_s: float | None
     wall_s: float | None
     disk_bytes: float | None
     memory_bytes: float | None
@@ -112,7 +135,7 @@ def plan(configs: Sequence[RunConfig], concurrent: int | None, *, sweeps: bool, 
     cpus = max(1, int(room.cpus))
     at_once = min(len(configs), concurrent or cpus) if sweeps else 1
     found: dict[tuple[Any, ...], Measure] = {}
-    total, disk, trial_s = [0.0, 0.0, 0.0], 0.0, 0.0
+    total, disk, trial_s = [0.0] * len(COSTS), 0.0, 0.0
     for config in configs if measures else ():
         kind = (config.method.name, config.model, config.data.name, config.clients.cohort)
         if kind not in found:
@@ -123,14 +146,19 @@ def plan(configs: Sequence[RunConfig], concurrent: int | None, *, sweeps: bool, 
         trial_s += one.setup_s + config.rounds * one.round_s
     memory = max((one.memory_bytes for one in found.values()), default=0)
     wall_s = (trial_s / min(at_once, cpus) + START_S) if sweeps else trial_s
-    up, down, flops = total
+    up, down, executed, flops, energy, *seconds = total if found else [None] * len(COSTS)
     return Plan(
         trials=len(configs),
         rounds=sum(config.rounds for config in configs),
         concurrent=at_once,
-        up_bytes=up if found else None,
-        down_bytes=down if found else None,
-        flops=flops if found else None,
+        up_bytes=up,
+        down_bytes=down,
+        executed_flops=executed,
+        flops=flops,
+        energy_j=energy,
+        simulated_s=seconds[0],
+        compute_bound_s=seconds[1],
+        network_bound_s=seconds[2],
         wall_s=wall_s if found else None,
         disk_bytes=disk if found else None,
         memory_bytes=memory if found else None,
@@ -169,14 +197,12 @@ def measure(config: RunConfig) -> Measure:
     )
 
 
-def _mean(costs: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
-    up, down, flops = (sum(values) / len(costs) for values in zip(*costs, strict=True))
-    return up, down, flops
+def _mean(costs: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(sum(values) / len(costs) for values in zip(*costs, strict=True))
 
 
-def _costs(report: RoundReport) -> tuple[float, float, float]:
-    up, down, flops = (report.metrics.get(name, 0.0) for name in ("bytes/up", "bytes/down", "flops/clients"))
-    return up, down, flops
+def _costs(report: RoundReport) -> tuple[float, ...]:
+    return tuple(report.metrics.get(name, 0.0) for name in COSTS)
 
 
 @contextmanager

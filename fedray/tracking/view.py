@@ -16,7 +16,7 @@ from typing import Any
 TAG = "mlflow.sharedViewState."
 """Prefix of MLflow's tags for shared views."""
 
-X_AXES = ("total/bytes/up", "total/time/simulated_s", "total/flops/clients")
+X_AXES = ("total/bytes/up", "total/time/simulated_s", "total/flops/clients", "total/energy/clients_j")
 """Metrics against which accuracy is drawn."""
 
 COLUMNS = ("val/accuracy", "test/accuracy", "density/global", "total/bytes/up", "total/time/simulated_s")

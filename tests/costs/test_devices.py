@@ -13,19 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedray.costs.devices import (
-    DEVICES,
-    GIB,
-    HARDWARE,
-    LINKS,
-    Fleet,
-    draw,
-    entries_of,
-    fits,
-    profile,
-    seconds,
-    training_memory_bytes,
-)
+from fedray.costs.clock import at_home, clocked, computing_s, fits, joules, seconds, training_memory_bytes
+from fedray.costs.devices import DEVICES, YARDSTICKS, Fleet, draw, entries_of, profile
+from fedray.costs.hardware import GIB, HARDWARE
+from fedray.costs.links import LINKS
 from fedray.errors import ConfigError
 from fedray.types import Cost, DeviceProfile
 
@@ -37,6 +28,12 @@ NUMBERS = (
     "memory_bytes",
     "availability",
     "dropout",
+    "step_s",
+    "round_s",
+    "compute_w",
+    "idle_w",
+    "down_j_per_byte",
+    "up_j_per_byte",
 )
 MIX = {"phone": 0.6, "jetson_nano": 0.3, "raspberry_pi_4": 0.1}
 DOCS = Path(__file__).parents[2] / "docs" / "costs.md"
@@ -50,7 +47,7 @@ def test_what_configs_rely_on_is_there():
     assert {"phone_2016", "phone_2019", "phone_2023"} <= set(DEVICES)
     assert len(DEVICES) >= 10
     assert {"3g", "lte", "5g", "wifi", "fibre", "prunefl"} <= set(LINKS)
-    assert HARDWARE["phone"].link == "lte"
+    assert {h.link for name, h in HARDWARE.items() if "phone" in name} == {"wifi"}  # they are unmetered
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -61,13 +58,16 @@ def test_numbers_are_in_range_and_each_has_a_source(name):
     assert device.downlink_bytes_per_s >= device.uplink_bytes_per_s > 0
     assert 0 < device.availability <= 1 and 0 <= device.dropout < 1
     assert device.exploits == "structured"
+    assert 0 <= device.step_s < 0.01 and 0 <= device.round_s < 1
+    assert 0 < device.idle_w < device.compute_w
+    assert 0 < device.down_j_per_byte <= device.up_j_per_byte
     assert set(device.sources) == set(NUMBERS)
 
 
 @pytest.mark.parametrize("table", [HARDWARE, LINKS])
 def test_a_source_has_a_year_or_says_that_it_is_none(table):
     texts = {text for entry in table.values() for text in entry.sources.values()}
-    honest = ("estimate: ", "by definition: ")
+    honest = ("estimate: ", "assumed", "by definition: ")
     unsourced = [t for t in texts if not (re.search(r"\b20[12]\d\b", t) or t.startswith(honest))]
     assert not unsourced
 
@@ -97,6 +97,51 @@ def test_links_follow_from_their_sources():
     assert LINKS["prunefl"].uplink_bytes_per_s == pytest.approx(8 / 5.561621e-6, rel=1e-4)
     assert LINKS["lte"].downlink_bytes_per_s == 3_687_500  # 29.5 Mbit/s
     assert LINKS["datacentre"].uplink_bytes_per_s == pytest.approx(0.94 * 10e9 / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("phone", 1 * 4),
+        ("phone_2019", 1 * 2),
+        ("raspberry_pi_4", 7 * 5),
+        ("jetson_nano", 7 * 7),
+        ("laptop", 20),
+        ("workstation_gpu", 7),
+    ],
+)
+def test_overheads_of_a_step_follow_from_their_sources(name, factor):
+    assert DEVICES[name].step_s == pytest.approx(70 * factor * 1e-6, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "slopes", "base_mw"),
+    [
+        ("3g", (122.12, 868.98), 817.88),
+        ("lte", (51.97, 438.39), 1288.04),
+        ("wifi", (137.01, 283.17), 132.86),
+        ("prunefl", (137.01, 283.17), 132.86),
+    ],
+)
+def test_joules_of_a_byte_follow_from_the_power_of_the_radio(name, slopes, base_mw):
+    """Of α mW for each Mbit/s and β mW: (α + β / Mbit/s) mJ for a Mbit, which is 125,000 bytes."""
+    link = LINKS[name]
+    for slope, speed, joules_per_byte in (
+        (slopes[0], link.downlink_bytes_per_s, link.down_j_per_byte),
+        (slopes[1], link.uplink_bytes_per_s, link.up_j_per_byte),
+    ):
+        mj_per_mbit = slope + base_mw / (speed * 8e-6)
+        assert joules_per_byte == pytest.approx(mj_per_mbit * 1e-3 / 125_000, rel=0.003)
+
+
+def test_5g_takes_two_and_a_half_times_the_power_of_lte():
+    lte, fast = LINKS["lte"], LINKS["5g"]
+    for way in ("down", "up"):
+        watts = [
+            getattr(link, f"{way}_j_per_byte") * getattr(link, f"{way}link_bytes_per_s")
+            for link in (lte, fast)
+        ]
+        assert watts[1] == pytest.approx(2.5 * watts[0], rel=0.003)
 
 
 def test_wifi_is_the_median_of_the_flash_trace():
@@ -201,7 +246,7 @@ def test_a_device_names_the_entries_that_it_is_made_of(monkeypatch):
     monkeypatch.setitem(HARDWARE, "board", HARDWARE["phone"])
     assert entries_of("phone") == [("device", "phone")]
     assert entries_of("phone@wifi") == [("device", "phone"), ("link", "wifi")]
-    assert entries_of("board") == [("hardware", "board"), ("link", "lte")]
+    assert entries_of("board") == [("hardware", "board"), ("link", "wifi")]
     assert entries_of("board@3g") == [("hardware", "board"), ("link", "3g")]
 
 
@@ -210,6 +255,53 @@ def test_seconds_by_hand():
     cost = Cost(bytes_down=4_000_000, bytes_up=1_000_000, executed_flops=3e9)
     assert seconds(cost, TOY) == pytest.approx(0.1 + 2 + 3 + 2)
     assert seconds(Cost(), TOY) == 0.1
+    # and 27 steps of 50 ms, and 0.4 s of the exchange
+    slow = replace(TOY, step_s=0.05, round_s=0.4)
+    assert seconds(replace(cost, steps=27), slow) == pytest.approx(0.1 + 2 + (0.4 + 1.35 + 3) + 2)
+
+
+def test_a_laptop_does_not_make_27_steps_in_a_millisecond():
+    work = Cost(steps=27, executed_flops=27 * 44e6)
+    laptop = DEVICES["laptop"]
+    assert work.executed_flops / laptop.flops_per_s == pytest.approx(0.66e-3, rel=0.01)
+    assert seconds(work, laptop) - seconds(Cost(), laptop) == pytest.approx(0.0378 + 0.00066)
+
+
+def test_joules_by_hand():
+    cost = Cost(bytes_down=4_000_000, bytes_up=1_000_000, executed_flops=3e9, steps=27)
+    device = replace(
+        TOY,
+        step_s=0.05,
+        round_s=0.4,
+        compute_w=10.0,
+        idle_w=2.0,
+        down_j_per_byte=1e-6,
+        up_j_per_byte=5e-6,
+    )
+    # 10 W for 4.75 s; 2 W for 0.1 + 2 + 2 s; 4 MB at 1 J/MB; 1 MB at 5 J/MB
+    assert joules(cost, device) == pytest.approx(47.5 + 8.2 + 4 + 5)
+    assert clocked(cost, device) == replace(
+        cost, seconds=seconds(cost, device), energy_j=joules(cost, device)
+    )
+    # the server's own work has no link and no exchange: 10 W for 4.35 s
+    own = at_home(cost, device)
+    assert [own.seconds, own.energy_j] == pytest.approx([4.35, 43.5])
+
+
+def test_the_docs_are_right_about_the_joules_of_a_phone():
+    cost = Cost(bytes_down=1_000_000, bytes_up=1_000_000, executed_flops=10e9, steps=30)
+    text = " ".join(DOCS.read_text(encoding="utf-8").split())
+    assert f"{joules(cost, DEVICES['phone']):.2f} J. The same on LTE takes" in text
+    assert f"on LTE takes {joules(cost, profile('phone@lte')):.2f} J." in text
+
+
+def test_the_yardsticks_are_far_apart():
+    """An exchange of LeNet-5: what takes longest on one of them is the least on the other."""
+    cost = Cost(bytes_down=178_000, bytes_up=178_000, executed_flops=600 * 2.5e6, steps=30)
+    slow, far = YARDSTICKS["compute_bound"], YARDSTICKS["network_bound"]
+    assert (slow.name, far.name) == ("raspberry_pi_4@fibre", "workstation_gpu@3g")
+    shares = [computing_s(cost, device) / seconds(cost, device) for device in (slow, far)]
+    assert shares[0] > 0.8 and shares[1] < 0.2
 
 
 def test_seconds_ignore_the_theoretical_flops_and_what_the_clock_said_before():
@@ -274,14 +366,15 @@ def test_the_seed_alone_decides():
     assert not np.array_equal(first.jitter, other.jitter)
 
 
-def test_jitter_changes_three_numbers_and_nobodys_device():
+def test_jitter_changes_speeds_and_nobodys_device():
     plain, jittered = draw(200, MIX, seed=1, jitter=0.0), draw(200, MIX, seed=1, jitter=0.5)
     assert np.array_equal(plain.index, jittered.index)
     for client in range(200):
         before, after = plain.profile(client), jittered.profile(client)
         assert before == profile(before.name)
         changed = {f.name for f in fields(before) if getattr(before, f.name) != getattr(after, f.name)}
-        assert changed == {"flops_per_s", "downlink_bytes_per_s", "uplink_bytes_per_s"}
+        assert changed == {"flops_per_s", "step_s", "downlink_bytes_per_s", "uplink_bytes_per_s"}
+        assert after.step_s * after.flops_per_s == pytest.approx(before.step_s * before.flops_per_s)
         assert after == jittered.profile(client)
 
 
@@ -360,7 +453,7 @@ def rows(columns: int) -> dict[str, list[str]]:
 
 
 def test_the_table_of_devices_in_the_docs_is_the_one_in_the_code():
-    documented = rows(columns=7)
+    documented = rows(columns=11)
     assert list(documented) == list(HARDWARE)
     for name, (stands_for, link, *numbers) in documented.items():
         hardware = HARDWARE[name]
@@ -368,7 +461,11 @@ def test_the_table_of_devices_in_the_docs_is_the_one_in_the_code():
         assert [float(number) for number in numbers] == pytest.approx(
             [
                 hardware.flops_per_s / 1e9,
+                1e3 * hardware.step_s,
+                hardware.round_s,
                 hardware.memory_bytes / GIB,
+                hardware.compute_w,
+                hardware.idle_w,
                 hardware.availability,
                 hardware.dropout,
             ]
@@ -376,13 +473,13 @@ def test_the_table_of_devices_in_the_docs_is_the_one_in_the_code():
 
 
 def test_the_table_of_links_in_the_docs_is_the_one_in_the_code():
-    documented = rows(columns=4)
+    documented = rows(columns=6)
     assert list(documented) == list(LINKS)
     for name, numbers in documented.items():
         link = LINKS[name]
         speeds = (link.downlink_bytes_per_s * 8 / 1e6, link.uplink_bytes_per_s * 8 / 1e6)
         assert [float(number) for number in numbers] == pytest.approx(
-            [*speeds, link.latency_s * 1e3], rel=1e-5
+            [*speeds, link.latency_s * 1e3, 1e6 * link.down_j_per_byte, 1e6 * link.up_j_per_byte], rel=1e-5
         )
 
 

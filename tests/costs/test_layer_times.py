@@ -92,7 +92,13 @@ def place_of(*exploits: Exploits, method: Method | None = None) -> Workplace:
 def times_of(place: Workplace, dense_gradient: bool = False) -> LayerTimes:
     method, clients = place.method, place.population
     return of_devices(
-        clients, place.flops, lambda n: 2 * n, method.downlink, method.uplink, dense_gradient=dense_gradient
+        clients,
+        place.flops,
+        lambda n: 2 * n,
+        method.local_steps,
+        method.downlink,
+        method.uplink,
+        dense_gradient=dense_gradient,
     )
 
 
@@ -201,5 +207,5 @@ def test_a_measured_model_must_name_all_its_layers() -> None:
 def test_what_an_entry_weighs_is_the_codecs_business() -> None:
     place = place_of("structured")
     exact, coarse = Codec(), Codec("fp16")
-    times = of_devices(place.population, place.flops, lambda n: n, coarse, exact)
+    times = of_devices(place.population, place.flops, lambda n: n, lambda n: 1, coarse, exact)
     assert times.per_weight_s["fc1.weight"] == pytest.approx(2 / 100 + 4 / 50)

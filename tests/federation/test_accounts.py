@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedray.costs.clock import seconds
+from fedray.costs.devices import YARDSTICKS
 from fedray.costs.extras import extras_size
 from fedray.federation.aggregate import CohortUpdate
 from fedray.federation.client import Client
@@ -41,7 +43,9 @@ def test_totals_are_the_sums_over_the_rounds():
     server = small.server(HookedWithData(at_setup=train_at_server), server_rows=12, rules=Rules(dropout=0.3))
     reports = small.run(server)
     names = {name.removeprefix("total/") for name in reports[0].metrics if name.startswith("total/")}
-    assert names == {name for name in METRICS if name.split("/")[0] in ("bytes", "flops", "time")} | {
+    assert names == {
+        name for name in METRICS if name.split("/")[0] in ("bytes", "flops", "time", "energy")
+    } | {
         "clients/dropped",
         "clients/failed",
     }
@@ -49,6 +53,96 @@ def test_totals_are_the_sums_over_the_rounds():
         sums = np.cumsum([report.metrics[name] for report in reports])
         assert [report.metrics[f"total/{name}"] for report in reports] == pytest.approx(sums.tolist())
     assert reports[-1].metrics["total/clients/dropped"] > 0
+
+
+POWERED = replace(
+    small.DEVICE,
+    step_s=0.5,
+    round_s=2.0,
+    compute_w=10.0,
+    idle_w=1.0,
+    down_j_per_byte=0.01,
+    up_j_per_byte=0.02,
+)
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_steps_take_time_and_a_round_takes_energy(stack: int):
+    """Clients of 20, 21 and 45 examples with batches of 20 make 1, 2 and 3 steps an epoch, also together."""
+    method = Method(batch_size=20, local_epochs=2)
+    deal = small.dealt(20, 21, 45)
+    server = small.server(
+        method, partition=deal, devices=(POWERED,), schedule=Schedule(rounds=1, cohort=3), stack=stack
+    )
+    report = small.run(server)[-1]
+    assert [record.cost.steps for record in report.clients] == [2, 4, 6]
+    for record in report.clients:
+        cost = record.cost
+        computing = 2 + 0.5 * cost.steps + cost.executed_flops / 1000
+        link = 1 + cost.bytes_down / 100 + cost.bytes_up / 50
+        assert cost.seconds == pytest.approx(link + computing)
+        bytes_j = 0.01 * cost.bytes_down + 0.02 * cost.bytes_up
+        assert cost.energy_j == pytest.approx(10 * computing + link + bytes_j)
+    energy = sum(record.cost.energy_j for record in report.clients)
+    assert report.metrics["energy/clients_j"] == pytest.approx(energy)
+    assert report.metrics["total/energy/clients_j"] == pytest.approx(energy)
+    assert report.metrics["energy/server_j"] == 0
+    assert report.metrics["time/simulated_s"] == max(record.cost.seconds for record in report.clients)
+
+
+def test_the_server_takes_energy_and_no_overhead_of_an_exchange():
+    server = small.server(HookedWithData(batch_size=5, at_setup=train_at_server), server_rows=12)
+    server.side = replace(server.side, profile=POWERED)
+    report = server.setup()
+    seconds = 2 * (3 * DENSE * 12 / 1000 + 3 * 0.5)  # two passes in batches of 5, 5 and 2
+    assert report.metrics["time/server_s"] == pytest.approx(seconds)
+    assert report.metrics["energy/server_j"] == pytest.approx(10 * seconds)
+    assert report.metrics["energy/clients_j"] == 0
+
+
+def test_devices_without_power_are_named_in_round_0():
+    first, *others = small.run(small.server(Method()))
+    (note,) = [note for note in first.notes if "power" in note]
+    assert note.startswith("no power is known of device; its joules count as 0")
+    assert not any("power" in note for report in others for note in report.notes)
+    assert not any("power" in note for note in small.server(Method(), devices=(POWERED,)).setup().notes)
+
+
+def test_totals_of_a_metric_that_is_younger_than_the_run_are_unknown():
+    server = small.server(Method())
+    server.setup()
+    del server.checkpoint.totals["energy/clients_j"]  # as in a checkpoint of an earlier version
+    metrics = server.step().metrics
+    assert metrics["total/energy/clients_j"] != metrics["total/energy/clients_j"]  # NaN
+    assert metrics["energy/clients_j"] == 0 < metrics["total/bytes/up"]
+
+
+def test_the_same_work_is_timed_on_two_fleets(monkeypatch: pytest.MonkeyPatch):
+    """Whatever devices a run has; questions beside the training count, waits and deadlines do not."""
+
+    def ask(state: ServerState, ctx: ServerContext) -> None:
+        ctx.ask(score, {k: Task(state.params, state.mask) for k in (1, 4)})
+
+    asked: list[CohortUpdate] = []
+    server = small.server(
+        Hooked(at_prune=ask),
+        rules=Rules(deadline_s=1e-3),
+        schedule=Schedule(rounds=1, cohort=3),
+        devices=(small.DEVICE, POWERED),
+    )
+    original = server._exchange
+
+    def noted(*args: Any, **options: Any) -> CohortUpdate:
+        asked.append(original(*args, **options))
+        return asked[-1]
+
+    monkeypatch.setattr(server, "_exchange", noted)
+    report = small.run(server)[-1]
+    assert len(asked) == 2
+    for kind, device in YARDSTICKS.items():
+        slowest = [max(seconds(record.cost, device) for record in cohort.records) for cohort in asked]
+        assert report.metrics[f"time/{kind}_s"] == pytest.approx(sum(slowest))
+        assert report.metrics[f"total/time/{kind}_s"] == pytest.approx(sum(slowest))
 
 
 # ── work beside the training ──────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,16 @@ records = st.builds(
     device=st.sampled_from(["phone", "laptop"]),
     num_examples=whole,
     fate=st.sampled_from(fates),
-    cost=st.builds(Cost, bytes_down=whole, bytes_up=whole, flops=real, executed_flops=real, seconds=real),
+    cost=st.builds(
+        Cost,
+        bytes_down=whole,
+        bytes_up=whole,
+        flops=real,
+        executed_flops=real,
+        seconds=real,
+        steps=whole,
+        energy_j=real,
+    ),
     density=real,
     loss=real,
 )
@@ -47,4 +56,4 @@ def test_nothing_is_pickled_client_by_client(kind: str) -> None:
         rows = [ClientRecord(k, "phone", 60, "folded", Cost(1, 2, 3.0, 4.0, 5.0), 1.0, 0.5) for k in ids]
         return len(pickle.dumps(Answer({}, rows, {})))
 
-    assert (size(2_000) - size(1_000)) / 1_000 < {"records": 80, "orders": 25}[kind]
+    assert (size(2_000) - size(1_000)) / 1_000 < {"records": 100, "orders": 25}[kind]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedray.costs.devices import DEVICES
 from fedray.data.datasets import Examples
 from fedray.errors import ClientError, MethodError
 from fedray.federation.aggregate import CohortUpdate
@@ -59,6 +60,17 @@ def test_a_round_by_hand():
     assert server.state.round == 2
     client_bytes, flops = 32 + 3 * 4, 3 * 2 * 3
     slowest_s = 1 + client_bytes / 100 + 3 * flops / 1000 + client_bytes / 50
+    pi, gpu = DEVICES["raspberry_pi_4"], DEVICES["workstation_gpu"]
+    elsewhere = {
+        "compute_bound": 0.009
+        + client_bytes * 8 / 270.91e6
+        + (0.1 + 0.0025 + 3 * flops / pi.flops_per_s)
+        + client_bytes * 8 / 124.37e6,
+        "network_bound": 0.0635
+        + client_bytes * 8 / 5.9e6
+        + (0.1 + 0.0005 + 3 * flops / gpu.flops_per_s)
+        + client_bytes * 8 / 2e6,
+    }
     losses = [math.log(sum(map(math.exp, weights))) - weights[label] for label in (0, 1, 1, 1)]
     assert without_clocks(report).metrics == {
         name: pytest.approx(value)
@@ -71,7 +83,11 @@ def test_a_round_by_hand():
             "flops/executed": 4 * flops,
             "flops/server": 0,
             "time/simulated_s": slowest_s,
+            "time/compute_bound_s": elsewhere["compute_bound"],
+            "time/network_bound_s": elsewhere["network_bound"],
             "time/server_s": 0,
+            "energy/clients_j": 0,
+            "energy/server_j": 0,
             "clients/selected": 2,
             "clients/dropped": 0,
             "clients/failed": 0,
@@ -84,7 +100,11 @@ def test_a_round_by_hand():
             "total/flops/executed": 4 * flops,
             "total/flops/server": 0,
             "total/time/simulated_s": slowest_s,
+            "total/time/compute_bound_s": elsewhere["compute_bound"],
+            "total/time/network_bound_s": elsewhere["network_bound"],
             "total/time/server_s": 0,
+            "total/energy/clients_j": 0,
+            "total/energy/server_j": 0,
             "total/clients/dropped": 0,
             "total/clients/failed": 0,
         }.items()

@@ -88,8 +88,9 @@ def test_seeds_are_one_row_with_mean_and_interval(tmp_path):
     assert row["up MB"] == pytest.approx(102)  # two rounds of 50, 51 and 52 MB
     assert row["up MB ±"] == pytest.approx(4.30265 * 2 / 3**0.5, rel=1e-5)
     assert row["down MB"] == pytest.approx(204)
-    assert row["client TFLOP"] == pytest.approx(2)
-    assert row["simulated s"] == pytest.approx(20)
+    assert row["theoretical TFLOP"] == pytest.approx(2) and row["executed TFLOP"] == pytest.approx(4)
+    assert row["client kJ"] == pytest.approx(6)
+    assert [row[f"{kind} s"] for kind in ("simulated", "compute-bound", "network-bound")] == [20, 80, 10]
     assert row["density"] == 1
 
 
@@ -206,18 +207,20 @@ def test_markdown(two):
     table = to_markdown(comparison([load_run(p) for p in find_runs([two])], target=0.8))
     head, rule, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
     assert head[:5] == ["setting", "n", "val accuracy", "test accuracy", "density"]
-    costs = ["up MB", "down MB", "client TFLOP", "simulated s"]
-    assert head[5:9] == [f"{cost} (× FedAvg)" for cost in costs]
+    costs = [*("up MB", "down MB", "executed TFLOP", "theoretical TFLOP", "client kJ")]
+    costs += ["simulated s", "compute-bound s", "network-bound s"]
+    assert head[5:13] == [f"{cost} (× FedAvg)" for cost in costs]
     until = ["rounds to 0.80", "up MB to 0.80", "seconds to 0.80 (× FedAvg)"]
-    assert head[9:] == [*until, "rounds", "status"]
-    assert rule == ["---", *["---:"] * 12, "---"]
+    assert head[13:] == [*until, "rounds", "status"]
+    assert rule == ["---", *["---:"] * 16, "---"]
     done, going_on = rows
     assert done[:5] == ["fedavg", "2", "0.805 ±0.064", "0.750 ±0.000", "1"]
-    assert done[5:9] == ["100 (1×)", "200 (1×)", "2 (1×)", "20 (1×)"]
-    assert done[9:] == ["2", "100", "20 (1×)", "2", "finished"]
+    assert done[5:9] == ["100 (1×)", "200 (1×)", "4 (1×)", "2 (1×)"]
+    assert done[9:13] == ["6 (1×)", "20 (1×)", "80 (1×)", "10 (1×)"]
+    assert done[13:] == ["2", "100", "20 (1×)", "2", "finished"]
     assert going_on[:5] == ["staged", "1", "0.400", "—", "1"]
-    assert going_on[5:9] == ["617 (—)", "1,234 (—)", "1 (—)", "10 (—)"]
-    assert going_on[9:] == ["—", "—", "— (0 of 1)", "1", "unfinished at round 1"]
+    assert going_on[5:9] == ["617 (—)", "1,234 (—)", "2 (—)", "1 (—)"]
+    assert going_on[13:] == ["—", "—", "— (0 of 1)", "1", "unfinished at round 1"]
 
 
 def test_markdown_has_differences_and_intervals(tmp_path):
@@ -230,7 +233,7 @@ def test_markdown_has_differences_and_intervals(tmp_path):
     assert rows.loc["staged", "test − FedAvg"] == pytest.approx(1.5)
     assert rows.loc["staged", "test − FedAvg ±"] == pytest.approx(6.353, abs=1e-3)
     assert rows["test − FedAvg"].isna().tolist() == [True, False]
-    assert rows.loc["staged", "FLOP × FedAvg"] == 1
+    assert rows.loc["staged", "theoretical × FedAvg"] == 1
     table = to_markdown(frame)
     assert "| +1.5 ±6.4 |" in table
     assert "| 25 ±63.5 (0.25×) |" in table  # 20 and 30 MB
@@ -274,9 +277,18 @@ def test_what_all_rows_share_stands_below(tmp_path):
 
 def test_small_counts_are_shown_in_gflop(two):
     frame = comparison([load_run(p) for p in find_runs([two])])
-    frame["client TFLOP"] = [0.0123, 0.004]
-    assert "| client GFLOP (× FedAvg) |" in to_markdown(frame)
-    assert "| 12.3 " in to_markdown(frame)
+    frame["theoretical TFLOP"] = [0.0123, 0.004]
+    frame["client kJ"] = [0.0456, 0.004]
+    table = to_markdown(frame)
+    assert "| executed TFLOP (× FedAvg) | theoretical GFLOP (× FedAvg) | client J (× FedAvg) |" in table
+    assert "| 12.3 " in table and "| 45.6 " in table
+
+
+def test_a_cost_that_no_run_has_is_no_column(two):
+    """Runs from before energy was measured."""
+    frame = comparison([load_run(p) for p in find_runs([two])])
+    frame["client kJ"] = float("nan")
+    assert "client" not in to_markdown(frame) and "compute-bound s" in to_markdown(frame)
 
 
 # ── writing
@@ -293,7 +305,7 @@ def test_a_report_is_pictures_and_tables_and_touches_nothing_else(two):
     assert report.path == two / "report"
     pictures = [name for name in figures.NAMES if name != DECISIONS]  # nobody decides in these
     assert [path.name for path in report.files] == [*pictures, "table.md", "table.csv", "report.json"]
-    for path in report.files[:5]:
+    for path in report.files[: len(pictures)]:
         image = imread(path)
         assert image.shape[:2] == (650, 1001)
         assert 0.005 < float((image[..., :3].min(axis=2) < 0.9).mean()) < 0.5  # ink, but not only ink

@@ -30,7 +30,15 @@ def checkpoint(round: int) -> Checkpoint:
 
 
 def report(round: int, clients: int = 2, metrics: Mapping[str, float] | None = None) -> RoundReport:
-    cost = Cost(bytes_down=100, bytes_up=50 + round, flops=1e6, executed_flops=5e5, seconds=0.5)
+    cost = Cost(
+        bytes_down=100,
+        bytes_up=50 + round,
+        flops=1e6,
+        executed_flops=5e5,
+        seconds=0.5,
+        steps=27,
+        energy_j=2.5,
+    )
     records = [ClientRecord(k, "phone", 10 + k, "folded", cost, 1.0, 0.25 * k) for k in range(clients)]
     return RoundReport(round, {"val/accuracy": 0.5, **(metrics or {})}, tuple(records), (f"note {round}",))
 
@@ -196,6 +204,8 @@ def test_clients_are_read_by_pandas_as_one_table(tmp_path):
         "flops": 1e6,
         "executed_flops": 5e5,
         "seconds": 0.5,
+        "steps": 27,
+        "energy_j": 2.5,
         "density": 1.0,
         "loss": 0.25,
     }

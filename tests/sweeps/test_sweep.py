@@ -331,7 +331,9 @@ SCRIPT = '''
 """Everything of a user's own in the script itself, which no other process can import."""
 from dataclasses import dataclass, replace
 from torch import nn
-from fedray.costs.devices import DEVICES, HARDWARE, LINKS
+from fedray.costs.devices import DEVICES
+from fedray.costs.hardware import HARDWARE
+from fedray.costs.links import LINKS
 from fedray.sweeps.space import Sweep
 from fedray.sweeps.sweep import sweep
 from fedray.federation.method import Method
