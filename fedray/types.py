@@ -67,6 +67,7 @@ METRICS: Mapping[str, Direction | None] = {
     "clients/selected": None,
     "clients/dropped": "min",
     "clients/failed": "min",
+    "clients/memory_bytes": "min",
 }
 """Metric that every run reports → its better direction, None if it has none.
 
@@ -502,6 +503,7 @@ class ClientRecord:
     cost: Cost
     density: float
     loss: float
+    memory_bytes: int = 0
 
 
 M = TypeVar("M", default=Any)

@@ -42,6 +42,7 @@ from fedray.config.trust import check as check_trusted
 from fedray.config.trust import trusting
 from fedray.config.uri import absolute_uri
 from fedray.costs.differences import CODECS, UplinkCodec
+from fedray.costs.memory import OnShort
 from fedray.data import DATASETS, PARTITIONS
 from fedray.data.partition import PartitionKind
 from fedray.errors import ConfigError, nearest
@@ -227,6 +228,9 @@ class ClientsConfig(Section):
         cohort: number of clients that train in a round.
         devices: device (or device@link) → weight in the mix.
         jitter: spread of speed and bandwidth among clients of one device: sigma of a log-normal.
+        memory: what becomes of a device whose memory cannot hold training (weights, gradients, optimiser, a
+            batch and its activations): `refuse` refuses the run, with the numbers; `batch` halves the batches
+            of such clients until they fit; `ignore` trains all the same.
         actors: Ray actors that host the clients: `auto` starts one per CPU, or none for a run that is too
             short to pay for their start; `per_client` one per client; 0 none (clients train in the run's
             process).
@@ -258,6 +262,7 @@ class ClientsConfig(Section):
         default_factory=lambda: {"phone": 0.6, "raspberry_pi_4": 0.2, "laptop": 0.2}, min_length=1
     )
     jitter: Annotated[NonNegativeFloat, Field(le=10)] = 0.2
+    memory: OnShort = "refuse"
     actors: Annotated[Actors, PlainValidator(_actors, json_schema_input_type=Actors)] = "auto"
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     chunk: PositiveInt | None = None
@@ -507,6 +512,7 @@ SINCE: Tree = {
     "train": {"precision": "fp32"},
     "clients.stack": "auto",
     "clients.max_change": 1000.0,
+    "clients.memory": "refuse",
     "data.client_test_fraction": 0.0,
 }
 """Keys that were added after the first results → the value that all runs had before.

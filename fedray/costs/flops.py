@@ -79,7 +79,7 @@ class FlopModel:
             ValueError: if a weight that takes part is not in the layout.
         """
         # not on the meta device, whose kernels import sympy and much else for three seconds
-        probe = _with_memory(module).eval()
+        probe = with_memory(module).eval()
 
         def examples(count: int) -> Tensor:
             shape = (count, *input_shape)
@@ -175,7 +175,7 @@ class FlopModel:
         return self._counted[mask.digest]
 
 
-def _with_memory(module: nn.Module) -> nn.Module:
+def with_memory(module: nn.Module) -> nn.Module:
     """Return a copy whose parameters and buffers have values and share no storage."""
     memo: dict[int, Tensor] = {}  # deepcopy takes a tensor that it finds in its memo as the copy
     for tensor in chain(module.parameters(), module.buffers()):

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedray.config.run_config import RunConfig
+from fedray.costs.devices import Fleet, draw
+from fedray.costs.memory import MemoryModel, optimizer_vectors
 from fedray.data import DATASETS, Dataset, Partition, Splits, checked, split
 from fedray.errors import ConfigError, DataError
 from fedray.federation.client import TWO
 from fedray.models import ModelSpec
 from fedray.randomness import borrowed, generator, seed_sequence
+from fedray.types import DeviceProfile
 
 
 def check_data(configs: Iterable[RunConfig]) -> None:
@@ -18,14 +21,16 @@ def check_data(configs: Iterable[RunConfig]) -> None:
 
     Raises:
         DataError: if data is missing, or cannot be partitioned as a config asks.
-        ConfigError: if a config's batches are too small for its model.
+        ConfigError: if a config's batches are too small for its model, or too large for its devices.
     """
     datasets: dict[object, Dataset] = {}
     models: dict[object, ModelSpec] = {}
+    memories: dict[object, MemoryModel] = {}
     seen = set()
     for config in configs:
-        small = config.method.options.batch_size == 1
-        key = (repr(config.data), config.clients.population, config.seed, config.model, config.norm, small)
+        clients, options = config.clients, config.method.options
+        work = (options.batch_size, optimizer_vectors(options), repr(clients.devices), clients.memory)
+        key = (repr(config.data), clients.population, config.seed, config.model, config.norm, work)
         if key in seen:
             continue
         seen.add(key)
@@ -36,7 +41,12 @@ def check_data(configs: Iterable[RunConfig]) -> None:
         built = config.model, config.norm, dataset.input_shape, dataset.num_classes
         if built not in models:
             models[built] = config.build_model(dataset.input_shape, dataset.num_classes)
-        check_pairs(config, models[built], dealt(config, dataset).partition)
+        model, partition = models[built], dealt(config, dataset).partition
+        check_pairs(config, model, partition)
+        traced = (built, work[1])
+        if traced not in memories:
+            memories[traced] = memory_of(config, model)
+        check_memory(config, model.name, memories[traced], fleet_of(config), partition)
 
 
 def loaded(config: RunConfig) -> Dataset:
@@ -112,3 +122,63 @@ def check_pairs(config: RunConfig, model: ModelSpec, partition: Partition) -> No
             f"data.partition: {len(alone):,} client(s) have one example{aside} "
             f"(clients {alone[:10].tolist()}); {model.name} cannot be trained on one: {TWO}"
         )
+
+
+def fleet_of(config: RunConfig) -> Fleet:
+    """Return the devices of a config's clients."""
+    clients = config.clients
+    return draw(clients.population, clients.devices, seed_sequence(config.seed, "devices"), clients.jitter)
+
+
+def memory_of(config: RunConfig, model: ModelSpec) -> MemoryModel:
+    """Return the memory that training takes on a device, by a traced pass."""
+    return MemoryModel.trace(
+        model.bind(model.init(config.seed).flat),
+        model.input_shape,
+        model.layout,
+        tokens=model.architecture.tokens,
+        optimizer_vectors=optimizer_vectors(config.method.options),
+        pairs="train" in model.pairs,
+    )
+
+
+def check_memory(
+    config: RunConfig, model: str, memory: MemoryModel, fleet: Fleet, partition: Partition
+) -> None:
+    """Refuse devices whose memory cannot hold the training of their clients.
+
+    Raises:
+        ConfigError: with each such device and the numbers, unless `clients.memory` is `ignore`.
+    """
+    if config.clients.memory == "ignore":
+        return
+    smaller, size = config.clients.memory == "batch", config.method.options.batch_size
+    sizes, problems = np.asarray(partition.sizes), []
+    for index, device in enumerate(fleet.profiles):
+        most = int(sizes[fleet.index == index].max(initial=0))
+        batch = min(memory.least if smaller else size, most)
+        if batch and not memory.fits(batch, device.memory_bytes):
+            problems.append(_short(device, model, memory, batch, smaller))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _short(device: DeviceProfile, model: str, memory: MemoryModel, batch: int, smaller: bool) -> str:
+    """Return what a device lacks, and what to change."""
+    need, kept = memory.training_bytes(batch), memory.training_bytes(batch) - memory.vectors_bytes
+    fitting = memory.largest_batch(batch, device.memory_bytes)
+    change = "take it out of the mix, or a smaller model"
+    if not smaller and memory.fits(fitting, device.memory_bytes):
+        change = (
+            f"batches of {fitting} fit: set method.batch_size={fitting}, or clients.memory=batch for smaller "
+            f"batches on such devices only; or {change}"
+        )
+    return (
+        f"clients.devices: {device.name} has {_mib(device.memory_bytes)} for training, but {model} needs "
+        f"{_mib(need)}: {_mib(memory.vectors_bytes)} of weights, gradients and optimiser, {_mib(kept)} of a "
+        f"batch of {batch} and its activations; {change} (clients.memory=ignore trains all the same)"
+    )
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.4g} MiB"

@@ -20,12 +20,12 @@ from fedray.config.places import Place
 from fedray.config.run_config import RunConfig
 from fedray.config.trees import Tree
 from fedray.config.trust import IMPORTED, IMPORTS, record, trusting
-from fedray.costs import devices
+from fedray.costs.devices import DEVICES
 from fedray.costs.flops import FlopModel
 from fedray.data import Dataset, Examples, Partition
 from fedray.durable import remove_partials, shown
 from fedray.errors import ConfigError, FedrayError, RunError
-from fedray.experiment.dealing import Deal, check_pairs, dealt, loaded
+from fedray.experiment.dealing import Deal, check_memory, check_pairs, dealt, fleet_of, loaded, memory_of
 from fedray.experiment.given import run_config
 from fedray.experiment.history import History
 from fedray.experiment.homes import Home, brought, publish_rest, published
@@ -38,7 +38,7 @@ from fedray.federation.pool import ClientPool, PoolFactory
 from fedray.federation.population import Population
 from fedray.federation.server import Checkpoint, Schedule, Server, ServerSide
 from fedray.federation.worker import Rules, Workplace
-from fedray.randomness import generator, seed_sequence
+from fedray.randomness import generator
 from fedray.storage import checkpoint as stored
 from fedray.storage.checkpoint import Stored
 from fedray.storage.directory import Lock, note_actors
@@ -80,11 +80,10 @@ class Federation:
         seed, clients = config.seed, config.clients
         dataset = loaded(config)
         deal = dealt(config, dataset)
-        fleet = devices.draw(
-            clients.population, clients.devices, seed_sequence(seed, "devices"), clients.jitter
-        )
         model = config.build_model(dataset.input_shape, dataset.num_classes)
         check_pairs(config, model, deal.partition)
+        memory, fleet = memory_of(config, model), fleet_of(config)
+        check_memory(config, model.name, memory, fleet, deal.partition)
         place = Workplace(
             model=model,
             flops=FlopModel.trace(
@@ -101,6 +100,8 @@ class Federation:
             codec=clients.uplink.options,
             stack=stack_of(config, model.layout.size),
             precision=config.train.precision,
+            memory=memory,
+            on_short=clients.memory,
         )
         return cls(config, dataset, deal, place)
 
@@ -121,7 +122,7 @@ class Federation:
     def side(self) -> ServerSide:
         """The data and the clock of the server."""
         validation = _rows(self.dataset.train, self.deal.splits.validation)
-        return ServerSide(devices.DEVICES["server"], self.deal.splits.server, validation)
+        return ServerSide(DEVICES["server"], self.deal.splits.server, validation)
 
     @property
     def tested(self) -> Partition:

@@ -94,6 +94,7 @@ class Accounts:
             "clients/selected": float(len(records)),
             "clients/dropped": float(sum(r.fate != "folded" for r in records)),
             "clients/failed": float(len(self.faults)),
+            "clients/memory_bytes": float(max((r.memory_bytes for r in records), default=0)),
         }
         if cohort is not None and cohort.folded:
             metrics["density/client_mean"] = float(np.mean([r.density for r in cohort.folded]))

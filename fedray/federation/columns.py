@@ -18,7 +18,7 @@ class Records(NamedTuple):
     """Client records by column.
 
     Args:
-        whole: int64 (n, 5): client, examples, bytes down, bytes up, steps.
+        whole: int64 (n, 6): client, examples, bytes down, bytes up, steps, bytes of memory.
         real: float64 (n, 6): FLOPs, executed FLOPs, seconds, joules, density, loss.
         device: names.
         fate: one for each client.
@@ -34,7 +34,7 @@ class Records(NamedTuple):
         """Return records as columns."""
         costs = [r.cost for r in records]
         whole = [
-            (r.client, r.num_examples, c.bytes_down, c.bytes_up, c.steps)
+            (r.client, r.num_examples, c.bytes_down, c.bytes_up, c.steps, r.memory_bytes)
             for r, c in zip(records, costs, strict=True)
         ]
         real = [
@@ -42,7 +42,7 @@ class Records(NamedTuple):
             for r, c in zip(records, costs, strict=True)
         ]
         return cls(
-            np.array(whole, dtype=np.int64).reshape(-1, 5),
+            np.array(whole, dtype=np.int64).reshape(-1, 6),
             np.array(real, dtype=np.float64).reshape(-1, 6),
             [r.device for r in records],
             [r.fate for r in records],
@@ -59,17 +59,13 @@ class Records(NamedTuple):
                 Cost(down, up, flops, executed, seconds, steps, joules),
                 density,
                 loss,
+                memory,
             )
-            for (client, examples, down, up, steps), (
-                flops,
-                executed,
-                seconds,
-                joules,
-                density,
-                loss,
-            ), device, fate in zip(
+            for whole, real, device, fate in zip(
                 self.whole.tolist(), self.real.tolist(), self.device, self.fate, strict=True
             )
+            for client, examples, down, up, steps, memory in (whole,)
+            for flops, executed, seconds, joules, density, loss in (real,)
         ]
 
 

@@ -379,8 +379,9 @@ class Server:
 
     def _predicted_seconds(self, client: int) -> float:
         """Predict a client's part from its profile, its number of examples and the mask it will get."""
-        info, method = self.population[client], self.method
-        mask = method.configure(self.state, info).mask
+        info = self.population[client]
+        method = self.place.method_of(info)
+        mask = self.method.configure(self.state, info).mask
         down, up = self.wire.predicted_bytes(mask, self.checkpoint.holds.get(client))
         steps_per_epoch = -(-info.num_examples // method.batch_size)
         epochs, steps = divmod(method.local_steps(info.num_examples), steps_per_epoch)

@@ -18,6 +18,7 @@ import torch
 from fedray.costs.clock import clocked
 from fedray.costs.differences import PLAIN, UplinkCodec
 from fedray.costs.flops import FlopModel
+from fedray.costs.memory import MemoryModel, OnShort
 from fedray.data.datasets import Dataset, Examples
 from fedray.errors import ClientError, ConfigError, FedrayError
 from fedray.federation.aggregate import Bounds, Partial, merge_within
@@ -71,7 +72,8 @@ class Workplace:
     """The data, model, clients and method of a run; sent to a worker once. Without the test set.
 
     `stack` is how many clients are trained together, 1 for one after the other. The method decides whether
-    a model standardises its weights that leaves this open.
+    a model standardises its weights that leaves this open. `memory` is what training takes on a device, None
+    if unknown, and `on_short` what becomes of a device without it.
     """
 
     model: ModelSpec
@@ -84,12 +86,28 @@ class Workplace:
     codec: UplinkCodec = PLAIN
     stack: int = 1
     precision: Precision = "fp32"
+    memory: MemoryModel | None = None
+    on_short: OnShort = "refuse"
 
     def __post_init__(self) -> None:
         """Let the method decide what the model leaves open."""
         if self.model.standardize is None:
             model = replace(self.model, standardize=self.method.standardizes)
             object.__setattr__(self, "model", model)
+
+    def method_of(self, info: ClientInfo) -> Method:
+        """Return the method as a client trains it: with smaller batches where its memory asks for them."""
+        if self.memory is None or self.on_short != "batch":
+            return self.method
+        most = min(self.method.batch_size, max(1, info.num_examples))
+        fitting = self.memory.largest_batch(most, info.profile.memory_bytes)
+        return self.method if fitting == most else replace(self.method, batch_size=fitting)
+
+    def memory_bytes(self, info: ClientInfo) -> int:
+        """Return the bytes that training takes on a client's device; 0 if unknown, or without examples."""
+        if self.memory is None or not info.num_examples:
+            return 0
+        return self.memory.training_bytes(min(self.method_of(info).batch_size, info.num_examples))
 
     @cached_property
     def wire(self) -> Wire:
@@ -212,7 +230,7 @@ class Worker:
             _check_unchanged(task, versions, order.client, job.round)
             if of_machine(error):
                 raise ClientError(order.client, job.round, traceback_of(error)) from error
-            record = _record(order, client, "failed")
+            record = _record(self.place, order, client, "failed")
             raise ClientRaised(record, fault_of(order.client, error), job.round) from error
         _check_unchanged(task, versions, order.client, job.round)
         return trained
@@ -221,14 +239,16 @@ class Worker:
         self, info: ClientInfo, rows: np.ndarray, round: int, memory: Memory, make: MakeClient = Client
     ) -> Client:
         """Return a client, made by `make`, with the examples of some rows."""
-        resident = self._resident
+        resident, method = self._resident, self.place.method_of(info)
+        if method is not self.place.method:
+            make = Client  # a stack's batches are of one size
         return make(
             info=info,
             y=torch.from_numpy(self.place.dataset.train.y[rows]),
             round=round,
             memory=memory,
             _engine=self.engine,
-            _training=self.place.method,
+            _training=method,
             _generator=client_generator(self.place.seed, round, info.id),
             _examples=self._normalised(rows),
             _share=None if resident is None else Share(resident, torch.from_numpy(rows.astype(np.int64))),
@@ -278,7 +298,7 @@ class Worker:
             check_types(update)
             rng = generator(place.seed, "uplink", job.round, info.id + 1)
             received, bytes_up, kept = place.wire.upload(task, update, kept, training=job.training, rng=rng)
-        record = _record(order, client, "folded", bytes_up)
+        record = _record(self.place, order, client, "folded", bytes_up)
         missed = self._missed(job, info, record.cost.seconds)
         fault = None if missed else self._fault(info.id, problem, received, task)
         fate: Fate = missed or (fault.fate if fault else "folded")
@@ -328,12 +348,15 @@ def fold_chunk(place: Workplace, job: Job, index: int, results: Any) -> Answer:
     return answer
 
 
-def _record(order: Order, client: Client, fate: Fate, bytes_up: int = 0) -> ClientRecord:
+def _record(place: Workplace, order: Order, client: Client, fate: Fate, bytes_up: int = 0) -> ClientRecord:
     """Return the record of a client that has done its part."""
     info, meter = client.info, client.meter
     cost = Cost(order.bytes_down, bytes_up, meter.flops, meter.executed_flops, steps=meter.steps)
     cost = clocked(cost, info.profile)
-    return ClientRecord(info.id, info.profile.name, info.num_examples, fate, cost, float("nan"), meter.loss)
+    unknown, memory = float("nan"), place.memory_bytes(info)
+    return ClientRecord(
+        info.id, info.profile.name, info.num_examples, fate, cost, unknown, meter.loss, memory
+    )
 
 
 def masks_of(model: ModelSpec, tasks: Sequence[Task]) -> dict[bytes, Mask]:

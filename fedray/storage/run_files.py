@@ -343,6 +343,7 @@ class RunFiles:
                 "seconds": record.cost.seconds,
                 "steps": record.cost.steps,
                 "energy_j": record.cost.energy_j,
+                "memory_bytes": record.memory_bytes,
                 "density": record.density,
                 "loss": record.loss,
             }

@@ -46,8 +46,8 @@ client (x.yaml): unknown; did you mean 'clients'? Keys here: …
 
 $ clients.cohrt=3
 clients.cohrt (x.yaml): unknown; did you mean 'cohort'? Keys here: actors, chunk, cohort, deadline_s, devices,
-dropout, jitter, max_change, max_failed, over_selection, patience, population, resources, sampler, stack,
-uplink
+dropout, jitter, max_change, max_failed, memory, over_selection, patience, population, resources, sampler,
+stack, uplink
 
 $ clients.=3
 clients. (x.yaml): unknown. Keys here: actors, …

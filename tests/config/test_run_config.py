@@ -164,6 +164,7 @@ IN_THE_RESULT = {
     "clients.uplink.name": "topk",
     "clients.dropout": 0.1,
     "clients.max_change": None,
+    "clients.memory": "batch",
     "method.name": "staged",
     "method.lr": 0.1,
     "method.density": 0.2,

@@ -29,6 +29,7 @@ records = st.builds(
         steps=whole,
         energy_j=real,
     ),
+    memory_bytes=whole,
     density=real,
     loss=real,
 )
@@ -56,4 +57,4 @@ def test_nothing_is_pickled_client_by_client(kind: str) -> None:
         rows = [ClientRecord(k, "phone", 60, "folded", Cost(1, 2, 3.0, 4.0, 5.0), 1.0, 0.5) for k in ids]
         return len(pickle.dumps(Answer({}, rows, {})))
 
-    assert (size(2_000) - size(1_000)) / 1_000 < {"records": 100, "orders": 25}[kind]
+    assert (size(2_000) - size(1_000)) / 1_000 < {"records": 110, "orders": 25}[kind]

@@ -91,6 +91,7 @@ def test_a_round_by_hand():
             "clients/selected": 2,
             "clients/dropped": 0,
             "clients/failed": 0,
+            "clients/memory_bytes": 0,
             "train/loss": math.log(3),
             "val/accuracy": 0.75,
             "val/loss": sum(losses) / 4,

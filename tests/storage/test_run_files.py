@@ -39,7 +39,7 @@ def report(round: int, clients: int = 2, metrics: Mapping[str, float] | None = N
         steps=27,
         energy_j=2.5,
     )
-    records = [ClientRecord(k, "phone", 10 + k, "folded", cost, 1.0, 0.25 * k) for k in range(clients)]
+    records = [ClientRecord(k, "phone", 10 + k, "folded", cost, 1.0, 0.25 * k, 4096) for k in range(clients)]
     return RoundReport(round, {"val/accuracy": 0.5, **(metrics or {})}, tuple(records), (f"note {round}",))
 
 
@@ -206,6 +206,7 @@ def test_clients_are_read_by_pandas_as_one_table(tmp_path):
         "seconds": 0.5,
         "steps": 27,
         "energy_j": 2.5,
+        "memory_bytes": 4096,
         "density": 1.0,
         "loss": 0.25,
     }
