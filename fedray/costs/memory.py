@@ -48,7 +48,7 @@ class MemoryModel:
         layout: Layout,
         *,
         tokens: int = 0,
-        optimizer_vectors: int = 0,
+        more_vectors: int = 0,
         pairs: bool = False,
     ) -> "MemoryModel":
         """Measure what autograd keeps by sending two and three examples through a copy of the module.
@@ -58,13 +58,14 @@ class MemoryModel:
             input_shape: shape of one example.
             layout: the module's layout.
             tokens: 0 if the module takes float32; else it takes int64 in 0..tokens − 1.
-            optimizer_vectors: vectors of the optimiser: 1 of momentum, 2 of Adam.
+            more_vectors: beside weights, gradients and update: 1 of momentum, 2 of Adam, 2 of standardised
+                weights.
             pairs: whether the model needs two examples in a batch.
         """
         probe = with_memory(module).train().requires_grad_(True)
         two, three = (_kept(probe, _examples(count, input_shape, tokens)) for count in (2, 3))
         example = max(0, three - two)
-        vectors = max(LEAST_VECTORS, LEAST_VECTORS - 1 + optimizer_vectors)
+        vectors = max(LEAST_VECTORS, LEAST_VECTORS - 1 + more_vectors)
         return cls(4 * vectors * layout.size, max(0, two - 2 * example), example, 2 if pairs else 1)
 
     def training_bytes(self, batch: int) -> int:

@@ -29,7 +29,7 @@ def check_data(configs: Iterable[RunConfig]) -> None:
     seen = set()
     for config in configs:
         clients, options = config.clients, config.method.options
-        work = (options.batch_size, optimizer_vectors(options), repr(clients.devices), clients.memory)
+        work = (options.batch_size, _more_vectors(config), repr(clients.devices), clients.memory)
         key = (repr(config.data), clients.population, config.seed, config.model, config.norm, work)
         if key in seen:
             continue
@@ -137,9 +137,17 @@ def memory_of(config: RunConfig, model: ModelSpec) -> MemoryModel:
         model.input_shape,
         model.layout,
         tokens=model.architecture.tokens,
-        optimizer_vectors=optimizer_vectors(config.method.options),
+        more_vectors=_more_vectors(config),
         pairs="train" in model.pairs,
     )
+
+
+def _more_vectors(config: RunConfig) -> int:
+    """Return vectors of training beside weights, gradients and update: optimiser, standardised weights.
+
+    A step keeps the standardised weights and their gradients.
+    """
+    return optimizer_vectors(config.method.options) + 2 * config.standardizes
 
 
 def check_memory(

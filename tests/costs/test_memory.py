@@ -74,7 +74,7 @@ def test_tokens_are_whole_numbers():
 
 @pytest.mark.parametrize(("vectors", "held"), [(0, 4), (1, 4), (2, 5)])
 def test_optimisers_keep_vectors(vectors: int, held: int):
-    assert traced(nn.Linear(4, 3), (4,), optimizer_vectors=vectors).vectors_bytes == held * 4 * 7
+    assert traced(nn.Linear(4, 3), (4,), more_vectors=vectors).vectors_bytes == held * 4 * 7
 
 
 def test_a_batch_is_halved_until_it_fits():
