@@ -14,9 +14,9 @@ class Link:
     downlink_bytes_per_s: float
     uplink_bytes_per_s: float
     latency_s: float
-    down_j_per_byte: float
-    up_j_per_byte: float
-    sources: Mapping[str, str] = field(repr=False)
+    down_j_per_byte: float = 0.0
+    up_j_per_byte: float = 0.0
+    sources: Mapping[str, str] = field(repr=False, default_factory=dict)
 
 
 def _link(

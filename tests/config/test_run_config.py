@@ -110,7 +110,7 @@ def test_data_need_not_be_there_until_a_run_starts(monkeypatch):
 
     for name, spec in DATASETS.items():
         monkeypatch.setitem(DATASETS, name, replace(spec, load=load))
-        RunConfig().override({"data.name": name})
+        RunConfig().override({"data.name": name, "model": "char_transformer" if spec.tokens else "mlp"})
 
 
 def test_frozen():

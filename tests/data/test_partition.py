@@ -241,7 +241,7 @@ def test_natural_with_too_few_writers_or_none():
         Natural().split(labels, writers, np.arange(600), 7, 0)
     with pytest.raises(DataError, match="population 3, but only 2 writers"):  # those with rows to deal
         Natural().split(labels, writers, np.arange(150), 3, 0)
-    with pytest.raises(DataError, match=r"does not name the writers of its examples; these can: mnist "):
+    with pytest.raises(DataError, match=r"does not name the writers of its examples; these can: mnist, "):
         Natural().split(labels, None, np.arange(600), 3, 0)
 
 

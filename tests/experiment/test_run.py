@@ -75,6 +75,7 @@ def test_the_files_of_a_run(finished):
         "clients.parquet/part-000003-000003.parquet",
         "config.yaml",
         "data.json",
+        "made_by.json",
         "model.safetensors",
         "result.json",
         "rounds.jsonl",

@@ -233,6 +233,7 @@ def test_what_is_evaluated_validated_and_saved_is_what_clients_train():
 @pytest.mark.parametrize("name", METHODS)
 def test_under_every_method_the_exported_model_is_the_trained_one(name: str, in_tmp: Any):
     options: dict[str, dict[str, Any]] = {"staged": {"density": 0.5}, "fedlp": {"mode": "homo"}}
+    options |= {"heterofl": {"scaler": False}, "fedrolex": {"scaler": False}}
     config = tiny.config(
         {
             "rounds": 2,

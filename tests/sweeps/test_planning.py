@@ -91,8 +91,10 @@ def test_a_plan_does_not_wait_for_an_autoscaler(cluster: None, monkeypatch: pyte
 
 
 def test_memory_is_that_of_the_nodes(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = (0.0,) * len(planning.COSTS)
+
     def of(memory: float) -> tuple[str, ...]:
-        small = planning.Measure(1.0, 1.0, (0, 0, 0), (0, 0, 0), 1, int(memory))
+        small = planning.Measure(1.0, 1.0, none, none, 1, int(memory))
         monkeypatch.setattr(planning, "measure", lambda config: small)
         return plan([tiny.config()] * 6, None, sweeps=True, measures=True).problems
 

@@ -244,9 +244,21 @@ def test_the_status_of_a_sweep_is_what_the_sweep_itself_says(case: str) -> None:
     ("lines", "missing"),
     [
         ([], 7),
-        ([{"suggested": 0, "trials": ["00-a", "01-a"]}, {"suggested": 1, "problem": "no"}], 7),
-        ([{"suggested": 0, "trials": ["00-a", "01-a"]}, {"ended": "100 points in a row"}], 1),
-        ([{"suggested": 0, "trials": ["00-a", "01-a"]}, {"suggested": 1, "trials": ["02", "03"]}], 7),
+        (
+            [
+                {"suggested": 0, "changes": {}, "trials": ["00-a", "01-a"]},
+                {"suggested": 1, "changes": {}, "problem": "no"},
+            ],
+            7,
+        ),
+        ([{"suggested": 0, "changes": {}, "trials": ["00-a", "01-a"]}, {"ended": "100 points in a row"}], 1),
+        (
+            [
+                {"suggested": 0, "changes": {}, "trials": ["00-a", "01-a"]},
+                {"suggested": 1, "changes": {}, "trials": ["02", "03"]},
+            ],
+            7,
+        ),
     ],
 )
 def test_the_trials_that_an_interrupted_search_has_not_begun(

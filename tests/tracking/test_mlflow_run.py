@@ -125,7 +125,10 @@ def test_no_message_holds_a_password() -> None:
 
 def test_the_store_is_made_once_with_its_artifacts_beside_it(store: Store, client: Any) -> None:
     folder = Path(store.uri.removeprefix("sqlite:///")).parent
-    assert [path.name for path in folder.iterdir()] == ["mlflow.db"]  # nothing is left of its making
+    assert {path.name for path in folder.iterdir()} == {
+        "mlflow.db",
+        "mlartifacts",
+    }  # nothing is left of its making
     assert prepare_store(store.uri, "pruning") == store
     assert pickle.loads(pickle.dumps(store)) == store
     experiment = client.get_experiment(store.experiment_id)
