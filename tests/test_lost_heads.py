@@ -80,7 +80,7 @@ def test_a_run_whose_head_is_lost_ends_in_time_and_is_resumed(raylets: Raylets, 
     check_end(running, tmp_path, time.monotonic())
     done = rounds_of(tmp_path / "out")
     assert done < 21 and list((tmp_path / "out" / "checkpoints").glob(f"*{done - 1}.checkpoint"))
-    resumed(tmp_path, "clients.actors=0", "method.pause_s=0")
+    resumed(tmp_path, "clients.actors=0")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert {0: result["weights_sha256"]} == alone(tmp_path, [0])
 
