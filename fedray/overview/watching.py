@@ -1,5 +1,6 @@
 """A running run or sweep as it stands, from its files; a sweep's points need not be drawn yet."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,11 +131,16 @@ def look(path: Path) -> View:
         return View(path, running, (run,), 1, run.rounds or 0)
     tree = sealed.look(path / "sweep.yaml", quickly=True)
     trials = path / "trials"
-    begun = sorted(place for place in trials.glob("*") if (place / "config.yaml").is_file())
+    begun = sorted(place for place in trials.glob("*") if _has_begun(place))
     base = tree.get("base")
     planned = max(_planned(path, tree), len(begun))
     rounds = base.get("rounds") if isinstance(base, dict) else None
     return View(path, running, tuple(map(summary, begun)), planned, rounds if isinstance(rounds, int) else 0)
+
+
+def _has_begun(trial: Path) -> bool:
+    """Tell whether a trial has begun; its config is there from the start, unless it is damaged."""
+    return os.path.lexists(trial / "config.yaml") or (trial / "rounds.jsonl").is_file()
 
 
 def _planned(path: Path, tree: Mapping[str, Any]) -> int:

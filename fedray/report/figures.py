@@ -268,7 +268,8 @@ def _line(
         axes.plot(
             x[some],
             curve.mean[some],
-            look.ink.mark,
+            marker=look.ink.mark,
+            linestyle="none",
             color=look.color,
             markersize=3.6,
             markeredgewidth=0.5,
@@ -277,7 +278,8 @@ def _line(
         axes.plot(
             x[-1],
             curve.mean[-1],
-            look.ink.mark,
+            marker=look.ink.mark,
+            linestyle="none",
             color=look.color,
             markerfacecolor=face,
             markersize=5.5,
@@ -309,7 +311,14 @@ def _clients(looks: Sequence[Look]) -> Figure | None:
         axes.plot([p5, p95], [row, row], color=look.color, linewidth=1.4, zorder=3)
         axes.plot([p25, p75], [row, row], color=look.color, linewidth=7, solid_capstyle="butt", zorder=4)
         axes.plot(
-            p50, row, look.ink.mark, color=look.color, markerfacecolor="white", markersize=6.5, zorder=5
+            p50,
+            row,
+            marker=look.ink.mark,
+            linestyle="none",
+            color=look.color,
+            markerfacecolor="white",
+            markersize=6.5,
+            zorder=5,
         )
     kinds = [_examples_of(look.setting) for look, _ in strips]
     same = len(set(kinds)) == 1

@@ -12,9 +12,9 @@ from fedray.config.run_config import RunConfig, TrackingConfig
 from fedray.config.trust import IMPORTED, recorded
 from fedray.config.uri import absolute_uri
 from fedray.errors import ConfigError, RunError
-from fedray.report.reading import TRACKED, moved_store
+from fedray.report.reading import TRACKED, moved_store, read_result
 from fedray.storage.directory import Lock
-from fedray.storage.run_files import RESULT, RunFiles
+from fedray.storage.run_files import RunFiles
 from fedray.tracking import store as stores
 from fedray.tracking.mlflow_run import PARENT, RunStatus
 from fedray.tracking.store import Store, prepare_store
@@ -109,8 +109,12 @@ def mend(files: RunFiles, config: RunConfig, tracking: Tracking, status: RunStat
 
 
 def ended_as(files: RunFiles) -> RunStatus:
-    """Tell from a run's files how it ended; one without a result is KILLED."""
-    result = files.read_json(RESULT)
+    """Tell from a run's files how it ended; one without a result is KILLED.
+
+    Raises:
+        RunError: if its result is damaged.
+    """
+    result = read_result(files.path)
     if result is not None:
         return "FINISHED" if result.get("status") == "finished" else "KILLED"
     warnings = files.path / "warnings.txt"

@@ -340,7 +340,13 @@ class MLflowTracker:
             log_model(self._client, str(self.run_id), folder, self._beat)
 
     def _ship(self, file: Path, to: str | None) -> None:
-        self._client.log_artifact(self.run_id, str(file), to)
+        try:
+            self._client.log_artifact(self.run_id, str(file), to)
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # a disk that fails while it is read names no file
+            raise type(error)(error.errno, error.strerror, str(file)) from error
 
     # ── outages ──────────────────────────────────────────────────────────────────────────────────────────
 

@@ -50,6 +50,25 @@ def test_a_sweep_needs_not_know_its_points(tmp_path: Path) -> None:
     assert tree["waiting"] == 3 and len(tree["trials"]) == 2
 
 
+@pytest.mark.parametrize("how", ["deleted", "a directory", "a link to nowhere"])
+def test_a_trial_whose_config_is_gone_is_damaged_and_not_waiting(tmp_path: Path, how: str) -> None:
+    for name in ("00-a", "01-b"):
+        run(tiny.config(rounds=1), out=tmp_path / "trials" / name)
+    (tmp_path / "trials" / "02-c").mkdir()  # about to begin
+    (tmp_path / "sweep.yaml").write_text(
+        yaml_text.dump({"name": "s", "base": tiny.TREE, "points": [{"seed": k} for k in range(3)]})
+    )
+    config = tmp_path / "trials" / "01-b" / "config.yaml"
+    config.unlink()
+    if how == "a directory":
+        config.mkdir()
+    elif how != "deleted":
+        config.symlink_to("nowhere")
+    found = look(tmp_path)
+    assert [run.status for run in found.runs] == ["finished", "damaged"] and found.waiting == 1
+    assert str(config) in str(found.runs[1].problem)
+
+
 @pytest.mark.parametrize(
     ("tune", "lines", "waiting"),
     [

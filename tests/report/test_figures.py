@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedray.errors import ConfigError
 from fedray.methods import METHODS
 from fedray.report import canvas, figures
-from fedray.report.colours import COLOURS, alike, distance, inks
+from fedray.report.colours import COLOURS, MARKS, alike, base_of, distance, inks
 from fedray.report.decision_figure import DECISIONS
 from fedray.report.reading import load_run
 from fedray.report.series import settings
@@ -168,3 +168,14 @@ def test_the_picture_of_clients_says_on_which_examples(tmp_path):
     both, names = label(plain, held)
     assert "own examples" in both
     assert [name.splitlines()[-1] for name in names] == ["(training examples)", "(held-out examples)"]
+
+
+def test_every_mark_can_be_drawn(tmp_path):
+    """Methods that come with fedray and others, whose mark follows from their name."""
+    names, number = dict.fromkeys(COLOURS), 0
+    while {base_of(name)[1] for name in names} < set(MARKS):
+        names[f"method{number}"] = None
+        number += 1
+    paths = [write_run(tmp_path / name, {"method.name": name}, (0.1, 0.5, 0.8)) for name in names]
+    pictures = figures.draw(settings([load_run(path) for path in paths]))
+    assert {"accuracy_by_round.png", "accuracy_by_bytes.png"} <= set(pictures)

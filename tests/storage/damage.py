@@ -287,11 +287,12 @@ class Damaging:
 
     def look(self, name: str, file: str) -> str | None:
         """Return what is wrong with a view of the folder."""
+        self.heard.text = ""
         seen, expected = LOOKS[name](self.place, self.other), self.expected[name]
         if seen == expected or self.has_no_result(file):
             return None
-        problem = problem_of(seen) if not isinstance(seen, str) else self.heard.text
-        if names(problem, file):
+        problem = problem_of(seen) if not isinstance(seen, str) else ""
+        if names(problem + self.heard.text, file):
             return None
         return f"another result in silence: {seen} for {expected}"
 

@@ -156,7 +156,7 @@ def test_sync_of_a_damaged_run_sends_the_same_or_names_the_file(
                 problem = f"{type(error).__name__}: {error}"
             if problem is not None and not (path.name == "result.json" and not (place / path.name).exists()):
                 wrong.append(f"{path.name}, {how}: {problem}"[:500])
-            shutil.rmtree(tmp_path / str(number))
+            shutil.rmtree(tmp_path / str(number), ignore_errors=True)  # a thread of MLflow may still write
     assert not wrong, f"{len(wrong)} of {number}:\n" + "\n".join(wrong)
 
 
