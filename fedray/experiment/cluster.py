@@ -64,9 +64,12 @@ def _init_alone(**options: Any) -> None:
 def _init(address: str, **options: Any) -> None:
     """Connect to a Ray. It keeps the command line of its driver, in which an address may have a password."""
     import ray
-    from ray._private import utils
+    from ray._private import utils, worker
 
     entrypoint = getattr(utils, "get_entrypoint_name", str)
+    hook = getattr(worker, "custom_excepthook", None)
+    if sys.excepthook is hook:  # it tells the head of an error first, and waits for it
+        sys.excepthook = worker.normal_excepthook
     with _exchanged([(utils, "get_entrypoint_name", lambda: without_secrets(entrypoint()))]):
         ray.init(address, **options)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedray.data.datasets import Examples
-from fedray.errors import RunError
+from fedray.errors import FedrayError, RunError
 from fedray.federation.actor import ClientActor, PackedJob, Prepare, keep_freed_memory
 from fedray.federation.aggregate import share
 from fedray.federation.client import Outcome
@@ -185,7 +185,26 @@ class RayPool:
         return self.crew.deaths
 
     def run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
-        """Train and fold all chunks: one broadcast, one call per actor."""
+        """Train and fold all chunks: one broadcast, one call per actor.
+
+        Raises:
+            RunError: if too many actors were lost, or the head of the cluster.
+        """
+        with self._headed():
+            return self._run(job, chunks)
+
+    @contextmanager
+    def _headed(self) -> Iterator[None]:
+        """Explain an error of Ray by the loss of the head, if it is lost."""
+        try:
+            yield
+        except FedrayError:
+            raise
+        except Exception:
+            self.crew.head.check(now=True)
+            raise
+
+    def _run(self, job: Job, chunks: Sequence[Chunk]) -> Answer:
         self.crew.assemble()
         job_ref = self._ray.put(PackedJob.pack(job))
         works = Works(self.place, job, job_ref, tuple(chunks), suspects=self._suspects)
@@ -231,6 +250,10 @@ class RayPool:
 
     def evaluate(self, task: Task, examples: Examples) -> Outcome:
         """Classify examples with a model; shards are of one size on any number of actors."""
+        with self._headed():
+            return self._evaluate(task, examples)
+
+    def _evaluate(self, task: Task, examples: Examples) -> Outcome:
         self.crew.assemble()
         job = Job(round=0, function=_no_training, tasks=(task,), training=False)
         job_ref, data_ref = self._ray.put(PackedJob.pack(job)), self._shipped(examples)
