@@ -113,6 +113,7 @@ def test_an_autoscaler_of_version_1(
     monkeypatch: pytest.MonkeyPatch, kept: bytes | None, expected: Autoscaler | None
 ) -> None:
     monkeypatch.setattr(room, "_second_version", lambda: None)
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_initialized", lambda: True)
     monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: kept)
     assert autoscaler() == expected
 
